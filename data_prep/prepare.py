@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+"""
+Turns text into token shards for the trainer: DIR/train_000000.bin ...,
+DIR/val_000000.bin ... and DIR/tokenizer.bin.
+
+Each file is a document; with --tokenizer gpt2 it begins with end-of-text.
+Files named *.gz, *.bz2 and *.xz are unpacked on the way. Folders are walked in
+sorted order; hidden files and folders are left out, and so are files with a
+NUL byte, which are not text.
+
+The last part of all the text, measured in bytes, is validation. Everything is
+streamed, so inputs may be larger than memory; each is read twice, the first
+time to measure it.
+
+example: prepare.py books/ notes.txt.gz --out data/books
+"""
+
+import argparse
+import codecs
+import os
+import sys
+
+from common import (BLOCK, Parser, Problem, ShardWriter, add_shard_option, add_tokenizer_options, encode_all, load_tokenizer,
+                    open_input, read_blocks, reading, run, some)
+from tqdm import tqdm
+
+
+def find_files(inputs):
+    """The files that the inputs name, or hold: pairs (path, whether it was found in a folder)."""
+    for path in inputs:
+        if os.path.isdir(path):
+            for folder, folders, names in os.walk(path):
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                for name in sorted(names):
+                    if not name.startswith(".") and os.path.isfile(os.path.join(folder, name)):
+                        yield os.path.join(folder, name), True
+        elif os.path.isfile(path):
+            yield path, False
+        elif os.path.exists(path):
+            raise Problem(f"{path}: neither a folder nor a regular file; a pipe, say, cannot be read twice: give a file")
+        else:
+            raise Problem(f"{path}: there is no such file or folder")
+
+
+def examine(path, bar):
+    """Reads a file: its size in bytes (unpacked), whether it has a NUL byte, whether it is valid UTF-8."""
+    size, has_nul, is_utf8 = 0, False, True
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with reading(path), open_input(path) as file:
+        for block in read_blocks(path, file):
+            size += len(block)
+            bar.update(len(block))
+            has_nul = has_nul or b"\0" in block
+            if is_utf8:
+                try:
+                    decoder.decode(block)
+                except UnicodeDecodeError:
+                    is_utf8 = False
+    unfinished_character = decoder.getstate()[0]
+    return size, has_nul, is_utf8 and not unfinished_character
+
+
+def find_documents(files, tokenizer):
+    """The documents among the files: pairs (path, size in bytes). Says what is left out and what is damaged."""
+    documents, not_text, not_utf8 = [], [], []
+    with tqdm(unit="B", unit_scale=True, desc="measuring", leave=False, disable=None) as bar:
+        for path, in_folder in files:
+            size, has_nul, is_utf8 = examine(path, bar)
+            if has_nul and in_folder:
+                not_text.append(path)
+                continue
+            if has_nul and tokenizer.name != "bytes":
+                raise Problem(f"{path}: has a NUL byte, so it is not UTF-8 text; unpack or convert it, or use --tokenizer bytes")
+            if not is_utf8 and tokenizer.name != "bytes":
+                not_utf8.append(path)
+            if size:
+                documents.append((path, size))
+    if not_text:
+        print(f"skipped, not text (NUL bytes): {some(not_text)}", file=sys.stderr)
+    if not_utf8:
+        print(f"not UTF-8 throughout, bad bytes become U+FFFD: {some(not_utf8)}", file=sys.stderr)
+    return documents
+
+
+def split_documents(documents, val_fraction):
+    """Triples (path, bytes for training, bytes for validation): the last val_fraction of all bytes is for validation."""
+    total = sum(size for _, size in documents)
+    val = round(total * val_fraction)
+    reach = min(BLOCK, val // 2, (total - val) // 2)  # how far from there a split is as good; it leaves something of either part
+    train_left, parts = total - val, []
+    for path, size in documents:
+        train = max(0, min(size, train_left))
+        if 0 < train < size:
+            train = place_to_split(path, size, train, reach)
+        train_left -= size
+        parts.append((path, train, size - train))
+    if val_fraction and not 0 < sum(part[1] for part in parts) < total:
+        raise Problem(f"--val-fraction {val_fraction}: {total} bytes of text are too few to split; "
+                      "give more, or --val-fraction 0")
+    return parts
+
+
+def place_to_split(path, size, place, reach):
+    """
+    The start of a line nearest to byte `place` of a document, so that validation begins with a whole line, or, where none is
+    within `reach` bytes, the next character. The document's begin and end count as starts of a line.
+    """
+    first = max(0, place - reach - 1)
+    with reading(path), open_input(path) as file:
+        for _ in read_blocks(path, file, first):  # read past, not seek, since the file may be packed
+            pass
+        near = b"".join(read_blocks(path, file, place + reach + 4 - first))
+    starts = [0, size] + [first + i + 1 for i, byte in enumerate(near) if byte == ord("\n")]
+    nearest = min(starts, key=lambda start: abs(start - place))
+    if abs(nearest - place) <= reach:
+        return nearest
+    for byte in near[place - first:place - first + 3]:  # at most three bytes go on with a character: 10xxxxxx in binary
+        if byte >> 6 != 0b10:
+            break
+        place += 1
+    return place
+
+
+def read_pieces(parts, tokenizer, bar):
+    """All the text in pieces that the tokenizer takes: pairs ((split, whether a document begins), piece)."""
+    for path, train, val in parts:
+        begins = True
+        with reading(path), open_input(path) as file:
+            for split, size in ("train", train), ("val", val):
+                for piece in tokenizer.pieces(track(path, read_blocks(path, file, size), size, bar)):
+                    yield (split, begins), piece
+                    begins = False
+
+
+def track(path, blocks, size, bar):
+    """Passes blocks on, moves the bar along, and checks that they come to `size` bytes."""
+    for block in blocks:
+        size -= len(block)
+        bar.update(len(block))
+        yield block
+    if size:
+        raise Problem(f"{path}: became shorter while it was read; run this again")
+
+
+def prepare(inputs, out, tokenizer, val_fraction, shard_tokens):
+    """Writes the token shards of all text in `inputs`, files and folders, to the folder `out`. Returns the finished ShardWriter."""
+    files = list(find_files(inputs))
+    with ShardWriter(out, tokenizer, shard_tokens) as shards:
+        documents = find_documents(files, tokenizer)
+        if not documents:
+            raise Problem(f"{some(inputs)}: no text in there; give text files, or folders that hold some")
+        parts = split_documents(documents, val_fraction)
+        total = sum(size for _, size in documents)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=None) as bar:
+            for (split, begins), tokens in encode_all(tokenizer, read_pieces(parts, tokenizer, bar)):
+                if begins:
+                    shards.write(split, tokenizer.document_start)
+                shards.write(split, tokens)
+    return shards
+
+
+def fraction(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up to, not including, 1, such as 0.1")
+    return value
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="text files and folders of text files")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the shards; made if need be, shards of an "
+                        "earlier run in it are replaced")
+    add_tokenizer_options(parser)
+    parser.add_argument("--val-fraction", metavar="F", type=fraction, default=0.1,
+                        help="part of the text, its end, kept for validation; 0: none (default: %(default)s)")
+    add_shard_option(parser)
+    args = parser.parse_args()
+    prepare(args.inputs, args.out, load_tokenizer(args), args.val_fraction, args.shard_tokens).report()
+
+
+if __name__ == "__main__":
+    run(main)
