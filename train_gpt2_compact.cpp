@@ -1,0 +1,2341 @@
+// train_gpt2_compact.cpp: trains GPT-2 with compressed activations (CompAct, arXiv 2410.15352) on the CPU, in one file.
+//
+// A linear layer y = x W^T + b needs its input x in the backward pass for one thing only, the weight gradient dy^T x.
+// Here it may keep z = x P instead, where P (n, r) is random and never stored. The weight gradient dy^T z, and with it
+// Adam's moments, then have r columns instead of n; Adam's step U is lifted back to the weight as U P^T. The forward
+// pass, and the gradient that flows to the layer below, stay exact. Rank ratio 1 keeps x: that is ordinary AdamW.
+//
+// How to read it, top to bottom:
+//   1. host, first part     errors, text, options, random numbers, the memory plan (the same text in the CUDA trainer)
+//   2. layers               matrix product, LayerNorm, GELU, attention, embedding, classifier: forward beside backward
+//   3. the compressed linear layer: where z is made, kept and used, and where Adam's step meets the weight
+//   4. the model            parameters, tape, forward, backward, update
+//   5. host, second part    files, data, sampling, evaluation, checkpoints, log, command line, main (the same text again)
+//
+// Shapes: B sequences of T tokens, N = B*T; C channels, NH heads of hs = C/NH; L layers; V words, Vp with padding.
+// A weight is (m, n) = (outputs, inputs), row-major, as llm.c stores it. "grads" of a compressed weight are (m, r).
+
+// ====================================================================================================================
+// host, first part: the same text in both trainers
+// ====================================================================================================================
+
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <glob.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <memory>
+#include <new>
+#include <string>
+#include <utility>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads() { return 1; }
+static int omp_get_thread_num() { return 0; }
+static int omp_get_num_threads() { return 1; }
+#endif
+#ifndef REVISION
+#define REVISION "unknown"
+#endif
+
+// ---- errors and text
+
+// What went wrong, for the person at the terminal; main prints it and ends with the status: 2 for bad input, else 1.
+struct Failure {
+    int status;
+    std::string message;
+};
+
+__attribute__((format(printf, 1, 2))) static std::string text(const char* format, ...) {
+    char line[1024];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof(line), format, arguments);
+    va_end(arguments);
+    return line;
+}
+
+// The input is at fault, an option or a file: the message names it, says what is wrong and what would be right.
+[[noreturn]] static void refuse(const std::string& message) { throw Failure{2, message}; }
+
+// The machine is at fault: no memory, no disk space.
+[[noreturn]] static void fail(const std::string& message) { throw Failure{1, message}; }
+
+static std::string str(int64_t n) { return std::to_string(n); }
+
+static std::string commas(int64_t n) {
+    std::string digits = str(n);
+    for (int at = int(digits.size()) - 3; at > 0; at -= 3) digits.insert(at, ",");
+    return digits;
+}
+
+// Bytes that are no UTF-8, and control characters, would upset a terminal or a JSON reader: they become U+FFFD.
+static std::string printable(const std::string& raw) {
+    const uint32_t least[5] = {0, 0x20, 0x80, 0x800, 0x10000};
+    std::string out;
+    for (size_t i = 0, length; i < raw.size(); i += length) {
+        unsigned char c = raw[i];
+        length = c < 0x80 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
+        uint32_t code = length == 1 ? c : c & (0x7F >> length);
+        bool good = c < 0x80 || (c >= 0xC0 && c < 0xF8);
+        for (size_t j = 1; good && j < length; j++) {
+            good = (raw[i + j] & 0xC0) == 0x80;  // the string's closing 0 stops this in time
+            code = code << 6 | (raw[i + j] & 0x3F);
+        }
+        good = good && code >= least[length] && code <= 0x10FFFF && code != 0x7F && (code < 0xD800 || code > 0xDFFF);
+        if (!good && c != '\n' && c != '\t')
+            length = 1, out += "\xEF\xBF\xBD";
+        else
+            out += raw.substr(i, length);
+    }
+    return out;
+}
+
+static std::string json_string(const std::string& raw) {
+    std::string out = "\"";
+    for (char c : printable(raw)) {
+        if (c == '"' || c == '\\') out += '\\';
+        out += c == '\n' ? "\\n" : c == '\t' ? "\\t" : std::string(1, c);
+    }
+    return out + "\"";
+}
+
+static double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// ---- options: what the user asked for (parsed in the second part)
+
+enum { QKV, ATTPROJ, FC, FCPROJ, LINEARS };
+enum { GAUSSIAN, RADEMACHER, SPARSE };
+enum { KEEP, MOVE, RESET };
+enum { COSINE, LINEAR, CONSTANT, WSD };
+enum { TYPE_FP32, TYPE_BF16 };
+
+static const char* linear_names = "qkv,attproj,fc,fcproj";
+static const char* projection_names = "gaussian,rademacher,sparse";
+static const char* moments_names = "keep,move,reset";
+static const char* schedule_names = "cosine,linear,constant,wsd";
+static const char* type_names = "fp32,bf16";
+
+struct Options {
+    std::string train, val, model = "d12", out, tokenizer, hellaswag, dump, plan;
+    int channels = 0, heads = 0, layers = 0, context = 0;
+    int batch = 4, seq = 0, total_batch = 0, steps = -1, warmup = 0;
+    double lr = 3e-4, final_lr_frac = 0.1, weight_decay = 0.1, clip = 1.0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
+    int schedule = COSINE;
+    double rank = 0.25;
+    int compress = 1 << QKV | 1 << FC | 1 << FCPROJ, projection = GAUSSIAN, gap = 50, moments = KEEP;
+    double alpha = 1.0;
+    int recompute = 0;
+    int val_every = 250, val_batches = 20, sample_every = 0, sample_tokens = 128, top_k = 50;
+    double temperature = 0.8;
+    int checkpoint_every = 0, keep = 2, checkpoint_type = TYPE_FP32, seed = 1337;
+    bool resume = false, overfit = false, help = false;
+};
+
+// The shape of a model, as in the header of llm.c's model file.
+struct Config {
+    int context, V, L, NH, C, Vp;
+};
+
+// ---- random numbers: Philox4x32-10 (Salmon et al., SC'11), the generator that cuRAND calls PHILOX4_32_10
+
+struct Words {
+    uint32_t x, y, z, w;
+};
+
+// Block `index` of a stream: the very words that curand_init(seed, stream, 4 * index) and curand4 would give.
+static inline Words philox(uint64_t seed, uint64_t stream, uint64_t index) {
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    Words c = {uint32_t(index), uint32_t(index >> 32), uint32_t(stream), uint32_t(stream >> 32)};
+    for (int round = 0; round < 10; round++) {
+        uint64_t p = uint64_t(0xD2511F53u) * c.x, q = uint64_t(0xCD9E8D57u) * c.z;
+        c = {uint32_t(q >> 32) ^ c.y ^ k0, uint32_t(q), uint32_t(p >> 32) ^ c.w ^ k1, uint32_t(p)};
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return c;
+}
+
+// Streams 0 to LINEARS-1 belong to the projections of the linear layers, the others to what is named here.
+enum { STREAM_INIT = 8, STREAM_SHARDS, STREAM_SEQUENCES, STREAM_SAMPLE };
+
+static uint64_t stream_of(int purpose, uint64_t layer, uint64_t epoch) { return epoch << 32 | layer << 8 | purpose; }
+
+// exp, log and (sin, cos) without branches or calls, so that the compiler can vectorise the loops around them.
+// Polynomials of Cephes (Moshier, 1989), within about 2 ulp of the true value; NaN stays NaN.
+
+static inline float float_of_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static inline uint32_t bits_of_float(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+static inline float exp_simd(float x) {  // clamped to [-87.3, 88.3]
+    x = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
+    float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x / ln 2)
+    float n = shifted - 12582912.0f;
+    float f = x - n * 0.693359375f - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * f * f + f + 1.0f;
+    return p * float_of_bits((bits_of_float(shifted) + 127) << 23);
+}
+
+static inline float log_simd(float x) {              // x positive and normal
+    uint32_t bits = bits_of_float(x) - 0x3F3504F3u;  // of sqrt(1/2): the mantissa then lies in [sqrt(1/2), sqrt(2))
+    float e = float(int32_t(bits) >> 23);
+    float f = float_of_bits((bits & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f, ff = f * f;
+    float p = 7.0376836292e-2f;
+    p = p * f - 1.1514610310e-1f;
+    p = p * f + 1.1676998740e-1f;
+    p = p * f - 1.2420140846e-1f;
+    p = p * f + 1.4249322787e-1f;
+    p = p * f - 1.6668057665e-1f;
+    p = p * f + 2.0000714765e-1f;
+    p = p * f - 2.4999993993e-1f;
+    p = p * f + 3.3333331174e-1f;
+    return p * f * ff - 2.12194440e-4f * e - 0.5f * ff + f + 0.693359375f * e;
+}
+
+static inline void sincos_simd(float x, float* s, float* c) {  // x in [0, 2 pi]
+    float q = x * 0.636619772f + 12582912.0f;
+    uint32_t quadrant = bits_of_float(q);
+    q -= 12582912.0f;
+    float f = x - q * 1.5703125f - q * 4.837512969970703125e-4f - q * 7.549789948768648e-8f, ff = f * f;
+    float sine = ((-1.9515295891e-4f * ff + 8.3321608736e-3f) * ff - 1.6666654611e-1f) * ff * f + f;
+    float cosine =
+        ((2.443315711809948e-5f * ff - 1.388731625493765e-3f) * ff + 4.166664568298827e-2f) * ff * ff - 0.5f * ff + 1.0f;
+    uint32_t a = bits_of_float(quadrant & 1 ? cosine : sine), b = bits_of_float(quadrant & 1 ? sine : cosine);
+    *s = float_of_bits(a ^ (quadrant & 2) << 30);
+    *c = float_of_bits(b ^ ((quadrant + 1) & 2) << 30);
+}
+
+// out[i] = scale * (normal i of a stream), the numbers of curand_normal4: Box-Muller on the words of a block in pairs.
+// Starts from normal `start`, a multiple of 4.
+static void draw_normals(float* out, int64_t start, int64_t count, float scale, uint64_t seed, uint64_t stream) {
+    const int BLOCKS = 128;
+    const float step = 2.3283064e-10f, turn = step * 6.2831855f;  // 2^-32, and in radians
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < (count + 3) / 4; first += BLOCKS) {
+        uint32_t words[4][BLOCKS];
+        float numbers[4 * BLOCKS];
+#pragma omp simd
+        for (int i = 0; i < BLOCKS; i++) {
+            Words block = philox(seed, stream, start / 4 + first + i);
+            words[0][i] = block.x, words[1][i] = block.y, words[2][i] = block.z, words[3][i] = block.w;
+        }
+        for (int pair = 0; pair < 4; pair += 2) {
+#pragma omp simd
+            for (int i = 0; i < BLOCKS; i++) {
+                float length = sqrtf(-2.0f * log_simd(words[pair][i] * step + step / 2)), s, c;
+                sincos_simd(words[pair + 1][i] * turn + turn / 2, &s, &c);
+                numbers[4 * i + pair] = scale * length * s;
+                numbers[4 * i + pair + 1] = scale * length * c;
+            }
+        }
+        memcpy(out + 4 * first, numbers, sizeof(float) * std::min<int64_t>(4 * BLOCKS, count - 4 * first));
+    }
+}
+
+// out[i] = scale with a random sign: bit i % 128 of block i / 128 of a stream, 1 for minus.
+static void draw_signs(float* out, int64_t count, float scale, uint64_t seed, uint64_t stream) {
+#pragma omp parallel for schedule(static)
+    for (int64_t block = 0; block < (count + 127) / 128; block++) {
+        Words bits = philox(seed, stream, block);
+        const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+        for (int64_t i = 128 * block; i < std::min(count, 128 * (block + 1)); i++) {
+            out[i] = float_of_bits(bits_of_float(scale) ^ (words[i % 128 / 32] >> i % 32) << 31);
+        }
+    }
+}
+
+static double uniform(uint64_t seed, uint64_t stream, uint64_t index) {  // in [0, 1)
+    return philox(seed, stream, index).x / 4294967296.0;
+}
+
+// ---- the memory plan: every tensor of the run, before any is allocated; what is allocated is what is listed here
+
+struct Tensor {
+    std::string category, name, type;
+    std::vector<int64_t> shape;
+    void* home;  // the address of the model's pointer to it
+    int64_t count() const {
+        int64_t n = 1;
+        for (int64_t d : shape) n *= d;
+        return n;
+    }
+    int64_t bytes() const { return count() * (type == "bf16" ? 2 : type == "int64" ? 8 : 4); }
+};
+
+// Matrix-product FLOPs of one training step, for each token of it.
+struct Flops {
+    double forward, backward, recompute, projection, update;
+    double total() const { return forward + backward + recompute + projection + update; }
+};
+
+struct Plan {
+    std::vector<Tensor> tensors;
+    Flops flops;
+    int64_t bytes(const std::string& category = "") const {
+        int64_t sum = 0;
+        for (const Tensor& t : tensors) sum += category.empty() || t.category == category ? t.bytes() : 0;
+        return sum;
+    }
+    std::vector<std::string> categories() const {
+        std::vector<std::string> names;
+        for (const Tensor& t : tensors) {
+            if (std::find(names.begin(), names.end(), t.category) == names.end()) names.push_back(t.category);
+        }
+        return names;
+    }
+};
+
+static void plan_add(Plan& plan, const char* category, const std::string& name, const char* type,
+                     const std::vector<int64_t>& shape, void* home) {
+    Tensor tensor = {category, name, type, shape, home};
+    if (tensor.count() > 0) plan.tensors.push_back(tensor);
+}
+
+// Parameters in the order of the model file: name, and the shape of one layer's share as multiples of C.
+enum { WTE, WPE, LN1W, LN1B, QKVW, QKVB, ATTPROJW, ATTPROJB, LN2W, LN2B, FCW, FCB, FCPROJW, FCPROJB, LNFW, LNFB, PARAMS };
+
+struct ParamRow {
+    const char* name;
+    int rows, columns;  // multiples of C; columns 0 for a vector
+    int linear;         // the linear layer whose weight this is, or -1
+};
+
+static const ParamRow param_rows[PARAMS] = {
+    {"wte", 0, 1, -1},         {"wpe", 0, 1, -1},     {"ln1w", 1, 0, -1},          {"ln1b", 1, 0, -1},
+    {"qkvw", 3, 1, QKV},       {"qkvb", 3, 0, -1},    {"attprojw", 1, 1, ATTPROJ}, {"attprojb", 1, 0, -1},
+    {"ln2w", 1, 0, -1},        {"ln2b", 1, 0, -1},    {"fcw", 4, 1, FC},           {"fcb", 4, 0, -1},
+    {"fcprojw", 1, 4, FCPROJ}, {"fcprojb", 1, 0, -1}, {"lnfw", 1, 0, -1},          {"lnfb", 1, 0, -1}};
+
+static bool has_layers(int param) { return param != WTE && param != WPE && param != LNFW && param != LNFB; }
+
+// The whole parameter over all layers; with a rank, its gradient and moments: (m, r) for each layer instead of (m, n).
+static std::vector<int64_t> param_shape(const Config& c, int param, int rank = 0) {
+    const ParamRow& row = param_rows[param];
+    if (param == WTE) return {c.Vp, c.C};
+    if (param == WPE) return {c.context, c.C};
+    std::vector<int64_t> shape;
+    if (has_layers(param)) shape.push_back(c.L);
+    shape.push_back(int64_t(row.rows) * c.C);
+    if (row.columns > 0) shape.push_back(rank > 0 ? rank : int64_t(row.columns) * c.C);
+    return shape;
+}
+
+static int64_t param_count(const Config& c, int param, int rank = 0) {
+    int64_t count = 1;
+    for (int64_t d : param_shape(c, param, rank)) count *= d;
+    return count;
+}
+
+// A linear layer's outputs, inputs and rank; r == n means full rank, no projection.
+struct Linear {
+    int m, n, r;
+    bool compressed() const { return r < n; }
+};
+
+static Linear linear_shape(const Config& c, const Options& o, int which) {
+    int weight = QKVW;
+    while (param_rows[weight].linear != which) weight++;
+    Linear linear = {param_rows[weight].rows * c.C, param_rows[weight].columns * c.C, 0};
+    double r = o.rank <= 1.0 ? round(o.rank * linear.n) : o.rank;
+    linear.r = o.compress >> which & 1 ? std::max(1, int(std::min<double>(r, linear.n))) : linear.n;
+    return linear;
+}
+
+// ====================================================================================================================
+// layers: forward beside backward. Every loop gives the same result for any number of threads, the matrix product apart.
+// ====================================================================================================================
+
+#if defined(USE_OPENBLAS)
+#include <cblas.h>
+#elif defined(USE_ACCELERATE)
+#include <Accelerate/Accelerate.h>
+#endif
+
+#if defined(__AVX512F__)
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));  // GCC's and Clang's portable vectors
+enum { BLOCK_ROWS = 6, BLOCK_COLUMNS = 2 * LANES };                        // 12 accumulators: one register file, full
+
+static int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// c (rows, BLOCK_COLUMNS) += a (rows, K) b (K, BLOCK_COLUMNS), the sums held in registers; inlined, so rows is a constant.
+// Element (i, k) of a stands at a[i * ar + k * ak]: a transpose costs nothing.
+__attribute__((always_inline)) static inline void product_block(float* c, size_t ldc, const float* a, size_t ar, size_t ak,
+                                                                const float* b, size_t ldb, int K, const int rows) {
+    Vector sum[BLOCK_ROWS][2];
+    for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = Vector{};
+    for (int k = 0; k < K; k++) {
+        Vector b0 = *(const Vector*)(b + k * ldb), b1 = *(const Vector*)(b + k * ldb + LANES);
+        for (int i = 0; i < rows; i++) {
+            sum[i][0] += a[i * ar + k * ak] * b0;
+            sum[i][1] += a[i * ar + k * ak] * b1;
+        }
+    }
+    for (int i = 0; i < rows; i++) {
+        *(Vector*)(c + i * ldc) += sum[i][0];
+        *(Vector*)(c + i * ldc + LANES) += sum[i][1];
+    }
+}
+
+// c (M, N) += a (M, K) b (K, N); N a multiple of BLOCK_COLUMNS.
+static void product(float* c, size_t ldc, const float* a, size_t ar, size_t ak, const float* b, size_t ldb, int M, int N,
+                    int K) {
+    for (int j = 0; j < N; j += BLOCK_COLUMNS) {
+        int i = 0;
+        for (; i + BLOCK_ROWS <= M; i += BLOCK_ROWS) {
+            product_block(c + i * ldc + j, ldc, a + i * ar, ar, ak, b + j, ldb, K, BLOCK_ROWS);
+        }
+        for (; i < M; i++) product_block(c + i * ldc + j, ldc, a + i * ar, ar, ak, b + j, ldb, K, 1);
+    }
+}
+
+// One thread's share of a matrix product: c (M, N) = alpha a b + beta c, leading dimensions ld*.
+static void product_slab(float* c, int ldc, const float* a, int lda, bool ta, const float* b, int ldb, bool tb, int M, int N,
+                         int K, float alpha, float beta) {
+#if defined(USE_OPENBLAS) || defined(USE_ACCELERATE)
+    cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, M, N, K, alpha, a, lda, b, ldb,
+                beta, c, ldc);
+#else
+    const int KC = 256, NC = 8 * BLOCK_COLUMNS;  // a packed piece of b: 256 KiB at most, it stays in the second cache
+    static thread_local float packed[KC * NC], edge[BLOCK_ROWS * BLOCK_COLUMNS];
+    for (int i = 0; i < M; i++) {
+        float* row = c + size_t(i) * ldc;
+        for (int j = 0; j < N; j++) row[j] = beta == 0.0f ? 0.0f : beta * row[j];
+    }
+    size_t ar = ta ? 1 : lda, ak = ta ? lda : 1, bk = tb ? 1 : ldb, bj = tb ? ldb : 1;
+    for (int k0 = 0; k0 < K; k0 += KC) {
+        int kc = std::min(KC, K - k0);
+        for (int j0 = 0; j0 < N; j0 += NC) {
+            int nc = std::min(NC, N - j0), panels = round_up(nc, BLOCK_COLUMNS) / BLOCK_COLUMNS;
+            for (int j = 0; j < panels * BLOCK_COLUMNS; j++) {  // panel after panel, (kc, BLOCK_COLUMNS) each, padded with 0
+                float* to = packed + j / BLOCK_COLUMNS * kc * BLOCK_COLUMNS + j % BLOCK_COLUMNS;
+                const float* from = b + k0 * bk + (j0 + j) * bj;
+                for (int k = 0; k < kc; k++) to[k * BLOCK_COLUMNS] = j < nc ? alpha * from[k * bk] : 0.0f;
+            }
+            for (int i = 0; i < M; i += BLOCK_ROWS) {
+                int rows = std::min<int>(BLOCK_ROWS, M - i);
+                const float* a_rows = a + i * ar + k0 * ak;
+                for (int p = 0; p < panels; p++) {
+                    float* to = c + size_t(i) * ldc + j0 + p * BLOCK_COLUMNS;
+                    const float* panel = packed + p * kc * BLOCK_COLUMNS;
+                    int columns = std::min<int>(BLOCK_COLUMNS, nc - p * BLOCK_COLUMNS);
+                    if (columns == BLOCK_COLUMNS) {
+                        product(to, ldc, a_rows, ar, ak, panel, BLOCK_COLUMNS, rows, BLOCK_COLUMNS, kc);
+                        continue;
+                    }
+                    memset(edge, 0, sizeof(edge));
+                    product(edge, BLOCK_COLUMNS, a_rows, ar, ak, panel, BLOCK_COLUMNS, rows, BLOCK_COLUMNS, kc);
+                    for (int e = 0; e < rows * columns; e++) {
+                        to[size_t(e / columns) * ldc + e % columns] += edge[e / columns * BLOCK_COLUMNS + e % columns];
+                    }
+                }
+            }
+        }
+    }
+#endif
+}
+
+// c (M, N) = alpha a b + beta c, all row-major; a is (M, K), or (K, M) when ta; b is (K, N), or (N, K) when tb.
+// With beta = 0, c is not read. Each thread computes its own slab of c's rows or columns.
+static void matmul(float* c, const float* a, bool ta, const float* b, bool tb, int M, int N, int K, float alpha, float beta) {
+    int lda = ta ? M : K, ldb = tb ? K : N;
+#pragma omp parallel
+    {
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        if (N >= M) {
+            int unit = round_up(N, BLOCK_COLUMNS) / BLOCK_COLUMNS;
+            int first = int(unit * thread / threads) * BLOCK_COLUMNS;
+            int last = std::min(N, int(unit * (thread + 1) / threads) * BLOCK_COLUMNS);
+            if (first < last) {
+                const float* b_slab = b + (tb ? size_t(first) * ldb : first);
+                product_slab(c + first, N, a, lda, ta, b_slab, ldb, tb, M, last - first, K, alpha, beta);
+            }
+        } else {
+            int unit = round_up(M, BLOCK_ROWS) / BLOCK_ROWS;
+            int first = int(unit * thread / threads) * BLOCK_ROWS,
+                last = std::min(M, int(unit * (thread + 1) / threads) * BLOCK_ROWS);
+            if (first < last) {
+                const float* a_slab = a + (ta ? first : size_t(first) * lda);
+                product_slab(c + size_t(first) * N, N, a_slab, lda, ta, b, ldb, tb, last - first, N, K, alpha, beta);
+            }
+        }
+    }
+}
+
+// ---- sums over tokens, as bias and LayerNorm gradients need them: each thread owns some columns and walks all rows
+
+enum { STRIP = 64 };
+
+// db (m) += sum over tokens of dy (N, m)
+static void bias_backward(float* db, const float* dy, int N, int m) {
+#pragma omp parallel for schedule(static)
+    for (int first = 0; first < m; first += STRIP) {
+        int last = std::min(m, first + STRIP);
+        for (int i = 0; i < N; i++) {
+            for (int j = first; j < last; j++) db[j] += dy[size_t(i) * m + j];
+        }
+    }
+}
+
+// ---- LayerNorm: y = (x - mean) rstd w + b over the channels of each token, variance without Bessel's correction
+
+static const float LAYERNORM_EPS = 1e-5f;
+
+// y, x (N, C); mean, rstd (N) are kept for the backward pass
+static void layernorm_forward(float* y, float* mean, float* rstd, const float* x, const float* w, const float* b, int N,
+                              int C) {
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < N; i++) {
+        const float* xi = x + size_t(i) * C;
+        float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int j = 0; j < C; j++) sum += xi[j];
+        float m = sum / C;
+#pragma omp simd reduction(+ : squares)
+        for (int j = 0; j < C; j++) squares += (xi[j] - m) * (xi[j] - m);
+        float s = 1.0f / sqrtf(squares / C + LAYERNORM_EPS);
+        for (int j = 0; j < C; j++) y[size_t(i) * C + j] = (xi[j] - m) * s * w[j] + b[j];
+        mean[i] = m;
+        rstd[i] = s;
+    }
+}
+
+// dx (N, C) = beta dx + gradient; dw, db (C) += gradient. Reads the layer's input x, not its output.
+static void layernorm_backward(float* dx, float* dw, float* db, const float* dy, const float* x, const float* mean,
+                               const float* rstd, const float* w, int N, int C, float beta) {
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < N; i++) {
+        const float *xi = x + size_t(i) * C, *dyi = dy + size_t(i) * C;
+        float* dxi = dx + size_t(i) * C;
+        float m = mean[i], s = rstd[i], sum = 0, sum_norm = 0;
+#pragma omp simd reduction(+ : sum, sum_norm)
+        for (int j = 0; j < C; j++) {
+            sum += dyi[j] * w[j];
+            sum_norm += dyi[j] * w[j] * (xi[j] - m) * s;
+        }
+        for (int j = 0; j < C; j++) {
+            float d = (dyi[j] * w[j] - sum / C - (xi[j] - m) * s * sum_norm / C) * s;
+            dxi[j] = beta == 0.0f ? d : beta * dxi[j] + d;
+        }
+    }
+#pragma omp parallel for schedule(static)
+    for (int first = 0; first < C; first += STRIP) {
+        int last = std::min(C, first + STRIP);
+        for (int i = 0; i < N; i++) {
+            for (int j = first; j < last; j++) {
+                db[j] += dy[size_t(i) * C + j];
+                dw[j] += dy[size_t(i) * C + j] * (x[size_t(i) * C + j] - mean[i]) * rstd[i];
+            }
+        }
+    }
+}
+
+// ---- GELU, GPT-2's tanh form: x/2 (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
+
+static const float GELU_SCALE = 0.797884561f;
+
+static void gelu_forward(float* y, const float* x, size_t count) {
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < count; i++) {
+        float u = GELU_SCALE * (x[i] + 0.044715f * x[i] * x[i] * x[i]);
+        y[i] = x[i] / (1.0f + exp_simd(-2.0f * u));
+    }
+}
+
+// d *= gelu'(x), in place
+static void gelu_backward(float* d, const float* x, size_t count) {
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < count; i++) {
+        float u = GELU_SCALE * (x[i] + 0.044715f * x[i] * x[i] * x[i]), du = GELU_SCALE * (1.0f + 0.134145f * x[i] * x[i]);
+        float sigmoid = 1.0f / (1.0f + exp_simd(-2.0f * u));
+        d[i] *= sigmoid + x[i] * sigmoid * (1.0f - sigmoid) * 2.0f * du;
+    }
+}
+
+// ---- attention: causal, in tiles of TILE queries by TILE keys with an online softmax (FlashAttention-2, arXiv
+// 2307.08691); nothing of size T x T exists. A thread takes one head of one sequence, so no two write the same place.
+
+enum { TILE = 64 };
+
+// Floats of scratch that one thread's tiles take (the backward pass needs the more).
+static size_t attention_scratch(int hs) {
+    int wide = round_up(hs, BLOCK_COLUMNS);
+    return TILE * size_t(8 * wide + 2 * TILE);
+}
+
+// Copies a tile (rows, hs) with leading dimension ld to (TILE, wide), or its transpose to (hs, TILE); 0 where there is none.
+static void load_tile(float* tile, const float* from, size_t ld, int rows, int hs, int wide) {
+    for (int i = 0; i < TILE; i++) {
+        for (int d = 0; d < wide; d++) tile[i * wide + d] = i < rows && d < hs ? from[i * ld + d] : 0.0f;
+    }
+}
+
+static void load_transpose(float* tile, const float* from, size_t ld, int rows, int hs) {
+    for (int d = 0; d < hs; d++) {
+        for (int i = 0; i < TILE; i++) tile[d * TILE + i] = i < rows ? from[i * ld + d] : 0.0f;
+    }
+}
+
+// out (N, C), lse (B, NH, T): the log of the softmax's denominator, kept for the backward pass; qkv (N, 3C)
+static void attention_forward(float* out, float* lse, const float* qkv, float* scratch, int B, int T, int C, int NH) {
+    int hs = C / NH, wide = round_up(hs, BLOCK_COLUMNS);
+    size_t ld = 3 * size_t(C);
+    float scale = 1.0f / sqrtf(float(hs));
+#pragma omp parallel for schedule(dynamic)
+    for (int bh = 0; bh < B * NH; bh++) {
+        int b = bh / NH, h = bh % NH;
+        const float* q = qkv + size_t(b) * T * ld + h * hs;
+        const float *k = q + C, *v = q + 2 * C;
+        float *kt = scratch + omp_get_thread_num() * attention_scratch(hs), *vs = kt + TILE * wide, *o = vs + TILE * wide;
+        float *s = o + TILE * wide, *top = s + TILE * TILE, *sum = top + TILE;
+        for (int q0 = 0; q0 < T; q0 += TILE) {
+            int queries = std::min<int>(TILE, T - q0);
+            memset(o, 0, sizeof(float) * TILE * wide);
+            std::fill(top, top + TILE, -INFINITY);
+            std::fill(sum, sum + TILE, 0.0f);
+            for (int k0 = 0; k0 <= q0; k0 += TILE) {
+                int keys = std::min<int>(TILE, T - k0);
+                load_transpose(kt, k + k0 * ld, ld, keys, hs);
+                load_tile(vs, v + k0 * ld, ld, keys, hs, wide);
+                memset(s, 0, sizeof(float) * TILE * TILE);
+                product(s, TILE, q + q0 * ld, ld, 1, kt, TILE, queries, TILE, hs);
+                for (int i = 0; i < queries; i++) {
+                    float *si = s + i * TILE, most = top[i], total = 0;
+                    int visible = std::min<int>(TILE, q0 + i - k0 + 1);
+#pragma omp simd reduction(max : most)
+                    for (int j = 0; j < visible; j++) most = std::max(most, si[j] * scale);
+#pragma omp simd reduction(+ : total)
+                    for (int j = 0; j < visible; j++) total += si[j] = exp_simd(si[j] * scale - most);
+                    std::fill(si + visible, si + TILE, 0.0f);
+                    float shrink = exp_simd(top[i] - most);
+                    for (int d = 0; d < wide; d++) o[i * wide + d] *= shrink;
+                    sum[i] = sum[i] * shrink + total;
+                    top[i] = most;
+                }
+                product(o, wide, s, TILE, 1, vs, wide, queries, wide, keys);
+            }
+            for (int i = 0; i < queries; i++) {
+                float* to = out + (size_t(b) * T + q0 + i) * C + h * hs;
+                for (int d = 0; d < hs; d++) to[d] = o[i * wide + d] / sum[i];
+                lse[size_t(bh) * T + q0 + i] = top[i] + logf(sum[i]);
+            }
+        }
+    }
+}
+
+// dqkv (N, 3C) = gradient, from dout and out (N, C). With p the softmax again from lse: dv = p^T dout, dp = dout v^T,
+// ds = p (dp - sum over d of dout out) scale, dq = ds k, dk = ds^T q.
+static void attention_backward(float* dqkv, const float* dout, const float* qkv, const float* out, const float* lse,
+                               float* scratch, int B, int T, int C, int NH) {
+    int hs = C / NH, wide = round_up(hs, BLOCK_COLUMNS);
+    size_t ld = 3 * size_t(C);
+    float scale = 1.0f / sqrtf(float(hs));
+#pragma omp parallel for schedule(dynamic)
+    for (int bh = 0; bh < B * NH; bh++) {
+        int b = bh / NH, h = bh % NH;
+        size_t at = size_t(b) * T * ld + h * hs, at_out = size_t(b) * T * C + h * hs;
+        const float *q = qkv + at, *k = q + C, *v = q + 2 * C;
+        float *dq = dqkv + at, *dk = dq + C, *dv = dq + 2 * C;
+        float *kt = scratch + omp_get_thread_num() * attention_scratch(hs), *vt = kt + TILE * wide;
+        float *ks = vt + TILE * wide, *qs = ks + TILE * wide, *dos = qs + TILE * wide, *dks = dos + TILE * wide;
+        float *dvs = dks + TILE * wide, *dqs = dvs + TILE * wide, *p = dqs + TILE * wide, *ds = p + TILE * TILE;
+        for (int t = 0; t < T; t++) std::fill(dq + t * ld, dq + t * ld + hs, 0.0f);
+        for (int k0 = 0; k0 < T; k0 += TILE) {
+            int keys = std::min<int>(TILE, T - k0);
+            load_transpose(kt, k + k0 * ld, ld, keys, hs);
+            load_transpose(vt, v + k0 * ld, ld, keys, hs);
+            load_tile(ks, k + k0 * ld, ld, keys, hs, wide);
+            memset(dks, 0, sizeof(float) * TILE * wide);
+            memset(dvs, 0, sizeof(float) * TILE * wide);
+            for (int q0 = k0; q0 < T; q0 += TILE) {
+                int queries = std::min<int>(TILE, T - q0);
+                load_tile(qs, q + q0 * ld, ld, queries, hs, wide);
+                load_tile(dos, dout + at_out + size_t(q0) * C, C, queries, hs, wide);
+                memset(p, 0, sizeof(float) * TILE * TILE);
+                memset(ds, 0, sizeof(float) * TILE * TILE);
+                memset(dqs, 0, sizeof(float) * TILE * wide);
+                product(p, TILE, qs, wide, 1, kt, TILE, queries, TILE, hs);
+                product(ds, TILE, dos, wide, 1, vt, TILE, queries, TILE, hs);
+                for (int i = 0; i < queries; i++) {
+                    const float* oi = out + at_out + size_t(q0 + i) * C;
+                    float dot = 0, log_sum = lse[size_t(bh) * T + q0 + i];
+#pragma omp simd reduction(+ : dot)
+                    for (int d = 0; d < hs; d++) dot += dos[i * wide + d] * oi[d];
+                    int visible = std::min(keys, q0 + i - k0 + 1);
+                    for (int j = 0; j < visible; j++) {
+                        p[i * TILE + j] = exp_simd(p[i * TILE + j] * scale - log_sum);
+                        ds[i * TILE + j] = p[i * TILE + j] * (ds[i * TILE + j] - dot) * scale;
+                    }
+                    std::fill(p + i * TILE + visible, p + (i + 1) * TILE, 0.0f);
+                    std::fill(ds + i * TILE + visible, ds + (i + 1) * TILE, 0.0f);
+                }
+                product(dvs, wide, p, 1, TILE, dos, wide, keys, wide, queries);
+                product(dks, wide, ds, 1, TILE, qs, wide, keys, wide, queries);
+                product(dqs, wide, ds, TILE, 1, ks, wide, queries, wide, keys);
+                for (int i = 0; i < queries; i++) {
+                    for (int d = 0; d < hs; d++) dq[(q0 + i) * ld + d] += dqs[i * wide + d];
+                }
+            }
+            for (int j = 0; j < keys; j++) {
+                memcpy(dk + (k0 + j) * ld, dks + j * wide, sizeof(float) * hs);
+                memcpy(dv + (k0 + j) * ld, dvs + j * wide, sizeof(float) * hs);
+            }
+        }
+    }
+}
+
+// ---- embedding: x = wte[token] + wpe[position]
+
+static void embedding_forward(float* x, const int* tokens, const float* wte, const float* wpe, int B, int T, int C) {
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < B * T; i++) {
+        const float *word = wte + size_t(tokens[i]) * C, *position = wpe + size_t(i % T) * C;
+        for (int j = 0; j < C; j++) x[size_t(i) * C + j] = word[j] + position[j];
+    }
+}
+
+// dwte, dwpe += gradient; a token that occurs twice is met twice by the thread that owns the column: no race.
+static void embedding_backward(float* dwte, float* dwpe, const float* dx, const int* tokens, int B, int T, int C) {
+#pragma omp parallel for schedule(static)
+    for (int first = 0; first < C; first += STRIP) {
+        int last = std::min(C, first + STRIP);
+        for (int i = 0; i < B * T; i++) {
+            for (int j = first; j < last; j++) {
+                dwte[size_t(tokens[i]) * C + j] += dx[size_t(i) * C + j];
+                dwpe[size_t(i % T) * C + j] += dx[size_t(i) * C + j];
+            }
+        }
+    }
+}
+
+// ---- softmax and cross entropy of a chunk of tokens: losses (rows); logits (rows, V) become their gradient, times scale
+
+static void cross_entropy(float* logits, float* losses, const int* targets, int rows, int V, float scale) {
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < rows; i++) {
+        float *row = logits + size_t(i) * V, most = row[0], sum = 0;
+#pragma omp simd reduction(max : most)
+        for (int j = 0; j < V; j++) most = std::max(most, row[j]);
+        float wanted = row[targets[i]] - most;
+#pragma omp simd reduction(+ : sum)
+        for (int j = 0; j < V; j++) sum += row[j] = exp_simd(row[j] - most);
+        losses[i] = logf(sum) - wanted;
+        for (int j = 0; j < V; j++) row[j] *= scale / sum;
+        row[targets[i]] -= scale;
+    }
+}
+
+// ---- AdamW (Loshchilov and Hutter, arXiv 1711.05101), one element
+
+struct Adam {
+    float lr, beta1, beta2, eps, decay;
+    float grad_scale;          // below 1 when the gradient is clipped
+    float correct1, correct2;  // 1 / (1 - beta^t)
+};
+
+// Moves the moments on by gradient g; returns the direction U = M^ / (sqrt(V^) + eps).
+static inline float adam_direction(const Adam& a, float g, float* m, float* v) {
+    g *= a.grad_scale;
+    *m = a.beta1 * *m + (1.0f - a.beta1) * g;
+    *v = a.beta2 * *v + (1.0f - a.beta2) * g * g;
+    return *m * a.correct1 / (sqrtf(*v * a.correct2) + a.eps);
+}
+
+static void adam_update(float* w, const float* g, float* m, float* v, int64_t count, const Adam& a) {
+#pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < count; i++) w[i] -= a.lr * (adam_direction(a, g[i], m + i, v + i) + a.decay * w[i]);
+}
+
+// ====================================================================================================================
+// the model's memory: what it is made of, and the tape: what the forward pass keeps for the backward pass
+// ====================================================================================================================
+
+enum { RESIDUAL, LN1, QKVR, ATTY, RESIDUAL2, LN2, FCH, FCH_GELU, TAPE_ROWS };
+
+struct TapeRow {
+    const char* name;
+    int width;      // in channels, for each token and layer
+    int gone_from;  // the recomputation level from which it is computed again in the backward pass
+    int input_of;   // the linear layer that alone needs it, so that z can stand in for it; or -1
+};
+
+enum { ALWAYS_KEPT = 9 };
+static const TapeRow tape_rows[TAPE_ROWS] = {
+    {"residual", 1, ALWAYS_KEPT, -1},   // the stream into the block
+    {"ln1", 1, 2, QKV},                 //
+    {"qkv", 3, ALWAYS_KEPT, -1},        //
+    {"atty", 1, ALWAYS_KEPT, -1},       // attention's output: its own backward pass needs it too
+    {"residual2", 1, ALWAYS_KEPT, -1},  // the stream after attention
+    {"ln2", 1, 2, FC},                  //
+    {"fch", 4, ALWAYS_KEPT, -1},        // before GELU
+    {"fch_gelu", 4, 1, FCPROJ},         //
+};
+
+struct Model {
+    Config config;
+    Options options;
+    Linear linear[LINEARS];
+    int64_t epoch;  // of the projections
+    float *params[PARAMS], *grads[PARAMS], *m[PARAMS], *v[PARAMS];
+    // tape
+    float* tape[TAPE_ROWS];  // (L, N, width C), residual (L+1, N, C); null where a row is not kept
+    float* z[LINEARS];       // (L, N, r) in place of the input of a compressed layer; null where it is not kept
+    float *ln1_mean, *ln1_rstd, *ln2_mean, *ln2_rstd;  // (L, N)
+    float* lse;                                        // (L, N, NH) floats, (B, NH, T) in a layer
+    float *lnf, *lnf_mean, *lnf_rstd;                  // (N, C), (N), (N)
+    // workspace, reused by every layer
+    float* dresidual;              // (N, C) gradient of the stream
+    float* narrow;                 // (N, C) an input that is not on the tape, then its gradient
+    float* wide;                   // (N, 4C) likewise
+    float* z_now;                  // (N, r) z where it is not on the tape
+    float *p, *p_next, *p_change;  // P (n, r), or (n) signs; the next epoch's; (r, r) the change between them
+    int *shift, *shift_next;       // sparse: a rotation for each stripe of r inputs
+    float* logits;                 // (CHUNK, V)
+    float* scratch;                // attention's tiles, for each thread
+    // data
+    int *inputs, *targets;  // (N)
+    float* losses;          // (N)
+};
+
+enum { CHUNK = 256 };  // tokens whose logits exist at one time
+
+static bool moments_move(const Options& o) { return o.moments == MOVE && o.gap > 0; }
+
+// Lists every tensor of the run, with the place of its pointer in s. Sets s up but allocates nothing.
+static Plan model_plan(Model& s, const Config& c, const Options& o) {
+    Plan plan;
+    s = Model{};
+    s.config = c;
+    s.options = o;
+    for (int i = 0; i < LINEARS; i++) s.linear[i] = linear_shape(c, o, i);
+    int64_t L = c.L, C = c.C, N = int64_t(o.batch) * o.seq;
+
+    for (int i = 0; i < PARAMS; i++) plan_add(plan, "parameters", param_rows[i].name, "fp32", param_shape(c, i), &s.params[i]);
+    const struct {
+        const char *category, *prefix;
+        float** home;
+    } groups[3] = {{"gradients", "grad.", s.grads}, {"moments", "m.", s.m}, {"moments", "v.", s.v}};
+    for (auto& group : groups) {
+        for (int i = 0; i < PARAMS; i++) {
+            int rank = param_rows[i].linear >= 0 ? s.linear[param_rows[i].linear].r : 0;
+            plan_add(plan, group.category, std::string(group.prefix) + param_rows[i].name, "fp32", param_shape(c, i, rank),
+                     &group.home[i]);
+        }
+    }
+
+    int64_t z_now = 0;
+    for (int i = 0; i < TAPE_ROWS; i++) {
+        const TapeRow& row = tape_rows[i];
+        bool kept = o.recompute < row.gone_from;
+        if (kept && row.input_of >= 0 && s.linear[row.input_of].compressed()) {
+            plan_add(plan, "tape", std::string(row.name) + ".z", "fp32", {L, N, s.linear[row.input_of].r}, &s.z[row.input_of]);
+        } else if (kept) {
+            plan_add(plan, "tape", row.name, "fp32", {i == RESIDUAL ? L + 1 : L, N, row.width * C}, &s.tape[i]);
+        }
+    }
+    plan_add(plan, "tape", "ln1_mean", "fp32", {L, N}, &s.ln1_mean);
+    plan_add(plan, "tape", "ln1_rstd", "fp32", {L, N}, &s.ln1_rstd);
+    plan_add(plan, "tape", "ln2_mean", "fp32", {L, N}, &s.ln2_mean);
+    plan_add(plan, "tape", "ln2_rstd", "fp32", {L, N}, &s.ln2_rstd);
+    plan_add(plan, "tape", "lse", "fp32", {L, N, c.NH}, &s.lse);
+    plan_add(plan, "tape", "lnf", "fp32", {N, C}, &s.lnf);
+    plan_add(plan, "tape", "lnf_mean", "fp32", {N}, &s.lnf_mean);
+    plan_add(plan, "tape", "lnf_rstd", "fp32", {N}, &s.lnf_rstd);
+
+    int64_t p_count = 0, p_change = 0, stripes = 0;
+    for (int i = 0; i < LINEARS; i++) {
+        const Linear& l = s.linear[i];
+        if (!l.compressed()) continue;
+        bool on_tape =
+            std::any_of(plan.tensors.begin(), plan.tensors.end(), [&](const Tensor& t) { return t.home == &s.z[i]; });
+        if (!on_tape) z_now = std::max<int64_t>(z_now, l.r);
+        p_count = std::max<int64_t>(p_count, o.projection == SPARSE ? l.n : int64_t(l.n) * l.r);
+        p_change = std::max<int64_t>(p_change, int64_t(l.r) * l.r);
+        stripes = std::max<int64_t>(stripes, o.projection == SPARSE ? (l.n + l.r - 1) / l.r : 0);
+    }
+    bool move = moments_move(o);
+    plan_add(plan, "workspace", "dresidual", "fp32", {N, C}, &s.dresidual);
+    plan_add(plan, "workspace", "narrow", "fp32", {N, C}, &s.narrow);
+    plan_add(plan, "workspace", "wide", "fp32", {N, 4 * C}, &s.wide);
+    plan_add(plan, "workspace", "z", "fp32", {N, z_now}, &s.z_now);
+    plan_add(plan, "workspace", "projection", "fp32", {p_count}, &s.p);
+    plan_add(plan, "workspace", "projection_shift", "int32", {stripes}, &s.shift);
+    plan_add(plan, "workspace", "projection_next", "fp32", {move ? p_count : 0}, &s.p_next);
+    plan_add(plan, "workspace", "projection_next_shift", "int32", {move ? stripes : 0}, &s.shift_next);
+    plan_add(plan, "workspace", "projection_change", "fp32", {move ? p_change : 0}, &s.p_change);
+    plan_add(plan, "workspace", "logits", "fp32", {std::min<int64_t>(CHUNK, N), c.V}, &s.logits);
+    plan_add(plan, "workspace", "attention_tiles", "fp32", {omp_get_max_threads(), int64_t(attention_scratch(c.C / c.NH))},
+             &s.scratch);
+    plan_add(plan, "data", "inputs", "int32", {N}, &s.inputs);
+    plan_add(plan, "data", "targets", "int32", {N}, &s.targets);
+    plan_add(plan, "data", "losses", "fp32", {N}, &s.losses);
+
+    double T = o.seq, head = 2.0 * c.V * C, update_tokens = o.total_batch;
+    plan.flops = {head + L * 2.0 * T * C, 2 * head + L * 5.0 * T * C, 0, 0, 0};
+    for (const Linear& l : s.linear) {
+        double dense = l.compressed() && o.projection != SPARSE ? 1 : 0;
+        plan.flops.forward += L * 2.0 * l.m * l.n;
+        plan.flops.backward += L * 2.0 * l.m * (double(l.n) + l.r);
+        plan.flops.projection += dense * L * 2.0 * l.n * l.r;
+        plan.flops.update += dense * L * 2.0 * l.m * l.n * l.r / update_tokens;
+    }
+    return plan;
+}
+
+// One arena for each category. Zeros: gradients of padded words, which nothing writes, and moments start from them.
+static void model_allocate(const Plan& plan) {
+#if defined(USE_OPENBLAS)
+    openblas_set_num_threads(1);  // our own threads call it, each for its slab
+#endif
+    for (const std::string& category : plan.categories()) {
+        char* arena = (char*)calloc(plan.bytes(category), 1);
+        if (!arena) {
+            fail("not enough memory: " + commas(plan.bytes(category)) + " bytes for " + category +
+                 " could not be had; a smaller --batch, --seq or --rank, or --recompute 2, takes less");
+        }
+        for (const Tensor& t : plan.tensors) {
+            if (t.category != category) continue;
+            memcpy(t.home, &arena, sizeof(arena));
+            arena += t.bytes();
+        }
+    }
+}
+
+// Bytes between a tensor and the host: on this device they are one.
+static void model_get(void* host, const void* from, size_t bytes) { memcpy(host, from, bytes); }
+static void model_set(void* to, const void* host, size_t bytes) { memcpy(to, host, bytes); }
+
+static float* at_layer(float* group, int layer, int64_t stride) { return group ? group + layer * stride : nullptr; }
+
+// Parameter i of one layer in params, grads, m or v.
+static float* param_at(const Model& s, float* const* group, int i, int layer) {
+    const ParamRow& row = param_rows[i];
+    int64_t columns = row.columns == 0 ? 1 : row.columns * int64_t(s.config.C);
+    if (row.linear >= 0 && group != s.params) columns = s.linear[row.linear].r;
+    return group[i] + layer * row.rows * int64_t(s.config.C) * columns;
+}
+
+// ====================================================================================================================
+// the compressed linear layer: z = x P in place of x, and what follows from it
+// ====================================================================================================================
+
+// P (n, r) with E[P P^T] = I, drawn anew wherever it is needed. gaussian: N(0, 1/r) (CompAct, section 3.1); rademacher:
+// signs / sqrt(r); sparse: one sign in each row, p[k] in column (k + shift[k / r]) mod r, so that z is a signed fold of x.
+// Another projection is another branch here, in project, and in lift.
+static void draw_projection(float* p, int* shift, const Linear& l, int projection, uint64_t seed, uint64_t stream) {
+    int64_t count = int64_t(l.n) * l.r;
+    if (projection == GAUSSIAN) {
+        draw_normals(p, 0, count, 1.0f / sqrtf(float(l.r)), seed, stream);
+    } else if (projection == RADEMACHER) {
+        draw_signs(p, count, 1.0f / sqrtf(float(l.r)), seed, stream);
+    } else {
+        draw_signs(p, l.n, 1.0f, seed, stream);
+        for (int stripe = 0; stripe * l.r < l.n; stripe++) shift[stripe] = philox(seed, stream, (1ull << 32) + stripe).x % l.r;
+    }
+}
+
+// z (N, r) = x P, x (N, n)
+static void project(float* z, const float* x, const float* p, const int* shift, const Linear& l, int projection, int N) {
+    if (projection != SPARSE) return matmul(z, x, false, p, false, N, l.r, l.n, 1.0f, 0.0f);
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < N; i++) {
+        const float* xi = x + size_t(i) * l.n;
+        float* zi = z + size_t(i) * l.r;
+        std::fill(zi, zi + l.r, 0.0f);
+        for (int first = 0; first < l.n; first += l.r) {  // a stripe of r inputs, turned: two runs without a modulo
+            int turn = shift[first / l.r], wrap = std::min(l.n, first + l.r - turn), last = std::min(l.n, first + l.r);
+            for (int k = first; k < wrap; k++) zi[k - first + turn] += p[k] * xi[k];
+            for (int k = first + l.r - turn; k < last; k++) zi[k - first + turn - l.r] += p[k] * xi[k];
+        }
+    }
+}
+
+// W (m, n) = keep W - step U P^T, U (m, r): the low-rank step of the optimizer, lifted (CompAct, algorithm 2)
+static void lift(float* w, const float* u, const float* p, const int* shift, const Linear& l, int projection, float keep,
+                 float step) {
+    if (projection != SPARSE) return matmul(w, u, false, p, true, l.m, l.n, l.r, -step, keep);
+#pragma omp parallel for schedule(static)
+    for (int o = 0; o < l.m; o++) {
+        float* wo = w + size_t(o) * l.n;
+        const float* uo = u + size_t(o) * l.r;
+        for (int first = 0; first < l.n; first += l.r) {
+            int turn = shift[first / l.r], wrap = std::min(l.n, first + l.r - turn), last = std::min(l.n, first + l.r);
+            for (int k = first; k < wrap; k++) wo[k] = keep * wo[k] - step * p[k] * uo[k - first + turn];
+            for (int k = first + l.r - turn; k < last; k++) wo[k] = keep * wo[k] - step * p[k] * uo[k - first + turn - l.r];
+        }
+    }
+}
+
+// Draws the present P of a layer into s.p and projects x with it.
+static void make_z(Model& s, int which, int layer, float* z, const float* x, int N) {
+    const Linear& l = s.linear[which];
+    draw_projection(s.p, s.shift, l, s.options.projection, s.options.seed, stream_of(which, layer, s.epoch));
+    project(z, x, s.p, s.shift, l, s.options.projection, N);
+}
+
+static int weight_of(int which) { return which == QKV ? QKVW : which == ATTPROJ ? ATTPROJW : which == FC ? FCW : FCPROJW; }
+
+// y (N, m) = x W^T + b, plus residual (N, m) where it is given; when training, keeps z if the tape has a place for it.
+static void linear_forward(Model& s, int which, int layer, float* y, const float* x, const float* residual, int N,
+                           bool training) {
+    const Linear& l = s.linear[which];
+    const float* w = param_at(s, s.params, weight_of(which), layer);
+    const float* b = param_at(s, s.params, weight_of(which) + 1, layer);
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < N; i++) {
+        float* yi = y + size_t(i) * l.m;
+        for (int j = 0; j < l.m; j++) yi[j] = residual ? residual[size_t(i) * l.m + j] + b[j] : b[j];
+    }
+    matmul(y, x, false, w, true, N, l.m, l.n, 1.0f, 1.0f);
+    if (training && s.z[which]) make_z(s, which, layer, at_layer(s.z[which], layer, int64_t(N) * l.r), x, N);
+}
+
+// dx (N, n) = dy W. The weight's gradient G = dy^T z (m, r), or dy^T x (m, n) at full rank, is added to beta times what
+// stands there; db (m) += sum of dy. x may be null where z is on the tape, and may be dx itself: it is read first.
+static void linear_backward(Model& s, int which, int layer, float* dx, const float* dy, const float* x, int N, float beta) {
+    const Linear& l = s.linear[which];
+    const float* kept = x;
+    if (l.compressed()) {
+        kept = at_layer(s.z[which], layer, int64_t(N) * l.r);
+        if (!kept) make_z(s, which, layer, s.z_now, x, N), kept = s.z_now;
+    }
+    matmul(param_at(s, s.grads, weight_of(which), layer), dy, true, kept, false, l.m, l.r, N, 1.0f, beta);
+    bias_backward(param_at(s, s.grads, weight_of(which) + 1, layer), dy, N, l.m);
+    matmul(dx, dy, false, param_at(s, s.params, weight_of(which), layer), false, N, l.n, l.m, 1.0f, 0.0f);
+}
+
+// W -= lr (alpha U P^T + wd W) with U = Adam's direction in the compressed space; at full rank W -= lr (U + wd W).
+static void linear_update(Model& s, int which, int layer, const Adam& a) {
+    const Linear& l = s.linear[which];
+    int weight = weight_of(which);
+    float *w = param_at(s, s.params, weight, layer), *g = param_at(s, s.grads, weight, layer);
+    float *m = param_at(s, s.m, weight, layer), *v = param_at(s, s.v, weight, layer);
+    int64_t count = int64_t(l.m) * l.r;
+    if (!l.compressed()) return adam_update(w, g, m, v, count, a);
+#pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < count; i++) g[i] = adam_direction(a, g[i], m + i, v + i);  // U takes the gradient's place
+    draw_projection(s.p, s.shift, l, s.options.projection, s.options.seed, stream_of(which, layer, s.epoch));
+    lift(w, g, s.p, s.shift, l, s.options.projection, 1.0f - a.lr * a.decay, a.lr * float(s.options.alpha));
+}
+
+// A new epoch's P: the moments stay as they are (CompAct), or start again from zero, or the first of them moves into the
+// new space, M <- M P_old^T P_new (Flora, arXiv 2402.03293). The gradient's memory is free between steps and serves here.
+static void linear_next_epoch(Model& s, int which, int layer) {
+    const Linear& l = s.linear[which];
+    const Options& o = s.options;
+    int64_t count = int64_t(l.m) * l.r;
+    float *m = param_at(s, s.m, weight_of(which), layer), *v = param_at(s, s.v, weight_of(which), layer);
+    if (o.moments == RESET) {
+        std::fill(m, m + count, 0.0f);
+        std::fill(v, v + count, 0.0f);
+    } else if (o.moments == MOVE) {
+        float* moved = param_at(s, s.grads, weight_of(which), layer);
+        draw_projection(s.p, s.shift, l, o.projection, o.seed, stream_of(which, layer, s.epoch));
+        draw_projection(s.p_next, s.shift_next, l, o.projection, o.seed, stream_of(which, layer, s.epoch + 1));
+        if (o.projection == SPARSE) {
+            std::fill(s.p_change, s.p_change + l.r * int64_t(l.r), 0.0f);
+            for (int k = 0; k < l.n; k++) {
+                int64_t row = (k + s.shift[k / l.r]) % l.r, column = (k + s.shift_next[k / l.r]) % l.r;
+                s.p_change[row * l.r + column] += s.p[k] * s.p_next[k];
+            }
+        } else {
+            matmul(s.p_change, s.p, true, s.p_next, false, l.r, l.r, l.n, 1.0f, 0.0f);
+        }
+        matmul(moved, m, false, s.p_change, false, l.m, l.r, l.r, 1.0f, 0.0f);
+        memcpy(m, moved, sizeof(float) * count);
+    }
+}
+
+// ====================================================================================================================
+// the model: forward, backward, update
+// ====================================================================================================================
+
+// Row `row` of the tape in a layer; where the tape does not keep it, the place where it is computed for the moment.
+static float* tape_at(const Model& s, int row, int layer, int N, float* otherwise) {
+    return s.tape[row] ? s.tape[row] + int64_t(layer) * N * tape_rows[row].width * s.config.C : otherwise;
+}
+
+static void layernorm_1(Model& s, float* y, int layer, int N) {
+    int64_t at = int64_t(layer) * N;
+    layernorm_forward(y, s.ln1_mean + at, s.ln1_rstd + at, tape_at(s, RESIDUAL, layer, N, nullptr),
+                      param_at(s, s.params, LN1W, layer), param_at(s, s.params, LN1B, layer), N, s.config.C);
+}
+
+static void layernorm_2(Model& s, float* y, int layer, int N) {
+    int64_t at = int64_t(layer) * N;
+    layernorm_forward(y, s.ln2_mean + at, s.ln2_rstd + at, tape_at(s, RESIDUAL2, layer, N, nullptr),
+                      param_at(s, s.params, LN2W, layer), param_at(s, s.params, LN2B, layer), N, s.config.C);
+}
+
+// s.inputs (B, T) to s.lnf (B*T, C), the input of the head. When training, fills the tape on the way.
+static void model_forward(Model& s, int B, int T, bool training) {
+    const Config& c = s.config;
+    int N = B * T;
+    embedding_forward(s.tape[RESIDUAL], s.inputs, s.params[WTE], s.params[WPE], B, T, c.C);
+    for (int layer = 0; layer < c.L; layer++) {
+        float *residual = tape_at(s, RESIDUAL, layer, N, nullptr), *residual2 = tape_at(s, RESIDUAL2, layer, N, nullptr);
+        float *qkv = tape_at(s, QKVR, layer, N, nullptr), *atty = tape_at(s, ATTY, layer, N, nullptr);
+        float *fch = tape_at(s, FCH, layer, N, nullptr), *fch_gelu = tape_at(s, FCH_GELU, layer, N, s.wide);
+        float *ln1 = tape_at(s, LN1, layer, N, s.narrow), *ln2 = tape_at(s, LN2, layer, N, s.narrow);
+
+        layernorm_1(s, ln1, layer, N);
+        linear_forward(s, QKV, layer, qkv, ln1, nullptr, N, training);
+        attention_forward(atty, s.lse + int64_t(layer) * N * c.NH, qkv, s.scratch, B, T, c.C, c.NH);
+        linear_forward(s, ATTPROJ, layer, residual2, atty, residual, N, training);
+        layernorm_2(s, ln2, layer, N);
+        linear_forward(s, FC, layer, fch, ln2, nullptr, N, training);
+        gelu_forward(fch_gelu, fch, int64_t(N) * 4 * c.C);
+        linear_forward(s, FCPROJ, layer, tape_at(s, RESIDUAL, layer + 1, N, nullptr), fch_gelu, residual2, N, training);
+    }
+    layernorm_forward(s.lnf, s.lnf_mean, s.lnf_rstd, tape_at(s, RESIDUAL, c.L, N, nullptr), s.params[LNFW], s.params[LNFB], N,
+                      c.C);
+}
+
+// Logits (rows, V) of tokens first, first+1, ... of the last forward pass. Padded words have none.
+static void model_logits(const Model& s, float* logits, int first, int rows) {
+    matmul(logits, s.lnf + int64_t(first) * s.config.C, false, s.params[WTE], true, rows, s.config.V, s.config.C, 1.0f, 0.0f);
+}
+
+// The losses of all N tokens, a chunk of tokens at a time. When training, the gradients too, at once: that of s.lnf into
+// s.narrow, and that of wte added to beta times what stands there. scale is 1 / (tokens of the optimizer step).
+static void classifier(Model& s, int N, bool training, float scale, float beta) {
+    const Config& c = s.config;
+    for (int first = 0; first < N; first += CHUNK) {
+        int rows = std::min<int>(CHUNK, N - first);
+        model_logits(s, s.logits, first, rows);
+        cross_entropy(s.logits, s.losses + first, s.targets + first, rows, c.V, scale);
+        if (!training) continue;
+        matmul(s.narrow + int64_t(first) * c.C, s.logits, false, s.params[WTE], false, rows, c.C, c.V, 1.0f, 0.0f);
+        matmul(s.grads[WTE], s.logits, true, s.lnf + int64_t(first) * c.C, false, c.V, c.C, rows, 1.0f,
+               first == 0 ? beta : 1.0f);
+    }
+}
+
+// Losses of s.inputs against s.targets (B, T), into s.losses.
+static void model_evaluate(Model& s, int B, int T) {
+    model_forward(s, B, T, false);
+    classifier(s, B * T, false, 0.0f, 0.0f);
+}
+
+// Forward and backward pass of one micro batch: losses, and gradients times scale, added to those of the step's earlier
+// micro batches unless this is the first. The gradient of the residual stream flows down in s.dresidual.
+static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
+    const Config& c = s.config;
+    int N = B * T;
+    float beta = first ? 0.0f : 1.0f;
+    for (int i = 0; first && i < PARAMS; i++) {  // what the matrix products write is spared: they start with beta = 0
+        if (i == WTE || param_rows[i].linear >= 0) continue;
+        std::fill(s.grads[i], s.grads[i] + param_count(c, i), 0.0f);
+    }
+    model_forward(s, B, T, true);
+    classifier(s, N, true, scale, beta);
+    layernorm_backward(s.dresidual, s.grads[LNFW], s.grads[LNFB], s.narrow, tape_at(s, RESIDUAL, c.L, N, nullptr), s.lnf_mean,
+                       s.lnf_rstd, s.params[LNFW], N, c.C, 0.0f);
+    for (int layer = c.L - 1; layer >= 0; layer--) {
+        float *residual = tape_at(s, RESIDUAL, layer, N, nullptr), *residual2 = tape_at(s, RESIDUAL2, layer, N, nullptr);
+        float *qkv = tape_at(s, QKVR, layer, N, nullptr), *atty = tape_at(s, ATTY, layer, N, nullptr);
+        float* fch = tape_at(s, FCH, layer, N, nullptr);
+        float *ln1 = tape_at(s, LN1, layer, N, nullptr), *ln2 = tape_at(s, LN2, layer, N, nullptr);
+        float* fch_gelu = tape_at(s, FCH_GELU, layer, N, nullptr);
+        int64_t at = int64_t(layer) * N;
+
+        if (!fch_gelu && !s.z[FCPROJ]) gelu_forward(fch_gelu = s.wide, fch, int64_t(N) * 4 * c.C);
+        linear_backward(s, FCPROJ, layer, s.wide, s.dresidual, fch_gelu, N, beta);
+        gelu_backward(s.wide, fch, int64_t(N) * 4 * c.C);
+        if (!ln2 && !s.z[FC]) layernorm_2(s, ln2 = s.narrow, layer, N);
+        linear_backward(s, FC, layer, s.narrow, s.wide, ln2, N, beta);
+        layernorm_backward(s.dresidual, param_at(s, s.grads, LN2W, layer), param_at(s, s.grads, LN2B, layer), s.narrow,
+                           residual2, s.ln2_mean + at, s.ln2_rstd + at, param_at(s, s.params, LN2W, layer), N, c.C, 1.0f);
+        linear_backward(s, ATTPROJ, layer, s.narrow, s.dresidual, atty, N, beta);
+        attention_backward(s.wide, s.narrow, qkv, atty, s.lse + at * c.NH, s.scratch, B, T, c.C, c.NH);
+        if (!ln1 && !s.z[QKV]) layernorm_1(s, ln1 = s.narrow, layer, N);
+        linear_backward(s, QKV, layer, s.narrow, s.wide, ln1, N, beta);
+        layernorm_backward(s.dresidual, param_at(s, s.grads, LN1W, layer), param_at(s, s.grads, LN1B, layer), s.narrow,
+                           residual, s.ln1_mean + at, s.ln1_rstd + at, param_at(s, s.params, LN1W, layer), N, c.C, 1.0f);
+    }
+    embedding_backward(s.grads[WTE], s.grads[WPE], s.dresidual, s.inputs, B, T, c.C);
+}
+
+// Before optimizer step `step` (from 0): the projections' epoch advances every --gap steps, for all layers together.
+static void model_begin_step(Model& s, int64_t step) {
+    int64_t gap = s.options.gap;
+    s.epoch = gap > 0 ? step / gap : 0;
+    if (gap == 0 || step == 0 || step % gap != 0) return;
+    s.epoch--;  // the moments still stand in the old one
+    for (int layer = 0; layer < s.config.L; layer++) {
+        for (int which = 0; which < LINEARS; which++) {
+            if (s.linear[which].compressed()) linear_next_epoch(s, which, layer);
+        }
+    }
+    s.epoch++;
+}
+
+// Global norm of all gradients, the compressed ones as they are: E||G||^2 = ||dW||^2.
+static double gradient_norm(const Plan& plan) {
+    const int64_t PIECE = 1 << 16;  // partial sums of fixed extent: the same norm for any number of threads
+    double total = 0;
+    for (const Tensor& t : plan.tensors) {
+        if (t.category != "gradients") continue;
+        float* g;
+        memcpy(&g, t.home, sizeof(g));
+        int64_t count = t.count(), pieces = (count + PIECE - 1) / PIECE;
+        std::vector<double> sums(pieces);
+#pragma omp parallel for schedule(static)
+        for (int64_t i = 0; i < pieces; i++) {
+            float sum = 0;
+            int64_t last = std::min(count, (i + 1) * PIECE);
+#pragma omp simd reduction(+ : sum)
+            for (int64_t j = i * PIECE; j < last; j++) sum += g[j] * g[j];
+            sums[i] = sum;
+        }
+        for (double sum : sums) total += sum;
+    }
+    return sqrt(total);
+}
+
+// One optimizer step from the accumulated gradients, which it uses up. Returns their norm, before clipping.
+static double model_update(Model& s, const Plan& plan, int64_t step, double lr) {
+    const Options& o = s.options;
+    double norm = gradient_norm(plan);
+    float scale = o.clip > 0 && norm > o.clip ? float(o.clip / norm) : 1.0f;
+    auto adam_after = [&](int64_t t) {
+        return Adam{float(lr),
+                    float(o.beta1),
+                    float(o.beta2),
+                    float(o.eps),
+                    0.0f,
+                    scale,
+                    float(1 / (1 - pow(o.beta1, t))),
+                    float(1 / (1 - pow(o.beta2, t)))};
+    };
+    Adam exact = adam_after(step + 1), compressed = exact;
+    if (o.moments == RESET && o.gap > 0) compressed = adam_after(step % o.gap + 1);  // these moments are that old
+    compressed.decay = float(o.weight_decay);
+    for (int i = 0; i < PARAMS; i++) {
+        int which = param_rows[i].linear;
+        exact.decay = param_rows[i].columns > 0 ? float(o.weight_decay) : 0.0f;  // matrices decay, vectors do not
+        for (int layer = 0; which >= 0 && layer < s.config.L; layer++) {
+            linear_update(s, which, layer, s.linear[which].compressed() ? compressed : exact);
+        }
+        if (which >= 0) continue;
+        adam_update(s.params[i], s.grads[i], s.m[i], s.v[i], param_count(s.config, i), exact);
+    }
+    return norm;
+}
+
+// P (n, r) of a layer in the present epoch, written out in full, for --dump.
+static std::vector<float> model_projection(Model& s, int which, int layer) {
+    const Linear& l = s.linear[which];
+    std::vector<float> out(int64_t(l.n) * l.r, 0.0f);
+    bool sparse = s.options.projection == SPARSE;
+    draw_projection(s.p, s.shift, l, s.options.projection, s.options.seed, stream_of(which, layer, s.epoch));
+    if (!sparse) std::copy(s.p, s.p + out.size(), out.begin());
+    for (int k = 0; sparse && k < l.n; k++) out[int64_t(k) * l.r + (k + s.shift[k / l.r]) % l.r] = s.p[k];
+    return out;
+}
+
+// What was found on the machine, in a line.
+static std::string model_device() {
+    std::string name = "CPU";
+    if (FILE* file = fopen("/proc/cpuinfo", "r")) {
+        char line[256];
+        while (fgets(line, sizeof(line), file)) {
+            char* value = strstr(line, ": ");
+            if (strncmp(line, "model name", 10) != 0 || !value) continue;
+            name = std::string(value + 2, strcspn(value + 2, "\n"));
+            break;
+        }
+        fclose(file);
+    }
+#if defined(USE_OPENBLAS)
+    const char* blas = "OpenBLAS";
+#elif defined(USE_ACCELERATE)
+    const char* blas = "Accelerate";
+#else
+    const char* blas = "no BLAS";
+#endif
+    return text("%s, %d threads, %s, vectors of %d floats", name.c_str(), omp_get_max_threads(), blas, int(LANES));
+}
+
+// ====================================================================================================================
+// host, second part: the same text in both trainers. Files, data, sampling, evaluation, checkpoints, log, command line.
+// ====================================================================================================================
+
+// ---- files: every count is held against the file's real size before anything is allocated
+
+enum {
+    MODEL_MAGIC = 20240326,
+    TOKENS_MAGIC = 20240520,
+    TOKENIZER_MAGIC = 20240328,
+    HELLASWAG_MAGIC = 20240522,
+    STATE_MAGIC = 20241020
+};
+enum { HEADER_BYTES = 1024, HEADER_INTS = HEADER_BYTES / 4 };
+
+struct CloseFile {
+    void operator()(FILE* file) const { fclose(file); }
+};
+
+struct Input {
+    std::string path;
+    std::unique_ptr<FILE, CloseFile> file;
+    int64_t size;
+};
+
+static Input open_input(const std::string& path) {
+    struct stat info = {};
+    Input in = {path, std::unique_ptr<FILE, CloseFile>(fopen(path.c_str(), "rb")), 0};
+    if (!in.file || fstat(fileno(in.file.get()), &info) != 0) refuse(path + ": cannot be read: " + strerror(errno));
+    if (!S_ISREG(info.st_mode)) refuse(path + ": is not a file");
+    in.size = info.st_size;
+    return in;
+}
+
+static void read_bytes(Input& in, void* to, size_t bytes) {
+    if (fread(to, 1, bytes, in.file.get()) != bytes) refuse(in.path + ": ends too early");
+}
+
+// Reads the header that all of llm.c's formats share; checks its magic number and its version.
+static std::vector<int32_t> read_header(Input& in, int magic, std::initializer_list<int> versions, const std::string& what) {
+    std::vector<int32_t> header(HEADER_INTS);
+    if (in.size < HEADER_BYTES) refuse(in.path + ": " + commas(in.size) + " bytes are too few for a " + what);
+    read_bytes(in, header.data(), HEADER_BYTES);
+    if (header[0] != magic) refuse(in.path + ": is no " + what + ": it begins with " + str(header[0]) + ", not " + str(magic));
+    for (int version : versions) {
+        if (header[1] == version) return header;
+    }
+    refuse(in.path + ": is a " + what + " of version " + str(header[1]) + ", which is not known");
+}
+
+static uint64_t checksum(uint64_t sum, const void* data, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 4) {
+        uint32_t word = 0;
+        memcpy(&word, (const char*)data + i, std::min<size_t>(4, bytes - i));
+        sum = (sum ^ word) * 0x9E3779B97F4A7C15ull;  // odd, so a change of any one word changes the sum
+        sum ^= sum >> 29;
+    }
+    return sum;
+}
+
+// A file that appears whole or not at all: written beside its name, synced, then renamed.
+struct Writer {
+    std::string path;
+    FILE* file;
+    uint64_t sum = 0;
+    explicit Writer(const std::string& name) : path(name), file(fopen((name + ".tmp").c_str(), "wb")) {
+        if (!file) stop();
+    }
+    Writer(const Writer&) = delete;
+    ~Writer() {
+        if (file) fclose(file), unlink((path + ".tmp").c_str());
+    }
+    [[noreturn]] void stop() { fail(path + ": cannot be written: " + strerror(errno)); }
+    void write(const void* data, size_t bytes) {
+        sum = checksum(sum, data, bytes);
+        if (fwrite(data, 1, bytes, file) != bytes) stop();
+    }
+    void commit() {
+        if (fflush(file) != 0 || fsync(fileno(file)) != 0 || rename((path + ".tmp").c_str(), path.c_str()) != 0) stop();
+        fclose(file);
+        file = nullptr;
+        int folder = open(path.substr(0, path.find_last_of('/') + 1).append(".").c_str(), O_RDONLY);
+        if (folder >= 0) fsync(folder), close(folder);  // the new name itself must reach the disk
+    }
+};
+
+// Elements [first, first + count) of a tensor, piece by piece: `use` reads each piece, or fills it when it is to be stored.
+static void visit(const Tensor& t, int64_t first, int64_t count, bool store,
+                  const std::function<void(float*, int64_t at, int64_t n)>& use) {
+    const int64_t MOST = 1 << 18;
+    std::vector<float> piece(std::min(MOST, count));
+    float* data;
+    memcpy(&data, t.home, sizeof(data));
+    for (int64_t at = first, n; at < first + count; at += n) {
+        n = std::min(MOST, first + count - at);
+        if (!store) model_get(piece.data(), data + at, n * sizeof(float));
+        use(piece.data(), at, n);
+        if (store) model_set(data + at, piece.data(), n * sizeof(float));
+    }
+}
+
+// ---- the model file: llm.c's, version 3 (fp32) and 5 (bf16)
+
+static uint16_t bf16_of_float(float x) {  // to nearest, ties to even
+    uint32_t bits = bits_of_float(x);
+    return x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+static float float_of_bf16(uint16_t x) { return float_of_bits(uint32_t(x) << 16); }
+
+static bool is_model_file(const std::string& model) { return model.find_first_of("./") != std::string::npos; }
+
+static int64_t parameter_count(const Config& c) {
+    int64_t sum = 0;
+    for (int i = 0; i < PARAMS; i++) sum += param_count(c, i);
+    return sum;
+}
+
+static Config read_model_config(const std::string& path) {
+    Input in = open_input(path);
+    std::vector<int32_t> h = read_header(in, MODEL_MAGIC, {3, 5}, "GPT-2 model file");
+    const struct {
+        const char* name;
+        int value, low, high;
+    } fields[] = {{"context", h[2], 1, 1 << 20}, {"vocabulary", h[3], 1, 1 << 16}, {"layers", h[4], 1, 1 << 10},
+                  {"heads", h[5], 1, 1 << 10},   {"channels", h[6], 1, 1 << 16},   {"padded vocabulary", h[7], h[3], 1 << 17}};
+    for (auto& f : fields) {
+        if (f.value < f.low || f.value > f.high)
+            refuse(path + ": its " + f.name + " is " + str(f.value) + ", not " + str(f.low) + " to " + str(f.high));
+    }
+    Config c = {h[2], h[3], h[4], h[5], h[6], h[7]};
+    if (c.C % c.NH != 0) refuse(path + ": " + str(c.C) + " channels do not divide into " + str(c.NH) + " heads");
+    int64_t wanted = HEADER_BYTES + parameter_count(c) * (h[1] == 3 ? 4 : 2);
+    if (in.size != wanted) refuse(path + ": has " + commas(in.size) + " bytes; its header asks for " + commas(wanted));
+    return c;
+}
+
+static void read_model(const Plan& plan, const std::string& path) {
+    Input in = open_input(path);
+    bool bf16 = read_header(in, MODEL_MAGIC, {3, 5}, "GPT-2 model file")[1] == 5;
+    std::vector<uint16_t> half;
+    for (const Tensor& t : plan.tensors) {
+        if (t.category != "parameters") continue;
+        visit(t, 0, t.count(), true, [&](float* to, int64_t, int64_t n) {
+            half.resize(bf16 ? n : 0);
+            read_bytes(in, bf16 ? (void*)half.data() : to, n * (bf16 ? 2 : 4));
+            for (int64_t i = 0; i < n; i++) {
+                if (bf16) to[i] = float_of_bf16(half[i]);
+                if (!std::isfinite(to[i])) refuse(path + ": " + t.name + " holds a value that is not finite");
+            }
+        });
+    }
+}
+
+static void write_model(const Plan& plan, const Config& c, int type, const std::string& path) {
+    int32_t header[HEADER_INTS] = {MODEL_MAGIC, type == TYPE_BF16 ? 5 : 3, c.context, c.V, c.L, c.NH, c.C, c.Vp};
+    Writer out(path);
+    out.write(header, sizeof(header));
+    std::vector<uint16_t> half;
+    for (const Tensor& t : plan.tensors) {
+        if (t.category != "parameters") continue;
+        visit(t, 0, t.count(), false, [&](const float* from, int64_t, int64_t n) {
+            if (type == TYPE_FP32) return out.write(from, n * 4);
+            half.resize(n);
+            std::transform(from, from + n, half.begin(), bf16_of_float);
+            out.write(half.data(), n * 2);
+        });
+    }
+    out.commit();
+}
+
+// GPT-2's initialisation: N(0, 0.02), the projections back into the stream scaled by 1 / sqrt(2 L), LayerNorm 1 and 0.
+static void initialise(const Plan& plan, const Config& c, int64_t seed) {
+    int next = 0;
+    for (const Tensor& t : plan.tensors) {
+        if (t.category != "parameters") continue;
+        int param = next++;
+        float scale = param == ATTPROJW || param == FCPROJW ? 0.02f / sqrtf(2.0f * c.L) : 0.02f;
+        int64_t words = param == WTE ? int64_t(c.V) * c.C : t.count();  // padded words stay 0
+        visit(t, 0, t.count(), true, [&](float* to, int64_t at, int64_t n) {
+            std::fill(to, to + n, param == LN1W || param == LN2W || param == LNFW ? 1.0f : 0.0f);
+            if (param_rows[param].columns == 0 || at >= words) return;
+            draw_normals(to, at, std::min(n, words - at), scale, seed, stream_of(STREAM_INIT, param, 0));
+        });
+    }
+}
+
+// ---- tokenizer: from ids to text. Without a file, ids are bytes where there are at most 256 of them, else shown as numbers.
+
+struct Tokenizer {
+    std::vector<std::string> pieces;
+    int end_of_text;
+};
+
+static Tokenizer read_tokenizer(const std::string& path) {
+    Input in = open_input(path);
+    std::vector<int32_t> h = read_header(in, TOKENIZER_MAGIC, {1, 2}, "tokenizer file");
+    Tokenizer t = {{}, h[1] == 1 ? 50256 : h[3]};  // version 1 is GPT-2's and does not say
+    if (h[2] < 1 || h[2] > 1 << 16) refuse(path + ": its vocabulary is " + str(h[2]) + ", not 1 to 65536");
+    if (t.end_of_text < 0 || t.end_of_text >= h[2])
+        refuse(path + ": its end-of-text id " + str(t.end_of_text) + " is not below " + str(h[2]));
+    for (int i = 0; i < h[2]; i++) {
+        unsigned char length;
+        read_bytes(in, &length, 1);
+        t.pieces.push_back(std::string(length, '\0'));
+        read_bytes(in, &t.pieces.back()[0], length);
+    }
+    if (fgetc(in.file.get()) != EOF) refuse(path + ": goes on after its " + str(h[2]) + " tokens");
+    return t;
+}
+
+static Tokenizer no_tokenizer(int V) {
+    Tokenizer t = {{}, V == 50257 ? 50256 : V == 256 ? '\n' : 0};
+    for (int i = 0; i < V; i++) t.pieces.push_back(V <= 256 ? std::string(1, char(i)) : " " + str(i));
+    return t;
+}
+
+// ---- data: llm.c's token shards, or any file as bytes. A shard of `tokens` holds (tokens - 1) / T sequences.
+
+struct Shard {
+    std::string path;
+    int64_t start, tokens;  // start: bytes before the first token
+    int width;              // bytes of a token: 2 in a shard, 1 in plain text
+};
+
+struct Data {
+    std::vector<Shard> shards;
+    int V, T;
+    int64_t sequences, tokens, seed;
+    bool shuffled;
+    Input input;  // the shard that was read last
+};
+
+// All files that match, their headers checked; what goes wrong names the option.
+static Data find_data(const char* option, const std::string& pattern) {
+    Data data = {};
+    glob_t found;
+    if (glob(pattern.c_str(), GLOB_TILDE, nullptr, &found) != 0) {
+        refuse(std::string(option) + ": no file matches '" + pattern +
+               "'; token shards (data_prep/prepare.py makes them) or text are wanted");
+    }
+    std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + found.gl_pathc);
+    globfree(&found);
+    for (const std::string& path : paths) {
+        Input in = open_input(path);
+        int32_t magic = 0, V = 256;
+        bool shard = fread(&magic, 4, 1, in.file.get()) == 1 && magic == TOKENS_MAGIC;
+        if (shard || std::filesystem::path(path).extension() == ".bin") {
+            rewind(in.file.get());
+            std::vector<int32_t> h = read_header(in, TOKENS_MAGIC, {1}, "token shard");
+            if (h[2] < 0 || in.size != HEADER_BYTES + 2 * int64_t(h[2])) {
+                refuse(path + ": has " + commas(in.size) + " bytes; its header promises " + str(h[2]) +
+                       " tokens of 2 after 1,024");
+            }
+            V = h[3] == 0 ? 50257 : h[3];
+            if (V < 1 || V > 1 << 16) refuse(path + ": its vocabulary is " + str(V) + ", not 1 to 65536");
+            data.shards.push_back({path, HEADER_BYTES, h[2], 2});
+        } else {
+            data.shards.push_back({path, 0, in.size, 1});
+        }
+        if (data.V != 0 && data.V != V)
+            refuse(path + ": has a vocabulary of " + str(V) + ", " + paths[0] + " one of " + str(data.V));
+        data.V = V;
+    }
+    return data;
+}
+
+// Sets the sequence length once it is known, and counts.
+static void cut_data(Data& data, const char* option, int T) {
+    data.T = T;
+    data.sequences = data.tokens = 0;
+    for (const Shard& shard : data.shards) {
+        data.sequences += std::max<int64_t>(0, shard.tokens - 1) / T;
+        data.tokens += shard.tokens;
+    }
+    if (data.sequences > 0) return;
+    refuse(std::string(option) + ": " + data.shards[0].path + " has " + commas(data.tokens) +
+           " tokens there, too few for one sequence of --seq " + str(T) + " and the token after it");
+}
+
+// A random permutation of 0..n-1 without a table: a Feistel network on the next power of 4, walked until it lands below n.
+static int64_t permute(int64_t i, int64_t n, uint64_t seed, uint64_t stream) {
+    int half = 1;
+    while (1ll << 2 * half < n) half++;
+    int64_t mask = (1ll << half) - 1;
+    do {
+        for (int round = 0; round < 6; round++) {
+            int64_t left = i >> half, right = i & mask;
+            i = right << half | (left ^ (philox(seed, stream, uint64_t(round) << 32 | right).x & mask));
+        }
+    } while (i >= n);
+    return i;
+}
+
+// The sequence at a place in the endless stream of epochs: shards in a new order each epoch, sequences in each shard too.
+// A function of the place alone, so that the order is one and the same for any micro batch and after any resume.
+static void read_sequence(Data& data, int64_t place, int* inputs, int* targets) {
+    int64_t epoch = place / data.sequences, left = place % data.sequences, count = 0;
+    int number = 0, shards = int(data.shards.size());
+    for (int i = 0; i < shards; i++, left -= count) {
+        number = data.shuffled ? int(permute(i, shards, data.seed, stream_of(STREAM_SHARDS, 0, epoch))) : i;
+        count = std::max<int64_t>(0, data.shards[number].tokens - 1) / data.T;
+        if (left < count) break;
+    }
+    if (data.shuffled) left = permute(left, count, data.seed, stream_of(STREAM_SEQUENCES, number, epoch));
+    const Shard& shard = data.shards[number];
+    if (data.input.path != shard.path) data.input = open_input(shard.path);
+    std::vector<uint8_t> raw(size_t(data.T + 1) * shard.width);
+    if (fseeko(data.input.file.get(), shard.start + left * data.T * shard.width, SEEK_SET) != 0)
+        fail(shard.path + ": cannot be searched");
+    read_bytes(data.input, raw.data(), raw.size());
+    for (int t = 0; t <= data.T; t++) {
+        int token = shard.width == 1 ? raw[t] : raw[2 * t] | raw[2 * t + 1] << 8;
+        if (token >= data.V)
+            refuse(shard.path + ": token " + commas(left * data.T + t) + " is " + str(token) + ", not below " + str(data.V));
+        if (t < data.T) inputs[t] = token;
+        if (t > 0) targets[t - 1] = token;
+    }
+}
+
+static void read_batch(Data& data, int64_t place, int B, Model& s) {
+    for (int64_t b = 0; b < B; b++) read_sequence(data, place + b, s.inputs + b * data.T, s.targets + b * data.T);
+}
+
+// ---- learning rate of step `step` (from 0): linear warm-up, then the schedule's way down to lr * final_lr_frac
+
+static double learning_rate(const Options& o, int64_t step, int64_t steps) {
+    if (step < o.warmup) return o.lr * double(step + 1) / o.warmup;
+    double low = o.lr * o.final_lr_frac, done = double(step - o.warmup) / std::max<int64_t>(1, steps - o.warmup);
+    if (o.schedule == COSINE) return low + 0.5 * (1.0 + cos(M_PI * done)) * (o.lr - low);
+    if (o.schedule == LINEAR) return o.lr - done * (o.lr - low);
+    int64_t decay_from =
+        std::max<int64_t>(o.warmup, steps * 4 / 5);  // wsd: the last fifth goes down, 1 - sqrt (arXiv 2405.18392)
+    if (o.schedule == CONSTANT || step < decay_from) return o.lr;
+    return low + (1.0 - sqrt(double(step - decay_from) / (steps - decay_from))) * (o.lr - low);
+}
+
+// ---- evaluation: validation loss, HellaSwag, samples. They use the training buffers between steps and change nothing else.
+
+static double mean_loss(const Model& s, int64_t first, int64_t count) {
+    double sum = 0;
+    for (int64_t i = first; i < first + count; i++) sum += s.losses[i];
+    return sum / count;
+}
+
+// Mean loss over the first --val-batches batches, the same ones each time.
+static double validate(Model& s, Data& data, const Options& o) {
+    double sum = 0;
+    int64_t end = o.val_batches < 0 ? data.sequences : std::min<int64_t>(data.sequences, int64_t(o.val_batches) * o.batch),
+            rows;
+    for (int64_t first = 0; first < end; first += rows) {
+        rows = std::min<int64_t>(o.batch, end - first);
+        read_batch(data, first, int(rows), s);
+        model_evaluate(s, int(rows), data.T);
+        sum += mean_loss(s, 0, rows * data.T) * rows;
+    }
+    return sum / end;
+}
+
+struct Example {
+    int label;
+    std::vector<int> context, endings[4];
+};
+
+static std::vector<Example> read_hellaswag(const std::string& path, int V) {
+    Input in = open_input(path);
+    std::vector<int32_t> h = read_header(in, HELLASWAG_MAGIC, {1}, "HellaSwag file");
+    if (h[2] < 1 || in.size % 2 != 0)
+        refuse(path + ": " + str(h[2]) + " examples in " + commas(in.size) + " bytes are not possible");
+    std::vector<uint16_t> words((in.size - HEADER_BYTES) / 2);
+    read_bytes(in, words.data(), words.size() * 2);
+    size_t at = 0;
+    auto next = [&](const char* what, int low, int high) {
+        if (at >= words.size()) refuse(path + ": ends inside its examples");
+        if (words[at] < low || words[at] > high) {
+            refuse(path + ": " + what + " is " + str(words[at]) + ", not " + str(low) + " to " + str(high) + " (word " +
+                   str(at) + ")");
+        }
+        return int(words[at++]);
+    };
+    auto tokens = [&] {
+        std::vector<int> list(next("a length", 1, 65535));
+        for (int& token : list) token = next("a token", 0, V - 1);
+        return list;
+    };
+    std::vector<Example> examples;
+    for (int i = 0; i < h[2]; i++) {
+        size_t start = at;
+        next("an example's first word", 65535, 65535);
+        size_t bytes = next("an example's size", 0, 65535);
+        next("an example's index", i & 65535, i & 65535);
+        examples.push_back({});
+        Example& e = examples.back();
+        e.label = next("the right ending", 0, 3);
+        next("the number of endings", 4, 4);
+        e.context = tokens();
+        for (auto& ending : e.endings) ending = tokens();
+        if (bytes != (at - start) * 2)
+            refuse(path + ": example " + str(i) + " has " + str((at - start) * 2) + " bytes, not " + str(bytes));
+    }
+    if (at != words.size()) refuse(path + ": goes on after its " + str(h[2]) + " examples");
+    return examples;
+}
+
+// The share of examples whose right ending has the lowest mean loss of the four. A context too long loses its beginning.
+static double score_hellaswag(Model& s, const std::vector<Example>& examples, const Options& o) {
+    int right = 0, group = std::min(o.batch, 4);
+    for (const Example& e : examples) {
+        double losses[4];
+        for (int first = 0; first < 4; first += group) {
+            int rows = std::min(group, 4 - first);
+            std::vector<int> row[4];
+            int64_t T = 0;
+            for (int b = 0; b < rows; b++) {
+                row[b] = e.context;
+                row[b].insert(row[b].end(), e.endings[first + b].begin(), e.endings[first + b].end());
+                if (row[b].size() > size_t(o.seq) + 1) row[b].erase(row[b].begin(), row[b].end() - o.seq - 1);
+                T = std::max<int64_t>(T, row[b].size() - 1);
+            }
+            for (int64_t i = 0; i < rows * T; i++) {  // a shorter row's padding comes after all that counts
+                const std::vector<int>& r = row[i / T];
+                bool inside = i % T + 1 < int64_t(r.size());
+                s.inputs[i] = inside ? r[i % T] : 0;
+                s.targets[i] = inside ? r[i % T + 1] : 0;
+            }
+            model_evaluate(s, rows, int(T));
+            for (int b = 0; b < rows; b++) {
+                int64_t last = row[b].size() - 1, scored = std::min<int64_t>(e.endings[first + b].size(), last);
+                losses[first + b] = mean_loss(s, b * T + last - scored, scored);
+            }
+        }
+        right += std::min_element(losses, losses + 4) - losses == e.label;
+    }
+    return double(right) / examples.size();
+}
+
+// An id from logits (V), at a temperature (0: the best), among the top_k best (0: all). Never fails: logits that are not
+// finite are passed over, and where none is left the answer is 0.
+static int sample_token(const float* logits, int V, double temperature, int top_k, double coin) {
+    std::vector<std::pair<float, int>> order;
+    for (int i = 0; i < V; i++) {
+        if (std::isfinite(logits[i])) order.push_back({-logits[i], i});
+    }
+    if (order.empty()) return 0;
+    size_t kept = temperature == 0 ? 1 : top_k > 0 ? std::min<size_t>(top_k, order.size()) : order.size(), i = 0;
+    std::partial_sort(order.begin(), order.begin() + kept, order.end());
+    auto weight = [&](size_t at) { return kept == 1 ? 1.0 : exp((double(order[0].first) - order[at].first) / temperature); };
+    double left = 0;
+    for (size_t at = 0; at < kept; at++) left += coin * weight(at);
+    while (i + 1 < kept && left >= weight(i)) left -= weight(i++);
+    return order[i].second;
+}
+
+// Text of --sample-tokens tokens after an end of text. Past the sequence length, the model sees the last --seq tokens.
+static std::string sample(Model& s, const Tokenizer& tokenizer, const Options& o, int64_t step) {
+    int V = s.config.V;
+    std::vector<float> logits(V);
+    std::vector<int> tokens = {tokenizer.end_of_text < V ? tokenizer.end_of_text : 0};
+    std::string out;
+    for (int i = 0; i < o.sample_tokens; i++) {
+        int T = int(std::min<size_t>(tokens.size(), o.seq));
+        std::copy(tokens.end() - T, tokens.end(), s.inputs);
+        model_forward(s, 1, T, false);
+        model_logits(s, logits.data(), T - 1, 1);
+        tokens.push_back(
+            sample_token(logits.data(), V, o.temperature, o.top_k, uniform(o.seed, stream_of(STREAM_SAMPLE, 0, step), i)));
+        if (size_t(tokens.back()) < tokenizer.pieces.size()) out += tokenizer.pieces[tokens.back()];
+    }
+    return out;
+}
+
+// ---- checkpoints: DIR/model_STEP.bin for others, DIR/state_STEP.bin to go on from
+
+// What must be the same for a state to fit: the flag, and its value in words.
+typedef std::vector<std::pair<std::string, std::string>> Identity;
+
+static std::string checkpoint_path(const std::string& dir, const char* kind, int64_t step) {
+    return dir + "/" + kind + text("_%08lld.bin", (long long)step);
+}
+
+static bool is_saved(const Tensor& t) { return t.category == "parameters" || t.category == "moments"; }
+
+// int32[256] {magic, version, step, bytes of the identity}, the identity as lines of flag=value, the tensors, a checksum.
+static void write_state(const Plan& plan, const Identity& identity, int64_t step, const std::string& path) {
+    std::string lines;
+    for (auto& row : identity) lines += row.first + "=" + row.second + "\n";
+    int32_t header[HEADER_INTS] = {STATE_MAGIC, 1, int32_t(step), int32_t(lines.size())};
+    Writer out(path);
+    out.write(header, sizeof(header));
+    out.write(lines.data(), lines.size());
+    for (const Tensor& t : plan.tensors) {
+        if (is_saved(t)) visit(t, 0, t.count(), false, [&](const float* from, int64_t, int64_t n) { out.write(from, n * 4); });
+    }
+    uint64_t sum = out.sum;
+    out.write(&sum, sizeof(sum));
+    out.commit();
+}
+
+// Loads a state and returns its step. Refuses one that is not whole, or that was made with other flags.
+static int64_t read_state(const Plan& plan, const Identity& identity, const std::string& path) {
+    Input in = open_input(path);
+    std::vector<int32_t> h = read_header(in, STATE_MAGIC, {1}, "training state");
+    if (h[2] < 0 || h[3] < 0 || h[3] > in.size - HEADER_BYTES || h[3] > 1 << 16) refuse(path + ": its header is damaged");
+    std::string lines(h[3], '\0'), wanted;
+    read_bytes(in, &lines[0], lines.size());
+    int64_t size = HEADER_BYTES + h[3] + 8;
+    for (auto& row : identity) {
+        size_t at = lines.find(row.first + "="), from = at + row.first.size() + 1;
+        std::string was = at == std::string::npos ? "none" : lines.substr(from, lines.find('\n', from) - from);
+        if (was != row.second) refuse(row.first + ": " + path + " was saved with " + printable(was) + ", not " + row.second);
+        wanted += row.first + "=" + row.second + "\n";
+    }
+    for (const Tensor& t : plan.tensors) size += is_saved(t) ? t.bytes() : 0;
+    if (lines != wanted || in.size != size) refuse(path + ": is cut short or damaged");
+    uint64_t sum = checksum(checksum(0, h.data(), HEADER_BYTES), lines.data(), lines.size()), expected;
+    for (const Tensor& t : plan.tensors) {
+        if (!is_saved(t)) continue;
+        visit(t, 0, t.count(), true, [&](float* to, int64_t, int64_t n) {
+            read_bytes(in, to, n * 4);
+            sum = checksum(sum, to, n * 4);
+        });
+    }
+    read_bytes(in, &expected, sizeof(expected));
+    if (sum != expected) refuse(path + ": is damaged: its checksum does not hold");
+    return h[2];
+}
+
+// Steps of which DIR has a state, the newest first.
+static std::vector<int64_t> saved_steps(const std::string& dir) {
+    std::vector<int64_t> steps;
+    for (auto& entry : std::filesystem::directory_iterator(dir)) {
+        long long step;
+        bool state = sscanf(entry.path().filename().c_str(), "state_%lld.bin", &step) == 1;
+        if (state && entry.path().filename() == checkpoint_path("", "state", step).substr(1)) steps.push_back(step);
+    }
+    std::sort(steps.rbegin(), steps.rend());
+    return steps;
+}
+
+static void save_checkpoint(const Plan& plan, const Config& c, const Options& o, const Identity& identity, int64_t step) {
+    write_model(plan, c, o.checkpoint_type, checkpoint_path(o.out, "model", step));
+    write_state(plan, identity, step, checkpoint_path(o.out, "state", step));
+    std::vector<int64_t> steps = saved_steps(o.out);
+    for (size_t i = o.keep; o.keep > 0 && i < steps.size(); i++) {
+        for (const char* kind : {"state", "model"}) unlink(checkpoint_path(o.out, kind, steps[i]).c_str());
+    }
+}
+
+// Goes on from the newest whole state, or from step 0 where there is none at all.
+static int64_t resume(const Plan& plan, const Identity& identity, const std::string& dir) {
+    std::vector<int64_t> steps = saved_steps(dir);
+    for (size_t i = 0; i < steps.size(); i++) {
+        try {
+            return read_state(plan, identity, checkpoint_path(dir, "state", steps[i]));
+        } catch (const Failure& failure) {
+            if (failure.message.compare(0, 2, "--") == 0 || i + 1 == steps.size()) throw;  // other flags; or none older
+            fprintf(stderr, "%s; trying the one before\n", failure.message.c_str());
+        }
+    }
+    return 0;
+}
+
+// ---- options: a row each; parsing, --help, the log and the plan's JSON all follow from this table
+
+enum { KIND_TEXT, KIND_INT, KIND_REAL, KIND_RANK, KIND_FLAG, KIND_CHOICE, KIND_SET, KIND_PLAN };
+
+struct OptionRow {
+    char letter;
+    const char *name, *argument;
+    int kind;
+    void* value;
+    double low, high;
+    const char* help;
+    const char* names;  // of choices
+};
+
+static std::vector<OptionRow> option_table(Options& o) {
+    const double MANY = 1e9, WIDE = 1 << 20;
+    return {
+        {'i', "train", "PATTERN", KIND_TEXT, &o.train, 0, 0, "token shards (glob), or plain text: bytes as tokens", ""},
+        {'j', "val", "PATTERN", KIND_TEXT, &o.val, 0, 0, "likewise; without it, the last 10 % of a plain text", ""},
+        {'e', "model", "M", KIND_TEXT, &o.model, 0, 0, "d12, d24, d36, d48, any dN, or a model .bin to start from", ""},
+        {0, "channels", "C", KIND_INT, &o.channels, 0, 65536, "override the shape of a fresh model; 0: as the model says", ""},
+        {0, "heads", "NH", KIND_INT, &o.heads, 0, 1024, "", ""},
+        {0, "layers", "L", KIND_INT, &o.layers, 0, 1024, "", ""},
+        {0, "context", "T", KIND_INT, &o.context, 0, WIDE, "", ""},
+        {'o', "out", "DIR", KIND_TEXT, &o.out, 0, 0, "log.jsonl and checkpoints go here", ""},
+        {0, "tokenizer", "FILE", KIND_TEXT, &o.tokenizer, 0, 0, "for samples; else tokenizer.bin beside the data", ""},
+        {'b', "batch", "B", KIND_INT, &o.batch, 1, WIDE, "micro batch, in sequences", ""},
+        {'t', "seq", "T", KIND_INT, &o.seq, 0, WIDE, "sequence length; 0: the model's context", ""},
+        {'d', "total-batch", "N", KIND_INT, &o.total_batch, 0, MANY,
+         "tokens in an optimizer step; more than B * T accumulates; 0: B * T", ""},
+        {'x', "steps", "N", KIND_INT, &o.steps, -1, MANY, "optimizer steps; -1: once through the data", ""},
+        {'l', "lr", "X", KIND_REAL, &o.lr, 0, 100, "highest learning rate", ""},
+        {'u', "warmup", "N", KIND_INT, &o.warmup, 0, MANY, "steps of linear warm-up", ""},
+        {'q', "final-lr-frac", "X", KIND_REAL, &o.final_lr_frac, 0, 1, "the last learning rate, as a fraction of the highest",
+         ""},
+        {'k', "schedule", "S", KIND_CHOICE, &o.schedule, 0, 0, "", schedule_names},
+        {'c', "weight-decay", "X", KIND_REAL, &o.weight_decay, 0, 100, "on matrices only", ""},
+        {0, "clip", "X", KIND_REAL, &o.clip, 0, MANY, "largest global gradient norm; 0: no clipping", ""},
+        {0, "beta1", "X", KIND_REAL, &o.beta1, 0, 0.999999, "AdamW", ""},
+        {0, "beta2", "X", KIND_REAL, &o.beta2, 0, 0.999999, "", ""},
+        {0, "eps", "X", KIND_REAL, &o.eps, 0, 1, "", ""},
+        {0, "rank", "R", KIND_RANK, &o.rank, 0, MANY,
+         "ratio in (0, 1] of a layer's inputs, or a whole rank above 1; 1 is full rank", ""},
+        {0, "compress", "LIST", KIND_SET, &o.compress, 0, 0, "the layers that this holds for: none, or from ", linear_names},
+        {0, "projection", "P", KIND_CHOICE, &o.projection, 0, 0, "", projection_names},
+        {0, "gap", "T", KIND_INT, &o.gap, 0, MANY, "steps between new projections; 0: never", ""},
+        {0, "alpha", "A", KIND_REAL, &o.alpha, 0, MANY, "scale of a compressed layer's step", ""},
+        {0, "moments", "M", KIND_CHOICE, &o.moments, 0, 0, "Adam's, at a new projection: ", moments_names},
+        {'r', "recompute", "N", KIND_INT, &o.recompute, 0, 2, "0 keeps all, 1 computes GELU again, 2 LayerNorm too", ""},
+        {0, "plan", "", KIND_PLAN, &o.plan, 0, 0, "print the memory plan and stop; --plan=json for programs", ""},
+        {'v', "val-every", "N", KIND_INT, &o.val_every, -1, MANY,
+         "evaluate every N steps and at the end; 0: never, -1: at the end", ""},
+        {'m', "val-batches", "N", KIND_INT, &o.val_batches, -1, MANY, "validation batches; -1: all", ""},
+        {'s', "sample-every", "N", KIND_INT, &o.sample_every, -1, MANY, "show a sample; 0: never, -1: at the end", ""},
+        {'g', "sample-tokens", "N", KIND_INT, &o.sample_tokens, 1, WIDE, "length of a sample", ""},
+        {0, "temperature", "X", KIND_REAL, &o.temperature, 0, 100, "of a sample; 0: always the likeliest token", ""},
+        {0, "top-k", "K", KIND_INT, &o.top_k, 0, WIDE, "a sample draws from the K likeliest tokens; 0: from all", ""},
+        {0, "hellaswag", "FILE", KIND_TEXT, &o.hellaswag, 0, 0, "score this at every evaluation", ""},
+        {'n', "checkpoint-every", "N", KIND_INT, &o.checkpoint_every, -1, MANY,
+         "save every N steps and at the end; 0: never, -1: at the end", ""},
+        {0, "keep", "K", KIND_INT, &o.keep, 0, MANY, "checkpoints to keep; 0: all", ""},
+        {0, "checkpoint-type", "T", KIND_CHOICE, &o.checkpoint_type, 0, 0, "of the weights in model_STEP.bin: ", type_names},
+        {'y', "resume", "", KIND_FLAG, &o.resume, 0, 0, "go on from the newest checkpoint in --out, if there is one", ""},
+        {0, "seed", "S", KIND_INT, &o.seed, 0, 2147483647, "of everything random", ""},
+        {0, "overfit", "", KIND_FLAG, &o.overfit, 0, 0, "one batch again and again", ""},
+        {0, "dump", "FILE", KIND_TEXT, &o.dump, 0, 0, "write the first step's tensors for a checker", ""},
+        {'h', "help", "", KIND_FLAG, &o.help, 0, 0, "this", ""},
+    };
+}
+
+// The names, separated by commas, of the choices whose bits are set.
+static std::string names_of(const char* names, int mask) {
+    std::string out, all = names;
+    for (size_t i = 0, at = 0, comma; at <= all.size(); i++, at = comma + 1) {
+        comma = std::min(all.find(',', at), all.size());
+        if (mask >> i & 1) out += (out.empty() ? "" : ",") + all.substr(at, comma - at);
+    }
+    return out.empty() ? "none" : out;
+}
+
+static std::string option_value(const OptionRow& row) {
+    if (row.kind == KIND_INT) return str(*(int*)row.value);
+    if (row.kind == KIND_REAL || row.kind == KIND_RANK) return text("%.9g", *(double*)row.value);
+    if (row.kind == KIND_FLAG) return *(bool*)row.value ? "true" : "false";
+    if (row.kind == KIND_CHOICE) return names_of(row.names, 1 << *(int*)row.value);
+    if (row.kind == KIND_SET) return names_of(row.names, *(int*)row.value);
+    return *(std::string*)row.value;
+}
+
+static double number(const OptionRow& row, const std::string& value) {
+    char* end;
+    bool whole = row.kind == KIND_INT;
+    double x = strtod(value.c_str(), &end);
+    bool digits = !value.empty() && value.find_first_not_of(whole ? "+-0123456789" : "+-.eE0123456789") == std::string::npos;
+    if (!digits || *end || !(x >= row.low && x <= row.high)) {
+        refuse("--" + std::string(row.name) + ": '" + printable(value) + "' is not a " + (whole ? "whole " : "") +
+               text("number from %.9g to %.9g", row.low, row.high));
+    }
+    return x;
+}
+
+static void set_option(const OptionRow& row, const std::string& value) {
+    std::string name = std::string("--") + row.name, given = name + ": '" + printable(value) + "'";
+    if (row.kind == KIND_FLAG) *(bool*)row.value = true;
+    if (row.kind == KIND_INT) *(int*)row.value = int(number(row, value));
+    if (row.kind == KIND_REAL || row.kind == KIND_RANK) *(double*)row.value = number(row, value);
+    if (row.kind == KIND_TEXT || row.kind == KIND_PLAN) *(std::string*)row.value = value;
+    if (row.kind == KIND_TEXT && value.empty()) refuse(name + ": is empty; " + row.argument + " is wanted");
+    double rank = row.kind == KIND_RANK ? *(double*)row.value : 1.0;
+    if (rank == 0 || (rank > 1 && rank != floor(rank)))
+        refuse(given + " is neither a ratio in (0, 1] nor a whole rank above 1");
+    if (row.kind == KIND_PLAN && value != "text" && value != "json")
+        refuse(given + " is not known; --plan and --plan=json are");
+    if (row.kind != KIND_CHOICE && row.kind != KIND_SET) return;
+    int mask = 0;
+    for (size_t at = 0, comma; at <= value.size() && value != "none"; at = comma + 1) {
+        comma = row.kind == KIND_SET ? std::min(value.find(',', at), value.size()) : value.size();
+        int i = 0;
+        while (i < 8 && names_of(row.names, 1 << i) != value.substr(at, comma - at)) i++;
+        mask |= 1 << i;
+        if (row.kind == KIND_CHOICE) *(int*)row.value = i;
+    }
+    if (mask >> 8 || (row.kind == KIND_CHOICE && mask == 0)) {
+        refuse(given + (row.kind == KIND_SET ? " is neither none nor a list from " : " is not one of ") + row.names);
+    }
+    if (row.kind == KIND_SET) *(int*)row.value = mask;
+}
+
+static Options parse_options(int argc, char** argv) {
+    Options o;
+    std::vector<OptionRow> table = option_table(o);
+    std::vector<option> longs;
+    std::string letters = ":";
+    for (size_t i = 0; i < table.size(); i++) {
+        int takes = table[i].kind == KIND_PLAN ? optional_argument : *table[i].argument ? required_argument : no_argument;
+        longs.push_back({table[i].name, takes, nullptr, 256 + int(i)});
+        if (table[i].letter) letters += std::string(1, table[i].letter) + (takes == required_argument ? ":" : "");
+    }
+    longs.push_back({});
+    opterr = 0;
+    for (int key, at = optind; (key = getopt_long(argc, argv, letters.c_str(), longs.data(), nullptr)) != -1; at = optind) {
+        if (key == '?')
+            refuse(printable(argv[at]) + ": is not an option, or stands for several, or takes no value; --help lists them");
+        if (key == ':') refuse(printable(argv[at]) + ": needs a value; --help says which");
+        for (size_t i = 0; i < table.size(); i++) {
+            if (key == 256 + int(i) || key == table[i].letter)
+                set_option(table[i], optarg ? optarg : table[i].kind == KIND_PLAN ? "text" : "");
+        }
+    }
+    if (optind < argc)
+        refuse("'" + printable(argv[optind]) + "': is not an option; a value follows its option, as in --train FILE");
+    return o;
+}
+
+static void print_help() {
+    Options defaults;
+    printf("train_gpt2_compact: trains GPT-2 with compressed activations\n\n");
+    printf(
+        "  ./train_gpt2_compact --train input.txt -e d4 --channels 128 --context 128 --lr 1e-3 --steps 500 --sample-every "
+        "-1\n\n");
+    for (const OptionRow& row : option_table(defaults)) {
+        std::string left = (row.letter ? text("  -%c, --", row.letter) : "      --") + row.name + " " + row.argument,
+                    value = option_value(row);
+        printf("%-28s %s%s%s\n", left.c_str(), row.help, row.names,
+               row.kind == KIND_FLAG || value.empty() ? "" : (" (" + value + ")").c_str());
+    }
+    printf("\nBad input ends with one line and status 2.\n");
+}
+
+// The model's shape, from a name like d12 with the overrides, or from the header of a model file.
+static Config choose_config(const Options& o, int V) {
+    if (is_model_file(o.model)) {
+        Config c = read_model_config(o.model);
+        if (o.channels || o.heads || o.layers || o.context)
+            refuse("--channels, --heads, --layers, --context: are for a fresh model, not for " + o.model);
+        if (V != 0 && V != c.V)
+            refuse("--train: the data has a vocabulary of " + str(V) + ", the model " + o.model + " one of " + str(c.V));
+        return c;
+    }
+    int depth = 0, end = 0;
+    if (sscanf(o.model.c_str(), "d%4d%n", &depth, &end) != 1 || end != int(o.model.size()) || depth < 1 || depth > 1024) {
+        refuse("--model: '" + printable(o.model) +
+               "' is neither d12, d24, d36, d48 or another dN, nor a model file such as ./gpt2.bin");
+    }
+    const int widths[5] = {0, 768, 1024, 1280, 1600};
+    bool gpt2 = depth % 12 == 0 && depth <= 48;
+    Config c = {o.context ? o.context : 1024, V ? V : 50257, o.layers ? o.layers : depth, 0, 0, 0};
+    c.C = o.channels ? o.channels : gpt2 ? widths[depth / 12] : 64 * depth;
+    c.NH = o.heads ? o.heads : std::max(1, c.C / 64);
+    c.Vp = (c.V + 127) / 128 * 128;
+    if (c.C % c.NH != 0) refuse("--heads: " + str(c.C) + " channels do not divide into " + str(c.NH) + " heads");
+    return c;
+}
+
+// Fills in what follows from the model, and looks for contradictions.
+static void settle_options(Options& o, const Config& c) {
+    if (o.seq == 0) o.seq = c.context;
+    if (o.seq > c.context) refuse("--seq: " + str(o.seq) + " is more than the model's context of " + str(c.context));
+    int64_t micro = int64_t(o.batch) * o.seq;
+    if (micro > 1 << 30) refuse("--batch: " + str(o.batch) + " sequences of " + str(o.seq) + " are more than 2^30 tokens");
+    if (o.total_batch == 0) o.total_batch = int(micro);
+    if (o.total_batch % micro != 0)
+        refuse("--total-batch: " + str(o.total_batch) + " is no multiple of --batch times --seq, " + str(micro));
+    if (o.resume && o.out.empty()) refuse("--resume: needs --out, the folder with the checkpoints");
+    if (o.checkpoint_every != 0 && o.out.empty()) refuse("--checkpoint-every: needs --out, a folder for the checkpoints");
+}
+
+// ---- what is shown: options, plan, dump, log
+
+static std::string options_json(Options& o) {
+    std::string out;
+    for (const OptionRow& row : option_table(o)) {
+        bool bare = row.kind == KIND_INT || row.kind == KIND_REAL || row.kind == KIND_RANK || row.kind == KIND_FLAG;
+        if (row.value == &o.plan || row.value == &o.help) continue;
+        out += (out.empty() ? "{" : ", ") + json_string(row.name) + ": " +
+               (bare ? option_value(row) : json_string(option_value(row)));
+    }
+    return out + "}";
+}
+
+// Numbers joined by what stands between them.
+static std::string shape_text(const Tensor& t, const char* between) {
+    std::string out;
+    for (int64_t d : t.shape) out += (out.empty() ? "" : between) + str(d);
+    return out;
+}
+
+static std::string plan_json(const Plan& plan, int64_t full_rank_bytes) {
+    const Flops& f = plan.flops;
+    std::string out = "\"total_bytes\": " + str(plan.bytes()) + ", \"full_rank_total_bytes\": " + str(full_rank_bytes) +
+                      ", \"categories\": {",
+                comma;
+    for (const std::string& c : plan.categories()) out += comma + json_string(c) + ": " + str(plan.bytes(c)), comma = ", ";
+    out += text("}, \"flops_per_token\": {\"forward\": %.0f, \"backward\": %.0f, \"recompute\": %.0f, ", f.forward, f.backward,
+                f.recompute);
+    out += text("\"projection\": %.0f, \"update\": %.0f, \"total\": %.0f}, \"tensors\": [", f.projection, f.update, f.total());
+    comma = "";
+    for (const Tensor& t : plan.tensors) {
+        out += comma + "{\"name\": " + json_string(t.name) + ", \"category\": " + json_string(t.category) + ", \"shape\": [" +
+               shape_text(t, ", ") + "], \"type\": " + json_string(t.type) + ", \"bytes\": " + str(t.bytes()) + "}";
+        comma = ", ";
+    }
+    return out + "]";
+}
+
+static void print_plan(const Plan& plan, const Plan& full, bool tensors) {
+    auto mib = [](int64_t bytes) { return commas(bytes >> 20) + text(".%d MiB", int((bytes & 0xFFFFF) * 10 >> 20)); };
+    for (const Tensor& t : plan.tensors) {
+        if (!tensors) break;
+        printf("  %-12s %-22s %-24s %-6s %16s\n", t.category.c_str(), t.name.c_str(), shape_text(t, " x ").c_str(),
+               t.type.c_str(), mib(t.bytes()).c_str());
+    }
+    printf("%s%-14s %16s %16s\n", tensors ? "\n" : "", "memory", "this run", "full rank");
+    for (const std::string& c : plan.categories())
+        printf("  %-12s %16s %16s\n", c.c_str(), mib(plan.bytes(c)).c_str(), mib(full.bytes(c)).c_str());
+    printf("  %-12s %16s %16s   %.0f %%\n", "total", mib(plan.bytes()).c_str(), mib(full.bytes()).c_str(),
+           100.0 * plan.bytes() / full.bytes());
+    printf("  %-12s %14.4g   %14.4g     %.0f %%\n", "FLOPs/token", plan.flops.total(), full.flops.total(),
+           100 * plan.flops.total() / full.flops.total());
+}
+
+// The step just accumulated, before its update: parameters, gradients, projections, and of its last micro batch the tape,
+// tokens, losses and logits. A record: int32 length of the name, name, int32 dimensions, int64 each, float32 data.
+static void write_dump(Model& s, const Plan& plan, const Options& o) {
+    Writer out(o.dump);
+    const Config& c = s.config;
+    int64_t N = int64_t(o.batch) * o.seq;
+    auto record = [&](const std::string& name, const std::vector<int64_t>& shape) {
+        int32_t length = int32_t(name.size()), dims = int32_t(shape.size());
+        out.write(&length, 4), out.write(name.data(), name.size());
+        out.write(&dims, 4), out.write(shape.data(), shape.size() * 8);
+    };
+    for (const Tensor& t : plan.tensors) {
+        bool grad = t.category == "gradients", act = t.category == "tape", whole = t.category == "parameters";
+        if (!grad && !act && !whole) continue;
+        std::string name = whole ? "param." + t.name : act ? "act." + t.name : t.name;
+        for (const char* single : {"grad.wte", "grad.wpe", "grad.lnfw", "grad.lnfb", "act.lnf", "act.lnf_mean", "act.lnf_rstd"})
+            whole |= name == single;
+        int64_t records = whole ? 1 : t.shape[0], each = t.count() / records;
+        for (int64_t i = 0; i < records; i++) {
+            record(whole ? name : name + "." + str(i), std::vector<int64_t>(t.shape.begin() + !whole, t.shape.end()));
+            visit(t, i * each, each, false, [&](const float* from, int64_t, int64_t n) { out.write(from, n * 4); });
+        }
+    }
+    for (int which = 0; which < LINEARS; which++) {
+        for (int layer = 0; s.linear[which].compressed() && layer < c.L; layer++) {
+            std::vector<float> p = model_projection(s, which, layer);
+            record(std::string("proj.") + param_rows[weight_of(which)].name + "." + str(layer),
+                   {s.linear[which].n, s.linear[which].r});
+            out.write(p.data(), p.size() * 4);
+        }
+    }
+    std::vector<float> row(std::max<int64_t>(c.V, N));
+    row[0] = float(mean_loss(s, 0, N));
+    record("loss", {1}), out.write(row.data(), 4);
+    std::copy(s.inputs, s.inputs + N, row.begin());
+    record("inputs", {o.batch, o.seq}), out.write(row.data(), N * 4);
+    std::copy(s.targets, s.targets + N, row.begin());
+    record("targets", {o.batch, o.seq}), out.write(row.data(), N * 4);
+    record("logits", {o.batch, o.seq, c.V});
+    for (int64_t i = 0; i < N; i++) {
+        model_logits(s, row.data(), int(i), 1);
+        out.write(row.data(), c.V * sizeof(float));
+    }
+    out.commit();
+}
+
+// Opens DIR/log.jsonl: anew with its first line, or, after a resume, without the lines of steps that will be done again.
+static std::unique_ptr<FILE, CloseFile> open_log(const std::string& path, int64_t step, const std::string& first_line) {
+    std::string kept, line;
+    std::ifstream old(step > 0 ? path : "");
+    for (long long at; std::getline(old, line) && !old.eof();) {  // a line without its end was cut off
+        if (sscanf(line.c_str(), "{\"step\": %lld", &at) == 1 ? at <= step : kept.empty()) kept += line + "\n";
+    }
+    if (kept.empty()) kept = first_line + "\n";
+    Writer out(path);
+    out.write(kept.data(), kept.size());
+    out.commit();
+    return std::unique_ptr<FILE, CloseFile>(fopen(path.c_str(), "ab"));
+}
+
+// ---- main
+
+// Whether something with this "every" is due after step `step` of `steps`.
+static bool is_due(int every, int64_t step, int64_t steps) {
+    return every != 0 && (step == steps || (every > 0 && step % every == 0));
+}
+
+static void describe(const Options& o, const Config& c, const Data& train, const Data& val, int64_t steps) {
+    printf("device   %s; source %s\n", model_device().c_str(), REVISION);
+    printf("model    %s: %d layers, %d heads, %d channels, context %d, vocabulary %d (%d): %s parameters\n", o.model.c_str(),
+           c.L, c.NH, c.C, c.context, c.V, c.Vp, commas(parameter_count(c)).c_str());
+    printf("data     train: %zu file%s, %s tokens, %s sequences of %d; validation: %s\n", train.shards.size(),
+           train.shards.size() == 1 ? "" : "s", commas(train.tokens).c_str(), commas(train.sequences).c_str(), o.seq,
+           val.sequences ? (commas(val.tokens) + " tokens").c_str() : "none");
+    printf("batch    %d x %d, %d accumulated: %s tokens a step; %s steps, %.2f epochs\n", o.batch, o.seq,
+           o.total_batch / o.seq / o.batch, commas(o.total_batch).c_str(), commas(steps).c_str(),
+           double(steps) * (o.total_batch / o.seq) / train.sequences);
+    std::string method = "full rank";
+    if (o.rank != 1.0 && o.compress != 0) {
+        method = text("rank %g of ", o.rank) + names_of(linear_names, o.compress) + "; " +
+                 names_of(projection_names, 1 << o.projection) +
+                 text(", new every %d steps, alpha %g, moments ", o.gap, o.alpha) + names_of(moments_names, 1 << o.moments);
+    }
+    printf("method   %s; recompute %d; lr %g, %s\n", method.c_str(), o.recompute, o.lr,
+           names_of(schedule_names, 1 << o.schedule).c_str());
+}
+
+// The training loop. The loss of step n (from 1) is that of its batch, before its update.
+static void train_model(Model& s, const Plan& plan, const Plan& full, Options& o, Data& train, Data& val, int64_t steps) {
+    const Config& c = s.config;
+    std::vector<Example> hellaswag;
+    if (!o.hellaswag.empty()) hellaswag = read_hellaswag(o.hellaswag, c.V);
+    std::string beside = o.train.substr(0, o.train.find_last_of('/') + 1) + "tokenizer.bin";
+    if (o.tokenizer.empty() && train.shards[0].width == 2 && std::filesystem::exists(beside)) o.tokenizer = beside;
+    Tokenizer tokenizer = o.tokenizer.empty() ? no_tokenizer(c.V) : read_tokenizer(o.tokenizer);
+    Identity identity = {
+        {"--channels", str(c.C)}, {"--heads", str(c.NH)}, {"--layers", str(c.L)}, {"--context", str(c.context)}};
+    for (const OptionRow& row : option_table(o)) {
+        for (const char* name : {"seq", "total-batch", "rank", "compress", "projection", "gap", "moments", "seed"}) {
+            if (row.name == std::string(name)) identity.push_back({std::string("--") + name, option_value(row)});
+        }
+    }
+    identity.push_back({"--train", str(train.sequences) + " sequences of vocabulary " + str(c.V)});
+
+    model_allocate(plan);
+    if (is_model_file(o.model))
+        read_model(plan, o.model);
+    else
+        initialise(plan, c, o.seed);
+    int64_t start = o.resume ? resume(plan, identity, o.out) : 0;
+    if (o.resume) printf("%s\n", start > 0 ? ("resumed after step " + str(start)).c_str() : "nothing to resume yet");
+    std::unique_ptr<FILE, CloseFile> log;
+    if (!o.out.empty()) {
+        log = open_log(o.out + "/log.jsonl", start,
+                       "{\"revision\": " + json_string(REVISION) + ", \"device\": " + json_string(model_device()) +
+                           ", \"options\": " + options_json(o) + ", \"plan\": {" + plan_json(plan, full.bytes()) + "}}");
+    }
+    auto write_log = [&](const std::string& line) {
+        if (o.out.empty()) return;
+        if (!log || fprintf(log.get(), "%s\n", line.c_str()) < 0 || fflush(log.get()) != 0)
+            fail(o.out + "/log.jsonl: cannot be written: " + strerror(errno));
+    };
+
+    int64_t rows = o.total_batch / o.seq, micros = rows / o.batch;
+    for (int64_t step = std::min(start + 1, steps); step <= steps; step++) {
+        std::string line = "step " + str(step) + "/" + str(steps), times, record = "{\"step\": " + str(step);
+        if (step > start) {
+            double began = seconds(), loss = 0, lr = learning_rate(o, step - 1, steps);
+            model_begin_step(s, step - 1);
+            for (int64_t micro = 0; micro < micros; micro++) {
+                read_batch(train, (o.overfit ? 0 : (step - 1) * rows) + micro * o.batch, o.batch, s);
+                model_accumulate(s, o.batch, o.seq, micro == 0, 1.0f / o.total_batch);
+                loss += mean_loss(s, 0, int64_t(o.batch) * o.seq) / micros;
+            }
+            if (step == start + 1 && !o.dump.empty()) write_dump(s, plan, o);
+            double norm = model_update(s, plan, step - 1, lr), elapsed = seconds() - began, speed = o.total_batch / elapsed;
+            if (!std::isfinite(loss + norm))
+                fail("step " + str(step) + ": the loss or its gradient is not finite; a lower --lr or more --warmup may help");
+            line += text(" | loss %.4f", loss);
+            times = text(" | norm %.2f | lr %.1e | %.1f ms | ", norm, lr, elapsed * 1e3) + commas(int64_t(speed)) + " tok/s";
+            write_log(record +
+                      text(", \"loss\": %.6f, \"norm\": %.6f, \"lr\": %.9g, \"ms\": %.3f, \"tokens_per_second\": %.1f}", loss,
+                           norm, lr, elapsed * 1e3, speed));
+        }
+        bool evaluates = is_due(o.val_every, step, steps);
+        if (evaluates && val.sequences > 0) {
+            double loss = validate(s, val, o);
+            line += text(" | val %.4f", loss);
+            record += text(", \"val_loss\": %.6f", loss);
+        }
+        if (evaluates && !hellaswag.empty()) {
+            double score = score_hellaswag(s, hellaswag, o);
+            line += text(" | hellaswag %.4f", score);
+            record += text(", \"hellaswag\": %.6f", score);
+        }
+        printf("%s%s\n", line.c_str(), times.c_str());
+        if (is_due(o.sample_every, step, steps)) {
+            std::string shown = sample(s, tokenizer, o, step);
+            printf("--- sample ---\n%s\n--------------\n", printable(shown).c_str());
+            record += ", \"sample\": " + json_string(shown);
+        }
+        if (record.find(',') != std::string::npos) write_log(record + "}");
+        fflush(stdout);
+        if (is_due(o.checkpoint_every, step, steps)) save_checkpoint(plan, c, o, identity, step);
+    }
+}
+
+static void run(int argc, char** argv) {
+    Options o = parse_options(argc, argv);
+    if (o.help) return print_help();
+    Data train = {}, val = {};
+    if (o.train.empty() && o.plan.empty()) refuse("--train: is missing; give it token shards or any text file");
+    if (!o.train.empty()) train = find_data("--train", o.train);
+    if (!o.val.empty()) val = find_data("--val", o.val);
+    if (train.V != 0 && val.V != 0 && train.V != val.V)
+        refuse("--val: has a vocabulary of " + str(val.V) + ", --train one of " + str(train.V));
+    Config c = choose_config(o, train.V);
+    settle_options(o, c);
+
+    Model s;
+    Options full_options = o;
+    full_options.rank = 1.0;
+    Plan full = model_plan(s, c, full_options), plan = model_plan(s, c, o);
+    if (o.plan == "json") printf("{%s, \"options\": %s}\n", plan_json(plan, full.bytes()).c_str(), options_json(o).c_str());
+    if (o.plan == "text") print_plan(plan, full, true);
+    if (!o.plan.empty()) return;
+
+    val.V = train.V;
+    for (Shard& shard : train.shards) {  // the last tenth of a plain text validates where no other file does
+        int64_t kept = shard.width == 1 && o.val.empty() ? shard.tokens - shard.tokens / 10 : shard.tokens;
+        if (kept < shard.tokens) val.shards.push_back({shard.path, kept, shard.tokens - kept, 1});
+        shard.tokens = kept;
+    }
+    cut_data(train, "--train", o.seq);
+    train.shuffled = true;
+    train.seed = o.seed;
+    if (!val.shards.empty() && o.val_every != 0 && o.val_batches != 0) cut_data(val, "--val", o.seq);
+    int64_t steps = o.steps >= 0 ? o.steps : std::max<int64_t>(1, train.sequences / (o.total_batch / o.seq));
+    std::error_code error;
+    if (!o.out.empty()) std::filesystem::create_directories(o.out, error);
+    if (!o.out.empty() && access(o.out.c_str(), W_OK) != 0)
+        refuse("--out: the folder " + o.out + " cannot be made or written: " + strerror(errno));
+    describe(o, c, train, val, steps);
+    print_plan(plan, full, false);
+    fflush(stdout);
+    train_model(s, plan, full, o, train, val, steps);
+}
+
+#ifndef TESTING
+int main(int argc, char** argv) {
+    try {
+        run(argc, argv);
+        return 0;
+    } catch (const Failure& failure) {
+        fflush(stdout);
+        fprintf(stderr, "train_gpt2_compact: %s\n", failure.message.c_str());
+        return failure.status;
+    } catch (const std::bad_alloc&) {
+        fprintf(stderr, "train_gpt2_compact: not enough memory for the host's buffers\n");
+        return 1;
+    }
+}
+#endif
