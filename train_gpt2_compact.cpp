@@ -39,6 +39,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <new>
 #include <string>
@@ -179,7 +180,7 @@ enum { STREAM_INIT = 8, STREAM_SHARDS, STREAM_SEQUENCES, STREAM_SAMPLE };
 
 static uint64_t stream_of(int purpose, uint64_t layer, uint64_t epoch) { return epoch << 32 | layer << 8 | purpose; }
 
-// exp, log and (sin, cos) without branches or calls, so that the compiler can vectorise the loops around them.
+// log and (sin, cos) without branches or calls, so that the compiler can vectorise the loops around them.
 // Polynomials of Cephes (Moshier, 1989), within about 2 ulp of the true value; NaN stays NaN.
 
 static inline float float_of_bits(uint32_t bits) {
@@ -192,21 +193,6 @@ static inline uint32_t bits_of_float(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
     return bits;
-}
-
-static inline float exp_simd(float x) {  // clamped to [-87.3, 88.3]
-    x = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
-    float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x / ln 2)
-    float n = shifted - 12582912.0f;
-    float f = x - n * 0.693359375f - n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
-    return p * float_of_bits((bits_of_float(shifted) + 127) << 23);
 }
 
 static inline float log_simd(float x) {              // x positive and normal
@@ -265,18 +251,6 @@ static void draw_normals(float* out, int64_t start, int64_t count, float scale, 
     }
 }
 
-// out[i] = scale with a random sign: bit i % 128 of block i / 128 of a stream, 1 for minus.
-static void draw_signs(float* out, int64_t count, float scale, uint64_t seed, uint64_t stream) {
-#pragma omp parallel for schedule(static)
-    for (int64_t block = 0; block < (count + 127) / 128; block++) {
-        Words bits = philox(seed, stream, block);
-        const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-        for (int64_t i = 128 * block; i < std::min(count, 128 * (block + 1)); i++) {
-            out[i] = float_of_bits(bits_of_float(scale) ^ (words[i % 128 / 32] >> i % 32) << 31);
-        }
-    }
-}
-
 static double uniform(uint64_t seed, uint64_t stream, uint64_t index) {  // in [0, 1)
     return philox(seed, stream, index).x / 4294967296.0;
 }
@@ -292,7 +266,7 @@ struct Tensor {
         for (int64_t d : shape) n *= d;
         return n;
     }
-    int64_t bytes() const { return count() * (type == "bf16" ? 2 : type == "int64" ? 8 : 4); }
+    int64_t bytes() const { return count() * (type == "byte" ? 1 : type == "bf16" ? 2 : 4); }
 };
 
 // Matrix-product FLOPs of one training step, for each token of it.
@@ -374,6 +348,21 @@ static Linear linear_shape(const Config& c, const Options& o, int which) {
     return linear;
 }
 
+// Causal attention counts half of T x T; the update's lift is spread over the tokens of an optimizer step.
+static Flops matrix_flops(const Config& c, const Options& o, const Linear* linears) {
+    double L = c.L, attention = double(o.seq) * c.C, head = 2.0 * c.V * c.C;
+    Flops f = {head + L * 2 * attention, 2 * head + L * 5 * attention, 0, 0, 0};
+    for (int i = 0; i < LINEARS; i++) {
+        double m = linears[i].m, n = linears[i].n, r = linears[i].r;
+        f.forward += L * 2 * m * n;
+        f.backward += L * 2 * m * (n + r);
+        if (!linears[i].compressed() || o.projection == SPARSE) continue;
+        f.projection += L * 2 * n * r;
+        f.update += L * 2 * m * n * r / o.total_batch;
+    }
+    return f;
+}
+
 // ====================================================================================================================
 // layers: forward beside backward. Every loop gives the same result for any number of threads, the matrix product apart.
 // ====================================================================================================================
@@ -391,6 +380,22 @@ enum { LANES = 8 };
 #endif
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));  // GCC's and Clang's portable vectors
 enum { BLOCK_ROWS = 6, BLOCK_COLUMNS = 2 * LANES };                        // 12 accumulators: one register file, full
+
+// As log_simd above, for the same reason.
+static inline float exp_simd(float x) {  // clamped to [-87.3, 88.3]
+    x = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
+    float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x / ln 2)
+    float n = shifted - 12582912.0f;
+    float f = x - n * 0.693359375f - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * f * f + f + 1.0f;
+    return p * float_of_bits((bits_of_float(shifted) + 127) << 23);
+}
 
 static int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -433,36 +438,30 @@ static void product_slab(float* c, int ldc, const float* a, int lda, bool ta, co
                 beta, c, ldc);
 #else
     const int KC = 256, NC = 8 * BLOCK_COLUMNS;  // a packed piece of b: 256 KiB at most, it stays in the second cache
-    static thread_local float packed[KC * NC], edge[BLOCK_ROWS * BLOCK_COLUMNS];
+    static thread_local float packed[KC * NC];
+    size_t ar = ta ? 1 : lda, ak = ta ? lda : 1, bk = tb ? 1 : ldb, bj = tb ? ldb : 1;
     for (int i = 0; i < M; i++) {
         float* row = c + size_t(i) * ldc;
         for (int j = 0; j < N; j++) row[j] = beta == 0.0f ? 0.0f : beta * row[j];
     }
-    size_t ar = ta ? 1 : lda, ak = ta ? lda : 1, bk = tb ? 1 : ldb, bj = tb ? ldb : 1;
     for (int k0 = 0; k0 < K; k0 += KC) {
         int kc = std::min(KC, K - k0);
         for (int j0 = 0; j0 < N; j0 += NC) {
-            int nc = std::min(NC, N - j0), panels = round_up(nc, BLOCK_COLUMNS) / BLOCK_COLUMNS;
-            for (int j = 0; j < panels * BLOCK_COLUMNS; j++) {  // panel after panel, (kc, BLOCK_COLUMNS) each, padded with 0
+            int nc = std::min(NC, N - j0);
+            for (int j = 0; j < round_up(nc, BLOCK_COLUMNS); j++) {  // panels of (kc, BLOCK_COLUMNS), padded with 0
                 float* to = packed + j / BLOCK_COLUMNS * kc * BLOCK_COLUMNS + j % BLOCK_COLUMNS;
                 const float* from = b + k0 * bk + (j0 + j) * bj;
                 for (int k = 0; k < kc; k++) to[k * BLOCK_COLUMNS] = j < nc ? alpha * from[k * bk] : 0.0f;
             }
             for (int i = 0; i < M; i += BLOCK_ROWS) {
                 int rows = std::min<int>(BLOCK_ROWS, M - i);
-                const float* a_rows = a + i * ar + k0 * ak;
-                for (int p = 0; p < panels; p++) {
-                    float* to = c + size_t(i) * ldc + j0 + p * BLOCK_COLUMNS;
-                    const float* panel = packed + p * kc * BLOCK_COLUMNS;
-                    int columns = std::min<int>(BLOCK_COLUMNS, nc - p * BLOCK_COLUMNS);
-                    if (columns == BLOCK_COLUMNS) {
-                        product(to, ldc, a_rows, ar, ak, panel, BLOCK_COLUMNS, rows, BLOCK_COLUMNS, kc);
-                        continue;
-                    }
-                    memset(edge, 0, sizeof(edge));
-                    product(edge, BLOCK_COLUMNS, a_rows, ar, ak, panel, BLOCK_COLUMNS, rows, BLOCK_COLUMNS, kc);
-                    for (int e = 0; e < rows * columns; e++) {
-                        to[size_t(e / columns) * ldc + e % columns] += edge[e / columns * BLOCK_COLUMNS + e % columns];
+                for (int j = 0; j < nc; j += BLOCK_COLUMNS) {
+                    float tile[BLOCK_ROWS * BLOCK_COLUMNS] = {}, *to = c + size_t(i) * ldc + j0 + j;
+                    product(tile, BLOCK_COLUMNS, a + i * ar + k0 * ak, ar, ak, packed + j * kc, BLOCK_COLUMNS, rows,
+                            BLOCK_COLUMNS, kc);
+                    for (int e = 0; e < rows; e++) {
+                        for (int d = 0; d < std::min<int>(BLOCK_COLUMNS, nc - j); d++)
+                            to[e * size_t(ldc) + d] += tile[e * BLOCK_COLUMNS + d];
                     }
                 }
             }
@@ -475,25 +474,18 @@ static void product_slab(float* c, int ldc, const float* a, int lda, bool ta, co
 // With beta = 0, c is not read. Each thread computes its own slab of c's rows or columns.
 static void matmul(float* c, const float* a, bool ta, const float* b, bool tb, int M, int N, int K, float alpha, float beta) {
     int lda = ta ? M : K, ldb = tb ? K : N;
+    bool by_columns = N >= M;
+    int extent = by_columns ? N : M, unit = by_columns ? BLOCK_COLUMNS : BLOCK_ROWS;
 #pragma omp parallel
     {
-        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        if (N >= M) {
-            int unit = round_up(N, BLOCK_COLUMNS) / BLOCK_COLUMNS;
-            int first = int(unit * thread / threads) * BLOCK_COLUMNS;
-            int last = std::min(N, int(unit * (thread + 1) / threads) * BLOCK_COLUMNS);
-            if (first < last) {
-                const float* b_slab = b + (tb ? size_t(first) * ldb : first);
-                product_slab(c + first, N, a, lda, ta, b_slab, ldb, tb, M, last - first, K, alpha, beta);
-            }
-        } else {
-            int unit = round_up(M, BLOCK_ROWS) / BLOCK_ROWS;
-            int first = int(unit * thread / threads) * BLOCK_ROWS,
-                last = std::min(M, int(unit * (thread + 1) / threads) * BLOCK_ROWS);
-            if (first < last) {
-                const float* a_slab = a + (ta ? first : size_t(first) * lda);
-                product_slab(c + size_t(first) * N, N, a_slab, lda, ta, b, ldb, tb, last - first, N, K, alpha, beta);
-            }
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), blocks = (extent + unit - 1) / unit;
+        int64_t first = blocks * thread / threads * unit,
+                last = std::min<int64_t>(extent, blocks * (thread + 1) / threads * unit);
+        int count = int(last - first);
+        if (count > 0 && by_columns) {
+            product_slab(c + first, N, a, lda, ta, b + (tb ? first * ldb : first), ldb, tb, M, count, K, alpha, beta);
+        } else if (count > 0) {
+            product_slab(c + first * N, N, a + (ta ? first : first * lda), lda, ta, b, ldb, tb, count, N, K, alpha, beta);
         }
     }
 }
@@ -906,20 +898,12 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     plan_add(plan, "data", "targets", "int32", {N}, &s.targets);
     plan_add(plan, "data", "losses", "fp32", {N}, &s.losses);
 
-    double T = o.seq, head = 2.0 * c.V * C, update_tokens = o.total_batch;
-    plan.flops = {head + L * 2.0 * T * C, 2 * head + L * 5.0 * T * C, 0, 0, 0};
-    for (const Linear& l : s.linear) {
-        double dense = l.compressed() && o.projection != SPARSE ? 1 : 0;
-        plan.flops.forward += L * 2.0 * l.m * l.n;
-        plan.flops.backward += L * 2.0 * l.m * (double(l.n) + l.r);
-        plan.flops.projection += dense * L * 2.0 * l.n * l.r;
-        plan.flops.update += dense * L * 2.0 * l.m * l.n * l.r / update_tokens;
-    }
+    plan.flops = matrix_flops(c, o, s.linear);
     return plan;
 }
 
 // One arena for each category. Zeros: gradients of padded words, which nothing writes, and moments start from them.
-static void model_allocate(const Plan& plan) {
+static void model_allocate(Model&, const Plan& plan) {
 #if defined(USE_OPENBLAS)
     openblas_set_num_threads(1);  // our own threads call it, each for its slab
 #endif
@@ -937,9 +921,12 @@ static void model_allocate(const Plan& plan) {
     }
 }
 
-// Bytes between a tensor and the host: on this device they are one.
+// What a CUDA device has to do beyond this: bytes between a tensor and the host, which here are one; rounding freshly read
+// weights to the type that computes; the matrix-product rate that --plan's FLOPs are measured against, 0 where it is unknown.
 static void model_get(void* host, const void* from, size_t bytes) { memcpy(host, from, bytes); }
 static void model_set(void* to, const void* host, size_t bytes) { memcpy(to, host, bytes); }
+static void model_round(Model&) {}
+static double model_peak_flops() { return 0; }
 
 static float* at_layer(float* group, int layer, int64_t stride) { return group ? group + layer * stride : nullptr; }
 
@@ -954,6 +941,18 @@ static float* param_at(const Model& s, float* const* group, int i, int layer) {
 // ====================================================================================================================
 // the compressed linear layer: z = x P in place of x, and what follows from it
 // ====================================================================================================================
+
+// out[i] = scale with a random sign: bit i % 128 of block i / 128 of a stream, 1 for minus.
+static void draw_signs(float* out, int64_t count, float scale, uint64_t seed, uint64_t stream) {
+#pragma omp parallel for schedule(static)
+    for (int64_t block = 0; block < (count + 127) / 128; block++) {
+        Words bits = philox(seed, stream, block);
+        const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+        for (int64_t i = 128 * block; i < std::min(count, 128 * (block + 1)); i++) {
+            out[i] = float_of_bits(bits_of_float(scale) ^ (words[i % 128 / 32] >> i % 32) << 31);
+        }
+    }
+}
 
 // P (n, r) with E[P P^T] = I, drawn anew wherever it is needed. gaussian: N(0, 1/r) (CompAct, section 3.1); rademacher:
 // signs / sqrt(r); sparse: one sign in each row, p[k] in column (k + shift[k / r]) mod r, so that z is a signed fold of x.
@@ -1299,14 +1298,8 @@ static std::string model_device() {
 
 // ---- files: every count is held against the file's real size before anything is allocated
 
-enum {
-    MODEL_MAGIC = 20240326,
-    TOKENS_MAGIC = 20240520,
-    TOKENIZER_MAGIC = 20240328,
-    HELLASWAG_MAGIC = 20240522,
-    STATE_MAGIC = 20241020
-};
-enum { HEADER_BYTES = 1024, HEADER_INTS = HEADER_BYTES / 4 };
+enum { MODEL_MAGIC = 20240326, TOKENS_MAGIC = 20240520, TOKENIZER_MAGIC = 20240328, HELLASWAG_MAGIC = 20240522 };
+enum { STATE_MAGIC = 20241020, HEADER_BYTES = 1024, HEADER_INTS = HEADER_BYTES / 4 };
 
 struct CloseFile {
     void operator()(FILE* file) const { fclose(file); }
@@ -1379,23 +1372,6 @@ struct Writer {
     }
 };
 
-// Elements [first, first + count) of a tensor, piece by piece: `use` reads each piece, or fills it when it is to be stored.
-static void visit(const Tensor& t, int64_t first, int64_t count, bool store,
-                  const std::function<void(float*, int64_t at, int64_t n)>& use) {
-    const int64_t MOST = 1 << 18;
-    std::vector<float> piece(std::min(MOST, count));
-    float* data;
-    memcpy(&data, t.home, sizeof(data));
-    for (int64_t at = first, n; at < first + count; at += n) {
-        n = std::min(MOST, first + count - at);
-        if (!store) model_get(piece.data(), data + at, n * sizeof(float));
-        use(piece.data(), at, n);
-        if (store) model_set(data + at, piece.data(), n * sizeof(float));
-    }
-}
-
-// ---- the model file: llm.c's, version 3 (fp32) and 5 (bf16)
-
 static uint16_t bf16_of_float(float x) {  // to nearest, ties to even
     uint32_t bits = bits_of_float(x);
     return x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
@@ -1403,7 +1379,40 @@ static uint16_t bf16_of_float(float x) {  // to nearest, ties to even
 
 static float float_of_bf16(uint16_t x) { return float_of_bits(uint32_t(x) << 16); }
 
+// Elements [first, first + count) of a tensor as floats, piece by piece: `use` reads each piece, or fills it when it is to
+// be stored.
+static void visit(const Tensor& t, int64_t first, int64_t count, bool store,
+                  const std::function<void(float*, int64_t at, int64_t n)>& use) {
+    const int64_t MOST = 1 << 18;
+    bool bf16 = t.type == "bf16";
+    int64_t width = bf16 ? 2 : 4;
+    std::vector<float> piece(std::min(MOST, count));
+    std::vector<uint16_t> half(bf16 ? piece.size() : 0);
+    char* data;
+    memcpy(&data, t.home, sizeof(data));
+    for (int64_t at = first, n; at < first + count; at += n) {
+        n = std::min(MOST, first + count - at);
+        void* raw = bf16 ? (void*)half.data() : piece.data();
+        if (!store) model_get(raw, data + at * width, n * width);
+        if (!store && bf16) std::transform(half.begin(), half.begin() + n, piece.begin(), float_of_bf16);
+        use(piece.data(), at, n);
+        if (store && bf16) std::transform(piece.begin(), piece.begin() + n, half.begin(), bf16_of_float);
+        if (store) model_set(data + at * width, raw, n * width);
+    }
+}
+
+// ---- the model file: llm.c's, version 3 (fp32) and 5 (bf16)
+
 static bool is_model_file(const std::string& model) { return model.find_first_of("./") != std::string::npos; }
+
+// The weights as files know them, in the order of the file: the fp32 master copies where there are any.
+static std::vector<Tensor> weights_of(const Plan& plan) {
+    std::string category = plan.bytes("master") > 0 ? "master" : "parameters";
+    std::vector<Tensor> weights;
+    std::copy_if(plan.tensors.begin(), plan.tensors.end(), std::back_inserter(weights),
+                 [&](const Tensor& t) { return t.category == category; });
+    return weights;
+}
 
 static int64_t parameter_count(const Config& c) {
     int64_t sum = 0;
@@ -1434,8 +1443,7 @@ static void read_model(const Plan& plan, const std::string& path) {
     Input in = open_input(path);
     bool bf16 = read_header(in, MODEL_MAGIC, {3, 5}, "GPT-2 model file")[1] == 5;
     std::vector<uint16_t> half;
-    for (const Tensor& t : plan.tensors) {
-        if (t.category != "parameters") continue;
+    for (const Tensor& t : weights_of(plan)) {
         visit(t, 0, t.count(), true, [&](float* to, int64_t, int64_t n) {
             half.resize(bf16 ? n : 0);
             read_bytes(in, bf16 ? (void*)half.data() : to, n * (bf16 ? 2 : 4));
@@ -1452,8 +1460,7 @@ static void write_model(const Plan& plan, const Config& c, int type, const std::
     Writer out(path);
     out.write(header, sizeof(header));
     std::vector<uint16_t> half;
-    for (const Tensor& t : plan.tensors) {
-        if (t.category != "parameters") continue;
+    for (const Tensor& t : weights_of(plan)) {
         visit(t, 0, t.count(), false, [&](const float* from, int64_t, int64_t n) {
             if (type == TYPE_FP32) return out.write(from, n * 4);
             half.resize(n);
@@ -1467,8 +1474,7 @@ static void write_model(const Plan& plan, const Config& c, int type, const std::
 // GPT-2's initialisation: N(0, 0.02), the projections back into the stream scaled by 1 / sqrt(2 L), LayerNorm 1 and 0.
 static void initialise(const Plan& plan, const Config& c, int64_t seed) {
     int next = 0;
-    for (const Tensor& t : plan.tensors) {
-        if (t.category != "parameters") continue;
+    for (const Tensor& t : weights_of(plan)) {
         int param = next++;
         float scale = param == ATTPROJW || param == FCPROJW ? 0.02f / sqrtf(2.0f * c.L) : 0.02f;
         int64_t words = param == WTE ? int64_t(c.V) * c.C : t.count();  // padded words stay 0
@@ -1773,7 +1779,13 @@ static std::string checkpoint_path(const std::string& dir, const char* kind, int
     return dir + "/" + kind + text("_%08lld.bin", (long long)step);
 }
 
-static bool is_saved(const Tensor& t) { return t.category == "parameters" || t.category == "moments"; }
+// What a state holds: the weights and the moments.
+static std::vector<Tensor> saved_tensors(const Plan& plan) {
+    std::vector<Tensor> saved = weights_of(plan);
+    std::copy_if(plan.tensors.begin(), plan.tensors.end(), std::back_inserter(saved),
+                 [](const Tensor& t) { return t.category == "moments"; });
+    return saved;
+}
 
 // int32[256] {magic, version, step, bytes of the identity}, the identity as lines of flag=value, the tensors, a checksum.
 static void write_state(const Plan& plan, const Identity& identity, int64_t step, const std::string& path) {
@@ -1783,8 +1795,8 @@ static void write_state(const Plan& plan, const Identity& identity, int64_t step
     Writer out(path);
     out.write(header, sizeof(header));
     out.write(lines.data(), lines.size());
-    for (const Tensor& t : plan.tensors) {
-        if (is_saved(t)) visit(t, 0, t.count(), false, [&](const float* from, int64_t, int64_t n) { out.write(from, n * 4); });
+    for (const Tensor& t : saved_tensors(plan)) {
+        visit(t, 0, t.count(), false, [&](const float* from, int64_t, int64_t n) { out.write(from, n * 4); });
     }
     uint64_t sum = out.sum;
     out.write(&sum, sizeof(sum));
@@ -1805,11 +1817,10 @@ static int64_t read_state(const Plan& plan, const Identity& identity, const std:
         if (was != row.second) refuse(row.first + ": " + path + " was saved with " + printable(was) + ", not " + row.second);
         wanted += row.first + "=" + row.second + "\n";
     }
-    for (const Tensor& t : plan.tensors) size += is_saved(t) ? t.bytes() : 0;
+    for (const Tensor& t : saved_tensors(plan)) size += t.bytes();
     if (lines != wanted || in.size != size) refuse(path + ": is cut short or damaged");
     uint64_t sum = checksum(checksum(0, h.data(), HEADER_BYTES), lines.data(), lines.size()), expected;
-    for (const Tensor& t : plan.tensors) {
-        if (!is_saved(t)) continue;
+    for (const Tensor& t : saved_tensors(plan)) {
         visit(t, 0, t.count(), true, [&](float* to, int64_t, int64_t n) {
             read_bytes(in, to, n * 4);
             sum = checksum(sum, to, n * 4);
@@ -1864,66 +1875,63 @@ struct OptionRow {
     const char *name, *argument;
     int kind;
     void* value;
-    double low, high;
     const char* help;
-    const char* names;  // of choices
+    double low = 0, high = 0;
+    const char* names = "";  // of choices
 };
 
+// clang-format off
 static std::vector<OptionRow> option_table(Options& o) {
     const double MANY = 1e9, WIDE = 1 << 20;
     return {
-        {'i', "train", "PATTERN", KIND_TEXT, &o.train, 0, 0, "token shards (glob), or plain text: bytes as tokens", ""},
-        {'j', "val", "PATTERN", KIND_TEXT, &o.val, 0, 0, "likewise; without it, the last 10 % of a plain text", ""},
-        {'e', "model", "M", KIND_TEXT, &o.model, 0, 0, "d12, d24, d36, d48, any dN, or a model .bin to start from", ""},
-        {0, "channels", "C", KIND_INT, &o.channels, 0, 65536, "override the shape of a fresh model; 0: as the model says", ""},
-        {0, "heads", "NH", KIND_INT, &o.heads, 0, 1024, "", ""},
-        {0, "layers", "L", KIND_INT, &o.layers, 0, 1024, "", ""},
-        {0, "context", "T", KIND_INT, &o.context, 0, WIDE, "", ""},
-        {'o', "out", "DIR", KIND_TEXT, &o.out, 0, 0, "log.jsonl and checkpoints go here", ""},
-        {0, "tokenizer", "FILE", KIND_TEXT, &o.tokenizer, 0, 0, "for samples; else tokenizer.bin beside the data", ""},
-        {'b', "batch", "B", KIND_INT, &o.batch, 1, WIDE, "micro batch, in sequences", ""},
-        {'t', "seq", "T", KIND_INT, &o.seq, 0, WIDE, "sequence length; 0: the model's context", ""},
-        {'d', "total-batch", "N", KIND_INT, &o.total_batch, 0, MANY,
-         "tokens in an optimizer step; more than B * T accumulates; 0: B * T", ""},
-        {'x', "steps", "N", KIND_INT, &o.steps, -1, MANY, "optimizer steps; -1: once through the data", ""},
-        {'l', "lr", "X", KIND_REAL, &o.lr, 0, 100, "highest learning rate", ""},
-        {'u', "warmup", "N", KIND_INT, &o.warmup, 0, MANY, "steps of linear warm-up", ""},
-        {'q', "final-lr-frac", "X", KIND_REAL, &o.final_lr_frac, 0, 1, "the last learning rate, as a fraction of the highest",
-         ""},
-        {'k', "schedule", "S", KIND_CHOICE, &o.schedule, 0, 0, "", schedule_names},
-        {'c', "weight-decay", "X", KIND_REAL, &o.weight_decay, 0, 100, "on matrices only", ""},
-        {0, "clip", "X", KIND_REAL, &o.clip, 0, MANY, "largest global gradient norm; 0: no clipping", ""},
-        {0, "beta1", "X", KIND_REAL, &o.beta1, 0, 0.999999, "AdamW", ""},
-        {0, "beta2", "X", KIND_REAL, &o.beta2, 0, 0.999999, "", ""},
-        {0, "eps", "X", KIND_REAL, &o.eps, 0, 1, "", ""},
-        {0, "rank", "R", KIND_RANK, &o.rank, 0, MANY,
-         "ratio in (0, 1] of a layer's inputs, or a whole rank above 1; 1 is full rank", ""},
-        {0, "compress", "LIST", KIND_SET, &o.compress, 0, 0, "the layers that this holds for: none, or from ", linear_names},
-        {0, "projection", "P", KIND_CHOICE, &o.projection, 0, 0, "", projection_names},
-        {0, "gap", "T", KIND_INT, &o.gap, 0, MANY, "steps between new projections; 0: never", ""},
-        {0, "alpha", "A", KIND_REAL, &o.alpha, 0, MANY, "scale of a compressed layer's step", ""},
-        {0, "moments", "M", KIND_CHOICE, &o.moments, 0, 0, "Adam's, at a new projection: ", moments_names},
-        {'r', "recompute", "N", KIND_INT, &o.recompute, 0, 2, "0 keeps all, 1 computes GELU again, 2 LayerNorm too", ""},
-        {0, "plan", "", KIND_PLAN, &o.plan, 0, 0, "print the memory plan and stop; --plan=json for programs", ""},
-        {'v', "val-every", "N", KIND_INT, &o.val_every, -1, MANY,
-         "evaluate every N steps and at the end; 0: never, -1: at the end", ""},
-        {'m', "val-batches", "N", KIND_INT, &o.val_batches, -1, MANY, "validation batches; -1: all", ""},
-        {'s', "sample-every", "N", KIND_INT, &o.sample_every, -1, MANY, "show a sample; 0: never, -1: at the end", ""},
-        {'g', "sample-tokens", "N", KIND_INT, &o.sample_tokens, 1, WIDE, "length of a sample", ""},
-        {0, "temperature", "X", KIND_REAL, &o.temperature, 0, 100, "of a sample; 0: always the likeliest token", ""},
-        {0, "top-k", "K", KIND_INT, &o.top_k, 0, WIDE, "a sample draws from the K likeliest tokens; 0: from all", ""},
-        {0, "hellaswag", "FILE", KIND_TEXT, &o.hellaswag, 0, 0, "score this at every evaluation", ""},
-        {'n', "checkpoint-every", "N", KIND_INT, &o.checkpoint_every, -1, MANY,
-         "save every N steps and at the end; 0: never, -1: at the end", ""},
-        {0, "keep", "K", KIND_INT, &o.keep, 0, MANY, "checkpoints to keep; 0: all", ""},
-        {0, "checkpoint-type", "T", KIND_CHOICE, &o.checkpoint_type, 0, 0, "of the weights in model_STEP.bin: ", type_names},
-        {'y', "resume", "", KIND_FLAG, &o.resume, 0, 0, "go on from the newest checkpoint in --out, if there is one", ""},
-        {0, "seed", "S", KIND_INT, &o.seed, 0, 2147483647, "of everything random", ""},
-        {0, "overfit", "", KIND_FLAG, &o.overfit, 0, 0, "one batch again and again", ""},
-        {0, "dump", "FILE", KIND_TEXT, &o.dump, 0, 0, "write the first step's tensors for a checker", ""},
-        {'h', "help", "", KIND_FLAG, &o.help, 0, 0, "this", ""},
+        {'i', "train", "PATTERN", KIND_TEXT, &o.train, "token shards (glob), or plain text: bytes as tokens"},
+        {'j', "val", "PATTERN", KIND_TEXT, &o.val, "likewise; without it, the last 10 % of a plain text"},
+        {'e', "model", "M", KIND_TEXT, &o.model, "d12, d24, d36, d48, any dN, or a model .bin to start from"},
+        {0, "channels", "C", KIND_INT, &o.channels, "override the shape of a fresh model; 0: as the model says", 0, 65536},
+        {0, "heads", "NH", KIND_INT, &o.heads, "", 0, 1024},
+        {0, "layers", "L", KIND_INT, &o.layers, "", 0, 1024},
+        {0, "context", "T", KIND_INT, &o.context, "", 0, WIDE},
+        {'o', "out", "DIR", KIND_TEXT, &o.out, "log.jsonl and checkpoints go here"},
+        {0, "tokenizer", "FILE", KIND_TEXT, &o.tokenizer, "for samples; else tokenizer.bin beside the data"},
+        {'b', "batch", "B", KIND_INT, &o.batch, "micro batch, in sequences", 1, WIDE},
+        {'t', "seq", "T", KIND_INT, &o.seq, "sequence length; 0: the model's context", 0, WIDE},
+        {'d', "total-batch", "N", KIND_INT, &o.total_batch, "tokens in an optimizer step, by accumulation; 0: B * T", 0, MANY},
+        {'x', "steps", "N", KIND_INT, &o.steps, "optimizer steps; -1: once through the data", -1, MANY},
+        {'l', "lr", "X", KIND_REAL, &o.lr, "highest learning rate", 0, 100},
+        {'u', "warmup", "N", KIND_INT, &o.warmup, "steps of linear warm-up", 0, MANY},
+        {'q', "final-lr-frac", "X", KIND_REAL, &o.final_lr_frac, "the last learning rate, as a fraction of the highest", 0, 1},
+        {'k', "schedule", "S", KIND_CHOICE, &o.schedule, "", 0, 0, schedule_names},
+        {'c', "weight-decay", "X", KIND_REAL, &o.weight_decay, "on matrices only", 0, 100},
+        {0, "clip", "X", KIND_REAL, &o.clip, "largest global gradient norm; 0: no clipping", 0, MANY},
+        {0, "beta1", "X", KIND_REAL, &o.beta1, "AdamW", 0, 0.999999},
+        {0, "beta2", "X", KIND_REAL, &o.beta2, "", 0, 0.999999},
+        {0, "eps", "X", KIND_REAL, &o.eps, "", 0, 1},
+        {0, "rank", "R", KIND_RANK, &o.rank, "ratio in (0, 1] of a layer's inputs, or a whole rank above 1; 1 is full rank", 0, MANY},
+        {0, "compress", "LIST", KIND_SET, &o.compress, "the layers that this holds for: none, or from ", 0, 0, linear_names},
+        {0, "projection", "P", KIND_CHOICE, &o.projection, "", 0, 0, projection_names},
+        {0, "gap", "T", KIND_INT, &o.gap, "steps between new projections; 0: never", 0, MANY},
+        {0, "alpha", "A", KIND_REAL, &o.alpha, "scale of a compressed layer's step", 0, MANY},
+        {0, "moments", "M", KIND_CHOICE, &o.moments, "Adam's, at a new projection: ", 0, 0, moments_names},
+        {'r', "recompute", "N", KIND_INT, &o.recompute, "0 keeps all, 1 computes GELU again, 2 LayerNorm too", 0, 2},
+        {0, "plan", "", KIND_PLAN, &o.plan, "print the memory plan and stop; --plan=json for programs"},
+        {'v', "val-every", "N", KIND_INT, &o.val_every, "evaluate every N steps and at the end; 0: never, -1: at the end", -1, MANY},
+        {'m', "val-batches", "N", KIND_INT, &o.val_batches, "validation batches; -1: all", -1, MANY},
+        {'s', "sample-every", "N", KIND_INT, &o.sample_every, "show a sample; 0: never, -1: at the end", -1, MANY},
+        {'g', "sample-tokens", "N", KIND_INT, &o.sample_tokens, "length of a sample", 1, WIDE},
+        {0, "temperature", "X", KIND_REAL, &o.temperature, "of a sample; 0: always the likeliest token", 0, 100},
+        {0, "top-k", "K", KIND_INT, &o.top_k, "a sample draws from the K likeliest tokens; 0: from all", 0, WIDE},
+        {0, "hellaswag", "FILE", KIND_TEXT, &o.hellaswag, "score this at every evaluation"},
+        {'n', "checkpoint-every", "N", KIND_INT, &o.checkpoint_every, "save every N steps and at the end; 0: never, -1: at the end", -1, MANY},
+        {0, "keep", "K", KIND_INT, &o.keep, "checkpoints to keep; 0: all", 0, MANY},
+        {0, "checkpoint-type", "T", KIND_CHOICE, &o.checkpoint_type, "of the weights in model_STEP.bin: ", 0, 0, type_names},
+        {'y', "resume", "", KIND_FLAG, &o.resume, "go on from the newest checkpoint in --out, if there is one"},
+        {0, "seed", "S", KIND_INT, &o.seed, "of everything random", 0, 2147483647},
+        {0, "overfit", "", KIND_FLAG, &o.overfit, "one batch again and again"},
+        {0, "dump", "FILE", KIND_TEXT, &o.dump, "write the first step's tensors for a checker"},
+        {'h', "help", "", KIND_FLAG, &o.help, "this"},
     };
 }
+// clang-format on
 
 // The names, separated by commas, of the choices whose bits are set.
 static std::string names_of(const char* names, int mask) {
@@ -2084,9 +2092,8 @@ static std::string shape_text(const Tensor& t, const char* between) {
 
 static std::string plan_json(const Plan& plan, int64_t full_rank_bytes) {
     const Flops& f = plan.flops;
-    std::string out = "\"total_bytes\": " + str(plan.bytes()) + ", \"full_rank_total_bytes\": " + str(full_rank_bytes) +
-                      ", \"categories\": {",
-                comma;
+    std::string comma, out = "\"total_bytes\": " + str(plan.bytes());
+    out += ", \"full_rank_total_bytes\": " + str(full_rank_bytes) + ", \"categories\": {";
     for (const std::string& c : plan.categories()) out += comma + json_string(c) + ": " + str(plan.bytes(c)), comma = ", ";
     out += text("}, \"flops_per_token\": {\"forward\": %.0f, \"backward\": %.0f, \"recompute\": %.0f, ", f.forward, f.backward,
                 f.recompute);
@@ -2220,12 +2227,13 @@ static void train_model(Model& s, const Plan& plan, const Plan& full, Options& o
     }
     identity.push_back({"--train", str(train.sequences) + " sequences of vocabulary " + str(c.V)});
 
-    model_allocate(plan);
+    model_allocate(s, plan);
     if (is_model_file(o.model))
         read_model(plan, o.model);
     else
         initialise(plan, c, o.seed);
     int64_t start = o.resume ? resume(plan, identity, o.out) : 0;
+    model_round(s);
     if (o.resume) printf("%s\n", start > 0 ? ("resumed after step " + str(start)).c_str() : "nothing to resume yet");
     std::unique_ptr<FILE, CloseFile> log;
     if (!o.out.empty()) {
@@ -2240,6 +2248,7 @@ static void train_model(Model& s, const Plan& plan, const Plan& full, Options& o
     };
 
     int64_t rows = o.total_batch / o.seq, micros = rows / o.batch;
+    double peak = model_peak_flops();
     for (int64_t step = std::min(start + 1, steps); step <= steps; step++) {
         std::string line = "step " + str(step) + "/" + str(steps), times, record = "{\"step\": " + str(step);
         if (step > start) {
@@ -2256,6 +2265,7 @@ static void train_model(Model& s, const Plan& plan, const Plan& full, Options& o
                 fail("step " + str(step) + ": the loss or its gradient is not finite; a lower --lr or more --warmup may help");
             line += text(" | loss %.4f", loss);
             times = text(" | norm %.2f | lr %.1e | %.1f ms | ", norm, lr, elapsed * 1e3) + commas(int64_t(speed)) + " tok/s";
+            if (peak > 0) times += text(" | %.0f %% MFU", 100 * speed * (plan.flops.forward + plan.flops.backward) / peak);
             write_log(record +
                       text(", \"loss\": %.6f, \"norm\": %.6f, \"lr\": %.9g, \"ms\": %.3f, \"tokens_per_second\": %.1f}", loss,
                            norm, lr, elapsed * 1e3, speed));
@@ -2295,7 +2305,7 @@ static void run(int argc, char** argv) {
     Config c = choose_config(o, train.V);
     settle_options(o, c);
 
-    Model s;
+    static Model s;  // its memory lives as long as the program
     Options full_options = o;
     full_options.rank = 1.0;
     Plan full = model_plan(s, c, full_options), plan = model_plan(s, c, o);
