@@ -1,4 +1,4 @@
-# train_gpt2_compact: `make help` lists the targets. Settings: CXX, NO_BLAS=1, NO_OPENMP=1, EXTRA=-Werror, PYTHON.
+# train_gpt2_compact: `make help` lists the targets and the settings.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -28,9 +28,22 @@ ifndef NO_BLAS
     BLAS_LIBS := -framework Accelerate
   endif
 endif
-CUDA_INCLUDE := $(shell nvcc=$$(command -v nvcc) && echo $$(dirname $$(dirname $$(readlink -f $$nvcc)))/include)
+
+# The CUDA toolkit and a device. Without a device the binary is for sm_80; PTX beside it serves newer ones.
+NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+GPU := $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
+GPU_COMPUTE_CAPABILITY ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .),80)
+PRECISION ?= BF16
+ifeq ($(filter BF16 FP32,$(PRECISION)),)
+  $(error PRECISION is $(PRECISION), not BF16 or FP32)
+endif
 
 FLAGS = $(CXXFLAGS) $(NATIVE) $(or $(OPENMP),-Wno-unknown-pragmas) $(BLAS_FLAGS)
+CC_GPU = $(GPU_COMPUTE_CAPABILITY)
+NVCC_FLAGS = -std=c++17 -O3 -DPRECISION_$(PRECISION) -DREVISION='"$(REVISION)"' -Xcompiler -Wall,-Wextra,-fopenmp,-Wno-unknown-pragmas \
+  -gencode arch=compute_$(CC_GPU),code=sm_$(CC_GPU) -gencode arch=compute_$(CC_GPU),code=compute_$(CC_GPU) -Werror all-warnings
+NOGPU = $(CXX) -std=c++17 -fopenmp -Wall -Wextra $(EXTRA) -D__NOGPU__ -Idev/nogpu/include -isystem $(CUDA_HOME)/include
 SANITIZE = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .PHONY: all found demo test bench clean help
@@ -38,9 +51,34 @@ all: train_gpt2_compact
 
 found:
 	@echo "compiler $(CXX); $(or $(OPENMP),no OpenMP: one thread); $(or $(BLAS),no BLAS: the trainer's own matrix product); $(or $(NATIVE),no native instructions)"
+	@echo "CUDA $(or $(CUDA_HOME),toolkit: none); device: $(or $(GPU),none)$(if $(NVCC),; building for sm_$(CC_GPU) and PTX)"
 
 train_gpt2_compact: train_gpt2_compact.cpp Makefile | found
 	$(CXX) $(FLAGS) -DREVISION='"$(REVISION)"' $< -o $@ $(BLAS_LIBS)
+
+# ---- the CUDA trainer, and its tests: for a GPU, and under dev/nogpu for a CPU
+
+needs_nvcc = @$(if $(NVCC),true,echo "$@ needs the CUDA toolkit, 12 or 13: nvcc was not found" && exit 2)
+needs_cuda = @test -e $(CUDA_HOME)/include/cuda_bf16.h || { echo "$@ needs the headers of the CUDA toolkit, 12 or 13: set CUDA_HOME"; exit 2; }
+
+train_gpt2_compactcu: train_gpt2_compact.cu Makefile | found
+	$(needs_nvcc)
+	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublas
+
+test_gpt2cu: test_gpt2.cu train_gpt2_compact.cu train_gpt2_compact.cpp Makefile | found
+	$(needs_nvcc)
+	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublas
+
+build/%.nogpu.cpp: %.cu train_gpt2_compact.cu dev/nogpu/translate.py | build
+	$(PYTHON) dev/nogpu/translate.py $< > $@ || { rm -f $@; exit 1; }
+
+train_gpt2_compact_nogpu: build/train_gpt2_compact.nogpu.cpp $(wildcard dev/nogpu/include/*) Makefile
+	$(needs_cuda)
+	$(NOGPU) -O2 -DPRECISION_$(PRECISION) $< -lboost_context -o $@
+
+test_gpt2_nogpu: build/test_gpt2.nogpu.cpp train_gpt2_compact.cpp $(wildcard dev/nogpu/include/*) Makefile
+	$(needs_cuda)
+	$(NOGPU) $(SANITIZE) -DPRECISION_$(PRECISION) $< -lboost_context -o $@
 
 # ---- a first look: a small GPT-2 learns this project's own sources
 
@@ -86,10 +124,13 @@ build:
 	@mkdir -p build
 
 clean:
-	rm -rf build train_gpt2_compact
+	rm -rf build train_gpt2_compact train_gpt2_compactcu test_gpt2cu train_gpt2_compact_nogpu test_gpt2_nogpu
 
 help: found
 	@echo "make                  the CPU trainer, ./train_gpt2_compact"
+	@echo "make train_gpt2_compactcu      the CUDA trainer; PRECISION=BF16|FP32, GPU_COMPUTE_CAPABILITY=90"
+	@echo "make test_gpt2cu               its test against the CPU trainer, on a GPU"
+	@echo "make train_gpt2_compact_nogpu  the CUDA trainer's sources on a CPU, for tests; likewise test_gpt2_nogpu"
 	@echo "make demo             trains a small GPT-2 on this project's sources, about two minutes on two cores"
 	@echo "make test             all tests that can run here; the last line counts them"
 	@echo "make bench            ms per step of GPT-2 d12 at full rank and compressed; LLMC=dir compares with llm.c built there"

@@ -1,0 +1,3029 @@
+// train_gpt2_compact.cu: trains GPT-2 with compressed activations (CompAct, arXiv 2410.15352) on one NVIDIA GPU, in one file.
+//
+// The method and its reference on the CPU are in train_gpt2_compact.cpp: a linear layer keeps z = x P instead of its input x,
+// with P (n, r) random and never stored; weight gradient and Adam's moments have r columns instead of n; the rest is exact.
+//
+// How to read it, top to bottom:
+//   1. host, first part     errors, text, options, random numbers, the memory plan (the same text as in the CPU trainer)
+//   2. device               errors, types, packs of 16 bytes, reductions, tensor cores, cuBLAS
+//   3. layers               forward beside backward: LayerNorm, GELU, attention (plain, and flash on tensor cores), embedding,
+//   classifier, AdamW
+//   4. the compressed linear layer: where P is drawn, where z is made, kept and used, and where Adam's step meets the weight
+//   5. the model            parameters, tape, forward, backward, update
+//   6. host, second part    files, data, sampling, evaluation, checkpoints, log, command line, main (the same text again)
+//
+// Shapes: B sequences of T tokens, N = B*T; C channels, NH heads of hs = C/NH; L layers; V words, Vp with padding.
+// A weight is (m, n) = (outputs, inputs), row-major, as llm.c stores it. Gradients of a compressed weight are (m, r).
+// bf16 with fp32 master weights by default, -DPRECISION_FP32 for fp32. Every sum has a fixed order: two runs agree bit for bit.
+
+// ====================================================================================================================
+// host, first part: the same text in both trainers
+// ====================================================================================================================
+
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <glob.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <iterator>
+#include <memory>
+#include <new>
+#include <string>
+#include <utility>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads() { return 1; }
+static int omp_get_thread_num() { return 0; }
+static int omp_get_num_threads() { return 1; }
+#endif
+#ifndef REVISION
+#define REVISION "unknown"
+#endif
+
+// ---- errors and text
+
+// What went wrong, for the person at the terminal; main prints it and ends with the status: 2 for bad input, else 1.
+struct Failure {
+    int status;
+    std::string message;
+};
+
+__attribute__((format(printf, 1, 2))) static std::string text(const char* format, ...) {
+    char line[1024];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof(line), format, arguments);
+    va_end(arguments);
+    return line;
+}
+
+// The input is at fault, an option or a file: the message names it, says what is wrong and what would be right.
+[[noreturn]] static void refuse(const std::string& message) { throw Failure{2, message}; }
+
+// The machine is at fault: no memory, no disk space.
+[[noreturn]] static void fail(const std::string& message) { throw Failure{1, message}; }
+
+static std::string str(int64_t n) { return std::to_string(n); }
+
+static std::string commas(int64_t n) {
+    std::string digits = str(n);
+    for (int at = int(digits.size()) - 3; at > 0; at -= 3) digits.insert(at, ",");
+    return digits;
+}
+
+// Bytes that are no UTF-8, and control characters, would upset a terminal or a JSON reader: they become U+FFFD.
+static std::string printable(const std::string& raw) {
+    const uint32_t least[5] = {0, 0x20, 0x80, 0x800, 0x10000};
+    std::string out;
+    for (size_t i = 0, length; i < raw.size(); i += length) {
+        unsigned char c = raw[i];
+        length = c < 0x80 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
+        uint32_t code = length == 1 ? c : c & (0x7F >> length);
+        bool good = c < 0x80 || (c >= 0xC0 && c < 0xF8);
+        for (size_t j = 1; good && j < length; j++) {
+            good = (raw[i + j] & 0xC0) == 0x80;  // the string's closing 0 stops this in time
+            code = code << 6 | (raw[i + j] & 0x3F);
+        }
+        good = good && code >= least[length] && code <= 0x10FFFF && code != 0x7F && (code < 0xD800 || code > 0xDFFF);
+        if (!good && c != '\n' && c != '\t')
+            length = 1, out += "\xEF\xBF\xBD";
+        else
+            out += raw.substr(i, length);
+    }
+    return out;
+}
+
+static std::string json_string(const std::string& raw) {
+    std::string out = "\"";
+    for (char c : printable(raw)) {
+        if (c == '"' || c == '\\') out += '\\';
+        out += c == '\n' ? "\\n" : c == '\t' ? "\\t" : std::string(1, c);
+    }
+    return out + "\"";
+}
+
+static double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// ---- options: what the user asked for (parsed in the second part)
+
+enum { QKV, ATTPROJ, FC, FCPROJ, LINEARS };
+enum { GAUSSIAN, RADEMACHER, SPARSE };
+enum { KEEP, MOVE, RESET };
+enum { COSINE, LINEAR, CONSTANT, WSD };
+enum { TYPE_FP32, TYPE_BF16 };
+
+static const char* linear_names = "qkv,attproj,fc,fcproj";
+static const char* projection_names = "gaussian,rademacher,sparse";
+static const char* moments_names = "keep,move,reset";
+static const char* schedule_names = "cosine,linear,constant,wsd";
+static const char* type_names = "fp32,bf16";
+
+struct Options {
+    std::string train, val, model = "d12", out, tokenizer, hellaswag, dump, plan;
+    int channels = 0, heads = 0, layers = 0, context = 0;
+    int batch = 4, seq = 0, total_batch = 0, steps = -1, warmup = 0;
+    double lr = 3e-4, final_lr_frac = 0.1, weight_decay = 0.1, clip = 1.0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
+    int schedule = COSINE;
+    double rank = 0.25;
+    int compress = 1 << QKV | 1 << FC | 1 << FCPROJ, projection = GAUSSIAN, gap = 50, moments = KEEP;
+    double alpha = 1.0;
+    int recompute = 0;
+    int val_every = 250, val_batches = 20, sample_every = 0, sample_tokens = 128, top_k = 50;
+    double temperature = 0.8;
+    int checkpoint_every = 0, keep = 2, checkpoint_type = TYPE_FP32, seed = 1337;
+    bool resume = false, overfit = false, help = false;
+};
+
+// The shape of a model, as in the header of llm.c's model file.
+struct Config {
+    int context, V, L, NH, C, Vp;
+};
+
+// ---- random numbers: Philox4x32-10 (Salmon et al., SC'11), the generator that cuRAND calls PHILOX4_32_10
+
+struct Words {
+    uint32_t x, y, z, w;
+};
+
+// Block `index` of a stream: the very words that curand_init(seed, stream, 4 * index) and curand4 would give.
+static inline Words philox(uint64_t seed, uint64_t stream, uint64_t index) {
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    Words c = {uint32_t(index), uint32_t(index >> 32), uint32_t(stream), uint32_t(stream >> 32)};
+    for (int round = 0; round < 10; round++) {
+        uint64_t p = uint64_t(0xD2511F53u) * c.x, q = uint64_t(0xCD9E8D57u) * c.z;
+        c = {uint32_t(q >> 32) ^ c.y ^ k0, uint32_t(q), uint32_t(p >> 32) ^ c.w ^ k1, uint32_t(p)};
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return c;
+}
+
+// Streams 0 to LINEARS-1 belong to the projections of the linear layers, the others to what is named here.
+enum { STREAM_INIT = 8, STREAM_SHARDS, STREAM_SEQUENCES, STREAM_SAMPLE };
+
+static uint64_t stream_of(int purpose, uint64_t layer, uint64_t epoch) { return epoch << 32 | layer << 8 | purpose; }
+
+// log and (sin, cos) without branches or calls, so that the compiler can vectorise the loops around them.
+// Polynomials of Cephes (Moshier, 1989), within about 2 ulp of the true value; NaN stays NaN.
+
+static inline float float_of_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static inline uint32_t bits_of_float(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+static inline float log_simd(float x) {              // x positive and normal
+    uint32_t bits = bits_of_float(x) - 0x3F3504F3u;  // of sqrt(1/2): the mantissa then lies in [sqrt(1/2), sqrt(2))
+    float e = float(int32_t(bits) >> 23);
+    float f = float_of_bits((bits & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f, ff = f * f;
+    float p = 7.0376836292e-2f;
+    p = p * f - 1.1514610310e-1f;
+    p = p * f + 1.1676998740e-1f;
+    p = p * f - 1.2420140846e-1f;
+    p = p * f + 1.4249322787e-1f;
+    p = p * f - 1.6668057665e-1f;
+    p = p * f + 2.0000714765e-1f;
+    p = p * f - 2.4999993993e-1f;
+    p = p * f + 3.3333331174e-1f;
+    return p * f * ff - 2.12194440e-4f * e - 0.5f * ff + f + 0.693359375f * e;
+}
+
+static inline void sincos_simd(float x, float* s, float* c) {  // x in [0, 2 pi]
+    float q = x * 0.636619772f + 12582912.0f;
+    uint32_t quadrant = bits_of_float(q);
+    q -= 12582912.0f;
+    float f = x - q * 1.5703125f - q * 4.837512969970703125e-4f - q * 7.549789948768648e-8f, ff = f * f;
+    float sine = ((-1.9515295891e-4f * ff + 8.3321608736e-3f) * ff - 1.6666654611e-1f) * ff * f + f;
+    float cosine =
+        ((2.443315711809948e-5f * ff - 1.388731625493765e-3f) * ff + 4.166664568298827e-2f) * ff * ff - 0.5f * ff + 1.0f;
+    uint32_t a = bits_of_float(quadrant & 1 ? cosine : sine), b = bits_of_float(quadrant & 1 ? sine : cosine);
+    *s = float_of_bits(a ^ (quadrant & 2) << 30);
+    *c = float_of_bits(b ^ ((quadrant + 1) & 2) << 30);
+}
+
+// out[i] = scale * (normal i of a stream), the numbers of curand_normal4: Box-Muller on the words of a block in pairs.
+// Starts from normal `start`, a multiple of 4.
+static void draw_normals(float* out, int64_t start, int64_t count, float scale, uint64_t seed, uint64_t stream) {
+    const int BLOCKS = 128;
+    const float step = 2.3283064e-10f, turn = step * 6.2831855f;  // 2^-32, and in radians
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < (count + 3) / 4; first += BLOCKS) {
+        uint32_t words[4][BLOCKS];
+        float numbers[4 * BLOCKS];
+#pragma omp simd
+        for (int i = 0; i < BLOCKS; i++) {
+            Words block = philox(seed, stream, start / 4 + first + i);
+            words[0][i] = block.x, words[1][i] = block.y, words[2][i] = block.z, words[3][i] = block.w;
+        }
+        for (int pair = 0; pair < 4; pair += 2) {
+#pragma omp simd
+            for (int i = 0; i < BLOCKS; i++) {
+                float length = sqrtf(-2.0f * log_simd(words[pair][i] * step + step / 2)), s, c;
+                sincos_simd(words[pair + 1][i] * turn + turn / 2, &s, &c);
+                numbers[4 * i + pair] = scale * length * s;
+                numbers[4 * i + pair + 1] = scale * length * c;
+            }
+        }
+        memcpy(out + 4 * first, numbers, sizeof(float) * std::min<int64_t>(4 * BLOCKS, count - 4 * first));
+    }
+}
+
+static double uniform(uint64_t seed, uint64_t stream, uint64_t index) {  // in [0, 1)
+    return philox(seed, stream, index).x / 4294967296.0;
+}
+
+// ---- the memory plan: every tensor of the run, before any is allocated; what is allocated is what is listed here
+
+struct Tensor {
+    std::string category, name, type;
+    std::vector<int64_t> shape;
+    void* home;  // the address of the model's pointer to it
+    int64_t count() const {
+        int64_t n = 1;
+        for (int64_t d : shape) n *= d;
+        return n;
+    }
+    int64_t bytes() const { return count() * (type == "byte" ? 1 : type == "bf16" ? 2 : 4); }
+};
+
+// Matrix-product FLOPs of one training step, for each token of it.
+struct Flops {
+    double forward, backward, recompute, projection, update;
+    double total() const { return forward + backward + recompute + projection + update; }
+};
+
+struct Plan {
+    std::vector<Tensor> tensors;
+    Flops flops;
+    int64_t bytes(const std::string& category = "") const {
+        int64_t sum = 0;
+        for (const Tensor& t : tensors) sum += category.empty() || t.category == category ? t.bytes() : 0;
+        return sum;
+    }
+    std::vector<std::string> categories() const {
+        std::vector<std::string> names;
+        for (const Tensor& t : tensors) {
+            if (std::find(names.begin(), names.end(), t.category) == names.end()) names.push_back(t.category);
+        }
+        return names;
+    }
+};
+
+static void plan_add(Plan& plan, const char* category, const std::string& name, const char* type,
+                     const std::vector<int64_t>& shape, void* home) {
+    Tensor tensor = {category, name, type, shape, home};
+    if (tensor.count() > 0) plan.tensors.push_back(tensor);
+}
+
+// Parameters in the order of the model file: name, and the shape of one layer's share as multiples of C.
+enum { WTE, WPE, LN1W, LN1B, QKVW, QKVB, ATTPROJW, ATTPROJB, LN2W, LN2B, FCW, FCB, FCPROJW, FCPROJB, LNFW, LNFB, PARAMS };
+
+struct ParamRow {
+    const char* name;
+    int rows, columns;  // multiples of C; columns 0 for a vector
+    int linear;         // the linear layer whose weight this is, or -1
+};
+
+static const ParamRow param_rows[PARAMS] = {
+    {"wte", 0, 1, -1},         {"wpe", 0, 1, -1},     {"ln1w", 1, 0, -1},          {"ln1b", 1, 0, -1},
+    {"qkvw", 3, 1, QKV},       {"qkvb", 3, 0, -1},    {"attprojw", 1, 1, ATTPROJ}, {"attprojb", 1, 0, -1},
+    {"ln2w", 1, 0, -1},        {"ln2b", 1, 0, -1},    {"fcw", 4, 1, FC},           {"fcb", 4, 0, -1},
+    {"fcprojw", 1, 4, FCPROJ}, {"fcprojb", 1, 0, -1}, {"lnfw", 1, 0, -1},          {"lnfb", 1, 0, -1}};
+
+static bool has_layers(int param) { return param != WTE && param != WPE && param != LNFW && param != LNFB; }
+
+// The whole parameter over all layers; with a rank, its gradient and moments: (m, r) for each layer instead of (m, n).
+static std::vector<int64_t> param_shape(const Config& c, int param, int rank = 0) {
+    const ParamRow& row = param_rows[param];
+    if (param == WTE) return {c.Vp, c.C};
+    if (param == WPE) return {c.context, c.C};
+    std::vector<int64_t> shape;
+    if (has_layers(param)) shape.push_back(c.L);
+    shape.push_back(int64_t(row.rows) * c.C);
+    if (row.columns > 0) shape.push_back(rank > 0 ? rank : int64_t(row.columns) * c.C);
+    return shape;
+}
+
+static int64_t param_count(const Config& c, int param, int rank = 0) {
+    int64_t count = 1;
+    for (int64_t d : param_shape(c, param, rank)) count *= d;
+    return count;
+}
+
+// A linear layer's outputs, inputs and rank; r == n means full rank, no projection.
+struct Linear {
+    int m, n, r;
+    bool compressed() const { return r < n; }
+};
+
+static Linear linear_shape(const Config& c, const Options& o, int which) {
+    int weight = QKVW;
+    while (param_rows[weight].linear != which) weight++;
+    Linear linear = {param_rows[weight].rows * c.C, param_rows[weight].columns * c.C, 0};
+    double r = o.rank <= 1.0 ? round(o.rank * linear.n) : o.rank;
+    linear.r = o.compress >> which & 1 ? std::max(1, int(std::min<double>(r, linear.n))) : linear.n;
+    return linear;
+}
+
+// Causal attention counts half of T x T; the update's lift is spread over the tokens of an optimizer step.
+static Flops matrix_flops(const Config& c, const Options& o, const Linear* linears) {
+    double L = c.L, attention = double(o.seq) * c.C, head = 2.0 * c.V * c.C;
+    Flops f = {head + L * 2 * attention, 2 * head + L * 5 * attention, 0, 0, 0};
+    for (int i = 0; i < LINEARS; i++) {
+        double m = linears[i].m, n = linears[i].n, r = linears[i].r;
+        f.forward += L * 2 * m * n;
+        f.backward += L * 2 * m * (n + r);
+        if (!linears[i].compressed() || o.projection == SPARSE) continue;
+        f.projection += L * 2 * n * r;
+        f.update += L * 2 * m * n * r / o.total_batch;
+    }
+    return f;
+}
+
+// ====================================================================================================================
+// device: errors, types, packs of 16 bytes, reductions, the tensor cores' instructions
+// ====================================================================================================================
+
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <curand_kernel.h>
+
+static void check(cudaError_t status, const char* file, int line) {
+    if (status == cudaSuccess) return;
+    const char* hint =
+        status == cudaErrorMemoryAllocation         ? "a smaller --batch, --seq or --rank, or --recompute 2, takes less memory"
+        : status == cudaErrorNoKernelImageForDevice ? "build for this device: make GPU_COMPUTE_CAPABILITY=NN"
+        : status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver ? "is a GPU there, and its driver new enough?"
+                                                                               : "compute-sanitizer finds the place";
+    fail(text("%s:%d: %s (%s); ", file, line, cudaGetErrorString(status), cudaGetErrorName(status)) + hint);
+}
+
+static void check(cublasStatus_t status, const char* file, int line) {
+    if (status != CUBLAS_STATUS_SUCCESS)
+        fail(text("%s:%d: cuBLAS failed with status %d; is memory left for its workspace?", file, line, int(status)));
+}
+
+#define CUDA(call) check(call, __FILE__, __LINE__)
+#define LAUNCHED() check(cudaGetLastError(), __FILE__, __LINE__)  // after each kernel
+
+// Weights, activations and their gradients; everything that accumulates is fp32.
+#ifdef PRECISION_FP32
+typedef float floatX;
+static const char* const TYPE_X = "fp32";
+static const cudaDataType_t CUDA_X = CUDA_R_32F;
+#else
+typedef __nv_bfloat16 floatX;
+static const char* const TYPE_X = "bf16";
+static const cudaDataType_t CUDA_X = CUDA_R_16BF;
+#endif
+static const bool HAS_MASTER = sizeof(floatX) == 2;
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline void store(float* to, float x) { *to = x; }
+__device__ inline void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
+
+// 16 bytes of activations: one load or store. Channels are a multiple of PACK, so rows begin on 16 bytes.
+enum { PACK = 16 / sizeof(floatX), WARP = 32 };
+struct alignas(16) Pack {
+    floatX x[PACK];
+};
+
+__device__ inline Pack load_pack(const floatX* from) {
+    int4 bits = *reinterpret_cast<const int4*>(from);
+    Pack pack;
+    memcpy(&pack, &bits, 16);
+    return pack;
+}
+
+__device__ inline void store_pack(floatX* to, const Pack& pack) {
+    int4 bits;
+    memcpy(&bits, &pack, 16);
+    *reinterpret_cast<int4*>(to) = bits;
+}
+
+// Four fp32 of the optimizer's: one load or store. Every tensor's count is a multiple of 8, since the channels are.
+enum { QUAD = 4 };
+
+__device__ inline float4 load_quad(const float* from) { return *reinterpret_cast<const float4*>(from); }
+__device__ inline void store_quad(float* to, float4 x) { *reinterpret_cast<float4*>(to) = x; }
+__device__ inline void store_quad(__nv_bfloat16* to, float4 x) {
+    __nv_bfloat162 two[2] = {__floats2bfloat162_rn(x.x, x.y), __floats2bfloat162_rn(x.z, x.w)};
+    int2 bits;
+    memcpy(&bits, two, 8);
+    *reinterpret_cast<int2*>(to) = bits;
+}
+
+// The sum over a warp, in every lane; the order of additions is fixed.
+__device__ inline float warp_sum(float x) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
+    return x;
+}
+
+__device__ inline float warp_max(float x) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
+    return x;
+}
+
+// The sum (or maximum) over a block of whole warps, in every thread. shared: 32 floats; two calls in a row may share them.
+__device__ inline float block_reduce(float x, float* shared, bool maximum) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    x = maximum ? warp_max(x) : warp_sum(x);
+    __syncthreads();
+    if (lane == 0) shared[warp] = x;
+    __syncthreads();
+    x = lane < warps ? shared[lane] : maximum ? -INFINITY : 0.0f;
+    return maximum ? warp_max(x) : warp_sum(x);
+}
+
+static int blocks_for(int64_t count, int each) { return int((count + each - 1) / each); }
+
+#ifndef __NOGPU__
+__device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// d (16 x 8, fp32) += a (16 x 16, bf16, by rows) b (16 x 8, bf16, by columns), over a warp. In the PTX ISA's layout lane 4g + t
+// holds rows g and g + 8 of d, columns 2t and 2t + 1.
+__device__ inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four 8 x 8 matrices of bf16 from shared memory: lanes 8i to 8i + 7 point to the rows of matrix i. trans: each transposed.
+__device__ inline void ldmatrix_x4(uint32_t r[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+__device__ inline void ldmatrix_x4_trans(uint32_t r[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// 16 bytes from global to shared memory, behind the compute; zeros, without reading, when not valid.
+__device__ inline void cp_async_16_zfill(void* to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+template <int N>
+__device__ inline void cp_async_wait() {  // until at most N groups of this thread are on their way
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
+}
+#endif
+
+// ---- matrix products: cuBLAS, which thinks in columns: a row-major c = a b is its c^T = b^T a^T
+
+static cublasHandle_t cublas;
+
+// c (M, N) = alpha a b + beta c, all row-major; a is (M, K), or (K, M) when ta; b is (K, N), or (N, K) when tb. a and b have
+// one type, c its own; sums are fp32. With beta = 0, c is not read. lda and ldc: elements from row to row, 0 where rows are
+// tight.
+static void matmul(void* c, cudaDataType_t type_c, const void* a, bool ta, const void* b, bool tb, cudaDataType_t type_ab,
+                   int M, int N, int K, float alpha, float beta, int lda = 0, int ldc = 0) {
+    CUDA(cublasGemmEx(cublas, tb ? CUBLAS_OP_T : CUBLAS_OP_N, ta ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, b, type_ab,
+                      tb ? K : N, a, type_ab,
+                      lda  ? lda
+                      : ta ? M
+                           : K,
+                      &beta, c, type_c, ldc ? ldc : N, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+// ====================================================================================================================
+// layers: forward beside backward
+// ====================================================================================================================
+
+// ---- sums over tokens, as bias and LayerNorm gradients need them. Two stages and no atomics: SLABS partial sums a column,
+// then their sum.
+
+enum { SLABS = 64, SUM_ROWS = 32, SUM_PACKS = 8 };
+
+// grid (ceil(m / (8 packs)), SLABS), block (8, 32). partial (SLABS, m): sum over a slab of rows of dy (N, m), times the
+// normalised x where given. Reads dy once, and x.
+__global__ void __launch_bounds__(SUM_ROWS* SUM_PACKS)
+    column_sums(float* partial, const floatX* dy, const floatX* x, const float* mean, const float* rstd, int N, int m) {
+    __shared__ float sums[SUM_ROWS][SUM_PACKS * PACK + 1];
+    int column = (blockIdx.x * SUM_PACKS + threadIdx.x) * PACK, rows = (N + SLABS - 1) / SLABS;
+    int last = min(N, int(blockIdx.y + 1) * rows);
+    float sum[PACK] = {};
+    for (int i = blockIdx.y * rows + threadIdx.y; i < last && column < m; i += SUM_ROWS) {
+        Pack p = load_pack(dy + size_t(i) * m + column), px = {};
+        if (x) px = load_pack(x + size_t(i) * m + column);
+        for (int k = 0; k < PACK; k++) sum[k] += to_float(p.x[k]) * (x ? (to_float(px.x[k]) - mean[i]) * rstd[i] : 1.0f);
+    }
+    for (int k = 0; k < PACK; k++) sums[threadIdx.y][threadIdx.x * PACK + k] = sum[k];
+    __syncthreads();
+    int own = threadIdx.y * SUM_PACKS + threadIdx.x, to = blockIdx.x * SUM_PACKS * PACK + own;
+    if (own >= SUM_PACKS * PACK || to >= m) return;
+    float total = 0;
+    for (int i = 0; i < SUM_ROWS; i++) total += sums[i][own];
+    partial[size_t(blockIdx.y) * m + to] = total;
+}
+
+// grid ceil(m / 256), block 256. out (m) += sum of partial (SLABS, m)
+__global__ void add_partial_sums(float* out, const float* partial, int m) {
+    int column = blockIdx.x * blockDim.x + threadIdx.x;
+    if (column >= m) return;
+    float sum = 0;
+    for (int i = 0; i < SLABS; i++) sum += partial[size_t(i) * m + column];
+    out[column] += sum;
+}
+
+// out (m) += sum over tokens of dy (N, m), times (x - mean) rstd where x is given
+static void sum_columns(float* out, float* partial, const floatX* dy, const floatX* x, const float* mean, const float* rstd,
+                        int N, int m) {
+    dim3 grid(blocks_for(m, SUM_PACKS * PACK), SLABS);
+    column_sums<<<grid, dim3(SUM_PACKS, SUM_ROWS)>>>(partial, dy, x, mean, rstd, N, m);
+    LAUNCHED();
+    add_partial_sums<<<blocks_for(m, 256), 256>>>(out, partial, m);
+    LAUNCHED();
+}
+
+// ---- the sparse projection's signed fold, for the kernels that make x: z[j] = sum of sign[k] x[k] over the k that go to
+// column j. Threads `lane` of `lanes` share a row; neighbours read neighbours. x (n) has been written by these same threads.
+
+struct Fold {
+    floatX* z;  // (N, r), or null: no fold wanted
+    const float* sign;
+    const int* shift;
+    int n, r;
+};
+
+__device__ inline void fold_row(const Fold& f, size_t row, const floatX* x, int lane, int lanes) {
+    for (int j = lane; j < f.r; j += lanes) {
+        float sum = 0;
+        for (int first = 0, stripe = 0; first < f.n; first += f.r, stripe++) {
+            int turned = j - f.shift[stripe], k = first + (turned < 0 ? turned + f.r : turned);
+            if (k < f.n) sum += f.sign[k] * to_float(x[k]);
+        }
+        store(f.z + row * f.r + j, sum);
+    }
+}
+
+// ---- LayerNorm, fused with the residual sum before it and the fold after it
+
+static const float LAYERNORM_EPS = 1e-5f;
+
+// One warp a row, 4 rows a block; dynamic shared memory: 4 C floats. sum (N, C) = x + delta + bias where delta is given; y =
+// LayerNorm of that sum (or of x), rounded as it is stored, so that a later run from the stored stream gives the same bits.
+// delta and y may be one. Reads x, delta; writes sum, y, z, mean, rstd: each once.
+__global__ void __launch_bounds__(128)
+    layernorm_kernel(floatX* y, floatX* sum, float* mean, float* rstd, const floatX* x, const floatX* delta, const floatX* bias,
+                     const floatX* w, const floatX* b, Fold fold, int N, int C) {
+    extern __shared__ float rows[];
+    int lane = threadIdx.x % WARP, i = blockIdx.x * 4 + threadIdx.x / WARP;
+    if (i >= N) return;
+    float *row = rows + threadIdx.x / WARP * C, total = 0, squares = 0;
+    size_t at = size_t(i) * C;
+    for (int j = lane * PACK; j < C; j += WARP * PACK) {
+        Pack p = load_pack(x + at + j);
+        if (delta) {
+            Pack d = load_pack(delta + at + j), e = load_pack(bias + j);
+            for (int k = 0; k < PACK; k++) store(&p.x[k], to_float(p.x[k]) + to_float(d.x[k]) + to_float(e.x[k]));
+            store_pack(sum + at + j, p);
+        }
+        for (int k = 0; k < PACK; k++) total += row[j + k] = to_float(p.x[k]);
+    }
+    float m = warp_sum(total) / C;
+    for (int j = lane * PACK; j < C; j += WARP * PACK) {
+        for (int k = 0; k < PACK; k++) squares += (row[j + k] - m) * (row[j + k] - m);
+    }
+    float s = rsqrtf(warp_sum(squares) / C + LAYERNORM_EPS);
+    for (int j = lane * PACK; j < C; j += WARP * PACK) {
+        Pack p, pw = load_pack(w + j), pb = load_pack(b + j);
+        for (int k = 0; k < PACK; k++) store(&p.x[k], (row[j + k] - m) * s * to_float(pw.x[k]) + to_float(pb.x[k]));
+        store_pack(y + at + j, p);
+    }
+    if (lane == 0) mean[i] = m, rstd[i] = s;
+    __syncwarp();
+    if (fold.z) fold_row(fold, i, y + at, lane, WARP);
+}
+
+// One warp a row. dx (N, C) = gradient, added to dx where accumulate. Reads dy, x (twice, the second time from the cache), dx.
+__global__ void __launch_bounds__(128)
+    layernorm_backward_kernel(floatX* dx, const floatX* dy, const floatX* x, const float* mean, const float* rstd,
+                              const floatX* w, int N, int C, bool accumulate) {
+    int lane = threadIdx.x % WARP, i = blockIdx.x * 4 + threadIdx.x / WARP;
+    if (i >= N) return;
+    size_t at = size_t(i) * C;
+    float m = mean[i], s = rstd[i], sum = 0, sum_norm = 0;
+    for (int j = lane * PACK; j < C; j += WARP * PACK) {
+        Pack pd = load_pack(dy + at + j), px = load_pack(x + at + j), pw = load_pack(w + j);
+        for (int k = 0; k < PACK; k++) {
+            float d = to_float(pd.x[k]) * to_float(pw.x[k]);
+            sum += d;
+            sum_norm += d * (to_float(px.x[k]) - m) * s;
+        }
+    }
+    sum = warp_sum(sum) / C;
+    sum_norm = warp_sum(sum_norm) / C;
+    for (int j = lane * PACK; j < C; j += WARP * PACK) {
+        Pack pd = load_pack(dy + at + j), px = load_pack(x + at + j), pw = load_pack(w + j), old = {};
+        if (accumulate) old = load_pack(dx + at + j);
+        for (int k = 0; k < PACK; k++) {
+            float d = (to_float(pd.x[k]) * to_float(pw.x[k]) - sum - (to_float(px.x[k]) - m) * s * sum_norm) * s;
+            store(&pd.x[k], accumulate ? to_float(old.x[k]) + d : d);
+        }
+        store_pack(dx + at + j, pd);
+    }
+}
+
+// ---- GELU, GPT-2's tanh form: x/2 (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
+
+static const float GELU_SCALE = 0.797884561f;
+
+// A block a row of n = 4C. Reads x; writes y and, folded, z.
+__global__ void __launch_bounds__(256) gelu_forward_kernel(floatX* y, const floatX* x, Fold fold, int n) {
+    size_t at = size_t(blockIdx.x) * n;
+    for (int j = threadIdx.x * PACK; j < n; j += blockDim.x * PACK) {
+        Pack p = load_pack(x + at + j);
+        for (int k = 0; k < PACK; k++) {
+            float v = to_float(p.x[k]), u = GELU_SCALE * (v + 0.044715f * v * v * v);
+            store(&p.x[k], v / (1.0f + __expf(-2.0f * u)));
+        }
+        store_pack(y + at + j, p);
+    }
+    __syncthreads();
+    if (fold.z) fold_row(fold, blockIdx.x, y + at, threadIdx.x, blockDim.x);
+}
+
+// d *= gelu'(x), in place; a thread a pack
+__global__ void gelu_backward_kernel(floatX* d, const floatX* x, size_t count) {
+    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * PACK;
+    if (at >= count) return;
+    Pack pd = load_pack(d + at), px = load_pack(x + at);
+    for (int k = 0; k < PACK; k++) {
+        float v = to_float(px.x[k]), u = GELU_SCALE * (v + 0.044715f * v * v * v), du = GELU_SCALE * (1.0f + 0.134145f * v * v);
+        float sigmoid = 1.0f / (1.0f + __expf(-2.0f * u));
+        store(&pd.x[k], to_float(pd.x[k]) * (sigmoid + v * sigmoid * (1.0f - sigmoid) * 2.0f * du));
+    }
+    store_pack(d + at, pd);
+}
+
+// z = fold of rows x (N, n) that are there already; a block a row
+__global__ void __launch_bounds__(256) fold_kernel(Fold fold, const floatX* x) {
+    fold_row(fold, blockIdx.x, x + size_t(blockIdx.x) * fold.n, threadIdx.x, blockDim.x);
+}
+
+// ---- attention for any type and head size, plain: tiles of ATT keys (or queries) with an online softmax, a block for each
+// query (or key) of each head. lse (B, NH, T), the log of the softmax's denominator, is kept for the backward pass. The
+// tensor-core kernels below take bf16 with heads of 64.
+
+enum { ATT = 128, HEAD = 64 };
+
+// grid (T, B NH), block ATT, dynamic shared memory ATT + 2 hs + 32 floats. out (N, C), qkv (N, 3C)
+__global__ void __launch_bounds__(ATT)
+    attention_plain_forward(floatX* out, float* lse, const floatX* qkv, int T, int C, int NH) {
+    extern __shared__ float shared[];
+    int hs = C / NH, t = blockIdx.x, b = blockIdx.y / NH, h = blockIdx.y % NH, tid = threadIdx.x;
+    float *p = shared, *q = p + ATT, *o = q + hs, *reduce = o + hs;
+    const floatX* base = qkv + size_t(b) * T * 3 * C + h * hs;
+    float top = -INFINITY, sum = 0, scale = rsqrtf(float(hs));
+    for (int d = tid; d < hs; d += ATT) q[d] = to_float(base[size_t(t) * 3 * C + d]), o[d] = 0;
+    __syncthreads();
+    for (int k0 = 0; k0 <= t; k0 += ATT) {
+        const floatX* k = base + size_t(k0 + tid) * 3 * C + C;
+        float s = k0 + tid <= t ? 0.0f : -INFINITY;
+        for (int d = 0; d < hs && k0 + tid <= t; d++) s += q[d] * to_float(k[d]) * scale;
+        float most = fmaxf(top, block_reduce(s, reduce, true)), shrink = expf(top - most);
+        p[tid] = expf(s - most);
+        sum = sum * shrink + block_reduce(p[tid], reduce, false);  // its barriers make p visible, too
+        int keys = min(int(ATT), t - k0 + 1);
+        for (int d = tid; d < hs; d += ATT) {
+            float total = o[d] * shrink;
+            for (int j = 0; j < keys; j++) total += p[j] * to_float(base[size_t(k0 + j) * 3 * C + 2 * C + d]);
+            o[d] = total;
+        }
+        top = most;
+        __syncthreads();
+    }
+    for (int d = tid; d < hs; d += ATT) store(out + (size_t(b) * T + t) * C + h * hs + d, o[d] / sum);
+    if (tid == 0) lse[size_t(blockIdx.y) * T + t] = top + logf(sum);
+}
+
+// dot (B, NH, T) = sum over d of dout out, per head; grid (T, B NH), block 32
+__global__ void __launch_bounds__(WARP) attention_dot(float* dot, const floatX* dout, const floatX* out, int T, int C, int NH) {
+    int hs = C / NH, b = blockIdx.y / NH, h = blockIdx.y % NH;
+    size_t at = (size_t(b) * T + blockIdx.x) * C + h * hs;
+    float sum = 0;
+    for (int d = threadIdx.x; d < hs; d += WARP) sum += to_float(dout[at + d]) * to_float(out[at + d]);
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) dot[size_t(blockIdx.y) * T + blockIdx.x] = sum;
+}
+
+// dq, of one query a block: ds = p (dp - dot) scale, dq = ds k. Grid, block and shared memory (ATT + 3 hs floats) as forward.
+__global__ void __launch_bounds__(ATT) attention_plain_dq(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse,
+                                                          const float* dot, int T, int C, int NH) {
+    extern __shared__ float shared[];
+    int hs = C / NH, t = blockIdx.x, b = blockIdx.y / NH, h = blockIdx.y % NH, tid = threadIdx.x;
+    float *ds = shared, *q = ds + ATT, *dout_t = q + hs, *dq = dout_t + hs;
+    const floatX* base = qkv + size_t(b) * T * 3 * C + h * hs;
+    float scale = rsqrtf(float(hs)), log_sum = lse[size_t(blockIdx.y) * T + t], dot_t = dot[size_t(blockIdx.y) * T + t];
+    for (int d = tid; d < hs; d += ATT) {
+        q[d] = to_float(base[size_t(t) * 3 * C + d]);
+        dout_t[d] = to_float(dout[(size_t(b) * T + t) * C + h * hs + d]);
+        dq[d] = 0;
+    }
+    __syncthreads();
+    for (int k0 = 0; k0 <= t; k0 += ATT) {
+        const floatX* k = base + size_t(k0 + tid) * 3 * C + C;
+        float s = 0, dp = 0;
+        for (int d = 0; d < hs && k0 + tid <= t; d++) s += q[d] * to_float(k[d]), dp += dout_t[d] * to_float(k[C + d]);
+        ds[tid] = k0 + tid <= t ? expf(s * scale - log_sum) * (dp - dot_t) * scale : 0.0f;
+        __syncthreads();
+        int keys = min(int(ATT), t - k0 + 1);
+        for (int d = tid; d < hs; d += ATT) {
+            for (int j = 0; j < keys; j++) dq[d] += ds[j] * to_float(base[size_t(k0 + j) * 3 * C + C + d]);
+        }
+        __syncthreads();
+    }
+    for (int d = tid; d < hs; d += ATT) store(dqkv + (size_t(b) * T + t) * 3 * C + h * hs + d, dq[d]);
+}
+
+// dk and dv, of one key a block: dv = p^T dout, dk = ds^T q. Dynamic shared memory 2 ATT + 4 hs floats.
+__global__ void __launch_bounds__(ATT) attention_plain_dkv(floatX* dqkv, const floatX* dout, const floatX* qkv,
+                                                           const float* lse, const float* dot, int T, int C, int NH) {
+    extern __shared__ float shared[];
+    int hs = C / NH, t = blockIdx.x, b = blockIdx.y / NH, h = blockIdx.y % NH, tid = threadIdx.x;
+    float *p = shared, *ds = p + ATT, *k = ds + ATT, *v = k + hs, *dk = v + hs, *dv = dk + hs;
+    const floatX *base = qkv + size_t(b) * T * 3 * C + h * hs, *dout_b = dout + size_t(b) * T * C + h * hs;
+    float scale = rsqrtf(float(hs));
+    for (int d = tid; d < hs; d += ATT) {
+        k[d] = to_float(base[size_t(t) * 3 * C + C + d]);
+        v[d] = to_float(base[size_t(t) * 3 * C + 2 * C + d]);
+        dk[d] = dv[d] = 0;
+    }
+    __syncthreads();
+    for (int q0 = t; q0 < T; q0 += ATT) {
+        int i = q0 + tid;
+        float s = 0, dp = 0;
+        for (int d = 0; d < hs && i < T; d++)
+            s += k[d] * to_float(base[size_t(i) * 3 * C + d]), dp += v[d] * to_float(dout_b[size_t(i) * C + d]);
+        p[tid] = i < T ? expf(s * scale - lse[size_t(blockIdx.y) * T + i]) : 0.0f;
+        ds[tid] = i < T ? p[tid] * (dp - dot[size_t(blockIdx.y) * T + i]) * scale : 0.0f;
+        __syncthreads();
+        int queries = min(int(ATT), T - q0);
+        for (int d = tid; d < hs; d += ATT) {
+            for (int j = 0; j < queries; j++) {
+                dv[d] += p[j] * to_float(dout_b[size_t(q0 + j) * C + d]);
+                dk[d] += ds[j] * to_float(base[size_t(q0 + j) * 3 * C + d]);
+            }
+        }
+        __syncthreads();
+    }
+    for (int d = tid; d < hs; d += ATT) {
+        store(dqkv + (size_t(b) * T + t) * 3 * C + C + h * hs + d, dk[d]);
+        store(dqkv + (size_t(b) * T + t) * 3 * C + 2 * C + h * hs + d, dv[d]);
+    }
+}
+
+// ---- attention on tensor cores: FlashAttention-2 (arXiv 2307.08691) with mma.sync, heads of 64, tiles of 64 x 64, 4 warps a
+// block. Each warp owns 16 rows of the result. Tiles come by cp.async, the next one while this one is used. In shared memory a
+// tile's row is 8 chunks of 16 bytes, chunk c of row i at place c ^ (i % 8): the 8 rows that one ldmatrix reads lie in
+// different banks.
+
+enum { FLASH = 64, FLASH_THREADS = 128 };
+static const float LOG2E = 1.44269504f;
+
+struct Tile {
+    __nv_bfloat16 x[FLASH * HEAD];
+};
+
+__device__ inline __nv_bfloat16* chunk_of(Tile& tile, int row, int chunk) {
+    return tile.x + row * HEAD + (chunk ^ (row & 7)) * 8;
+}
+
+// Rows first.. first+63 of a matrix with leading dimension ld; zeros from row `rows` on.
+__device__ inline void load_tile(Tile& tile, const __nv_bfloat16* from, size_t ld, int first, int rows) {
+    for (int i = threadIdx.x; i < FLASH * 8; i += FLASH_THREADS) {
+        int row = i / 8, chunk = i % 8;
+        bool valid = first + row < rows;
+        cp_async_16_zfill(chunk_of(tile, row, chunk), from + (valid ? (first + row) * ld + chunk * 8 : 0), valid);
+    }
+}
+
+// Rows row..row+15 of a tile as the mma's left operand: a[k] holds columns 16k..16k+15.
+__device__ inline void load_rows(uint32_t a[4][4], Tile& tile, int row) {
+    int lane = threadIdx.x % WARP;
+    for (int k = 0; k < 4; k++) ldmatrix_x4(a[k], chunk_of(tile, row + lane % 16, 2 * k + lane / 16));
+}
+
+// s (16, 64) = a (16, 64) tile^T: one column of s for each row of the tile
+__device__ inline void times_transpose(float s[8][4], const uint32_t a[4][4], Tile& tile) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+        for (int i = 0; i < 4; i++) s[j][i] = s[j + 1][i] = 0;
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            uint32_t b[4];
+            ldmatrix_x4(b, chunk_of(tile, 8 * j + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+            mma_m16n8k16_bf16(s[j], a[k], b);
+            mma_m16n8k16_bf16(s[j + 1], a[k], b + 2);
+        }
+    }
+}
+
+// o (16, 64) += s (16, 64) tile, s rounded to bf16: an accumulator's layout is that of a left operand
+__device__ inline void add_times(float o[8][4], const float s[8][4], Tile& tile) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        uint32_t a[4];
+        for (int i = 0; i < 4; i++) {
+            __nv_bfloat162 two = __floats2bfloat162_rn(s[2 * k + i / 2][i % 2 * 2], s[2 * k + i / 2][i % 2 * 2 + 1]);
+            memcpy(&a[i], &two, 4);
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            uint32_t b[4];
+            ldmatrix_x4_trans(b, chunk_of(tile, 16 * k + lane % 16, j + lane / 16));
+            mma_m16n8k16_bf16(o[j], a, b);
+            mma_m16n8k16_bf16(o[j + 1], a, b + 2);
+        }
+    }
+}
+
+// Row and column, within a warp's 16 x 64, of element i of s[j].
+__device__ inline int row_of(int i) { return threadIdx.x % WARP / 4 + i / 2 * 8; }
+__device__ inline int column_of(int j, int i) { return 8 * j + threadIdx.x % 4 * 2 + i % 2; }
+
+// Writes a warp's 16 x 64, rows first.., those below `rows`.
+__device__ inline void write_rows(__nv_bfloat16* to, size_t ld, const float o[8][4], int first, int rows) {
+    for (int i = 0; i < 4; i += 2) {
+        int row = first + row_of(i);
+        if (row >= rows) continue;
+        for (int j = 0; j < 8; j++)
+            *reinterpret_cast<__nv_bfloat162*>(to + row * ld + column_of(j, 0)) = __floats2bfloat162_rn(o[j][i], o[j][i + 1]);
+    }
+}
+
+// grid (ceil(T / 64), B NH), block 128. out (N, C), lse (B, NH, T), qkv (N, 3C). Reads k and v once for each tile of queries.
+__global__ void __launch_bounds__(FLASH_THREADS)
+    attention_flash_forward(__nv_bfloat16* out, float* lse, const __nv_bfloat16* qkv, int T, int C, int NH) {
+    __shared__ __align__(128) Tile tiles[4];  // k and v, two of each; at first also q
+    int b = blockIdx.y / NH, h = blockIdx.y % NH, warp = threadIdx.x / WARP;
+    int q0 = (gridDim.x - 1 - blockIdx.x) * FLASH;  // the longest rows first
+    size_t ld = 3 * size_t(C);
+    const __nv_bfloat16 *q = qkv + size_t(b) * T * ld + h * HEAD, *k = q + C, *v = k + C;
+    float scale = LOG2E / 8.0f, o[8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    uint32_t qa[4][4];
+    load_tile(tiles[0], q, ld, q0, T);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    load_rows(qa, tiles[0], 16 * warp);
+    __syncthreads();
+    load_tile(tiles[0], k, ld, 0, T);
+    load_tile(tiles[1], v, ld, 0, T);
+    cp_async_commit();
+    for (int k0 = 0, stage = 0; k0 <= q0; k0 += FLASH, stage ^= 2) {
+        if (k0 + FLASH <= q0) {
+            load_tile(tiles[stage ^ 2], k, ld, k0 + FLASH, T);
+            load_tile(tiles[(stage ^ 2) + 1], v, ld, k0 + FLASH, T);
+        }
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+        float s[8][4];
+        times_transpose(s, qa, tiles[stage]);
+        for (int half = 0; half < 2; half++) {  // this lane's rows g and g + 8; four lanes share a row
+            float most = top[half], total = 0;
+            for (int j = 0; j < 8; j++) {
+                for (int i = 2 * half; i < 2 * half + 2; i++) {
+                    s[j][i] = k0 + column_of(j, i) > q0 + 16 * warp + row_of(i) ? -INFINITY : s[j][i] * scale;
+                    most = fmaxf(most, s[j][i]);
+                }
+            }
+            most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 2));
+            float shrink = exp2f(top[half] - most);
+            for (int j = 0; j < 8; j++) {
+                for (int i = 2 * half; i < 2 * half + 2; i++) {
+                    total += s[j][i] = exp2f(s[j][i] - most);
+                    o[j][i] *= shrink;
+                }
+            }
+            sum[half] = sum[half] * shrink + total;
+            top[half] = most;
+        }
+        add_times(o, s, tiles[stage + 1]);
+        __syncthreads();
+    }
+    for (int half = 0; half < 2; half++) {
+        sum[half] += __shfl_xor_sync(0xFFFFFFFFu, sum[half], 1);
+        sum[half] += __shfl_xor_sync(0xFFFFFFFFu, sum[half], 2);
+        for (int j = 0; j < 8; j++) {
+            for (int i = 2 * half; i < 2 * half + 2; i++) o[j][i] /= sum[half];
+        }
+        int row = q0 + 16 * warp + row_of(2 * half);
+        if (threadIdx.x % 4 == 0 && row < T) lse[size_t(blockIdx.y) * T + row] = (top[half] + log2f(sum[half])) / LOG2E;
+    }
+    write_rows(out + size_t(b) * T * C + h * HEAD, C, o, q0 + 16 * warp, T);
+}
+
+// dq. Grid and block as forward; for each tile of keys: p again, dp = dout v^T, ds = p (dp - dot) scale, dq += ds k.
+__global__ void __launch_bounds__(FLASH_THREADS)
+    attention_flash_dq(__nv_bfloat16* dqkv, const __nv_bfloat16* dout, const __nv_bfloat16* qkv, const float* lse,
+                       const float* dot, int T, int C, int NH) {
+    __shared__ __align__(128) Tile tiles[4];
+    int b = blockIdx.y / NH, h = blockIdx.y % NH, warp = threadIdx.x / WARP;
+    int q0 = (gridDim.x - 1 - blockIdx.x) * FLASH;
+    size_t ld = 3 * size_t(C), at = size_t(b) * T * ld + h * HEAD;
+    const __nv_bfloat16 *q = qkv + at, *k = q + C, *v = k + C;
+    float dq[8][4] = {}, log_sum[2], dot_row[2];
+    uint32_t qa[4][4], da[4][4];
+    load_tile(tiles[0], q, ld, q0, T);
+    load_tile(tiles[1], dout + size_t(b) * T * C + h * HEAD, C, q0, T);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    load_rows(qa, tiles[0], 16 * warp);
+    load_rows(da, tiles[1], 16 * warp);
+    __syncthreads();
+    for (int half = 0; half < 2; half++) {
+        int row = q0 + 16 * warp + row_of(2 * half);
+        log_sum[half] = row < T ? lse[size_t(blockIdx.y) * T + row] * LOG2E : 0;
+        dot_row[half] = row < T ? dot[size_t(blockIdx.y) * T + row] : 0;
+    }
+    load_tile(tiles[0], k, ld, 0, T);
+    load_tile(tiles[1], v, ld, 0, T);
+    cp_async_commit();
+    for (int k0 = 0, stage = 0; k0 <= q0; k0 += FLASH, stage ^= 2) {
+        if (k0 + FLASH <= q0) {
+            load_tile(tiles[stage ^ 2], k, ld, k0 + FLASH, T);
+            load_tile(tiles[(stage ^ 2) + 1], v, ld, k0 + FLASH, T);
+        }
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+        float s[8][4], dp[8][4];
+        times_transpose(s, qa, tiles[stage]);
+        times_transpose(dp, da, tiles[stage + 1]);
+        for (int j = 0; j < 8; j++) {
+            for (int i = 0; i < 4; i++) {
+                bool hidden = k0 + column_of(j, i) > q0 + 16 * warp + row_of(i);
+                s[j][i] = hidden ? 0 : exp2f(s[j][i] * (LOG2E / 8.0f) - log_sum[i / 2]) * (dp[j][i] - dot_row[i / 2]) * 0.125f;
+            }
+        }
+        add_times(dq, s, tiles[stage]);
+        __syncthreads();
+    }
+    write_rows(dqkv + at, ld, dq, q0 + 16 * warp, T);
+}
+
+// dk and dv. A block takes 64 keys, a warp 16 of them, and walks the tiles of queries from the diagonal on, all transposed: s^T
+// = k q^T, dp^T = v dout^T, dv += p^T dout, dk += ds^T q.
+__global__ void __launch_bounds__(FLASH_THREADS)
+    attention_flash_dkv(__nv_bfloat16* dqkv, const __nv_bfloat16* dout, const __nv_bfloat16* qkv, const float* lse,
+                        const float* dot, int T, int C, int NH) {
+    __shared__ __align__(128) Tile tiles[4];
+    __shared__ float log_sums[2][FLASH], dots[2][FLASH];
+    int b = blockIdx.y / NH, h = blockIdx.y % NH, warp = threadIdx.x / WARP, k0 = blockIdx.x * FLASH;
+    size_t ld = 3 * size_t(C), at = size_t(b) * T * ld + h * HEAD;
+    const __nv_bfloat16 *q = qkv + at, *k = q + C, *v = k + C, *dout_b = dout + size_t(b) * T * C + h * HEAD;
+    float dk[8][4] = {}, dv[8][4] = {};
+    uint32_t ka[4][4], va[4][4];
+    load_tile(tiles[0], k, ld, k0, T);
+    load_tile(tiles[1], v, ld, k0, T);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    load_rows(ka, tiles[0], 16 * warp);
+    load_rows(va, tiles[1], 16 * warp);
+    __syncthreads();
+    auto load = [&](int stage, int q0) {
+        load_tile(tiles[stage], q, ld, q0, T);
+        load_tile(tiles[stage + 1], dout_b, C, q0, T);
+        int row = threadIdx.x % FLASH;
+        float* to = threadIdx.x < FLASH ? log_sums[stage / 2] : dots[stage / 2];
+        to[row] = q0 + row < T ? (threadIdx.x < FLASH ? lse[size_t(blockIdx.y) * T + q0 + row] * LOG2E
+                                                      : dot[size_t(blockIdx.y) * T + q0 + row])
+                               : 0;
+    };
+    load(0, k0);
+    cp_async_commit();
+    for (int q0 = k0, stage = 0; q0 < T; q0 += FLASH, stage ^= 2) {
+        if (q0 + FLASH < T) load(stage ^ 2, q0 + FLASH);
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+        float s[8][4], dp[8][4];
+        times_transpose(s, ka, tiles[stage]);
+        for (int j = 0; j < 8; j++) {
+            for (int i = 0; i < 4; i++) {
+                int query = q0 + column_of(j, i);
+                bool hidden = k0 + 16 * warp + row_of(i) > query || query >= T;
+                s[j][i] = hidden ? 0 : exp2f(s[j][i] * (LOG2E / 8.0f) - log_sums[stage / 2][column_of(j, i)]);
+            }
+        }
+        add_times(dv, s, tiles[stage + 1]);
+        times_transpose(dp, va, tiles[stage + 1]);
+        for (int j = 0; j < 8; j++) {
+            for (int i = 0; i < 4; i++) s[j][i] *= (dp[j][i] - dots[stage / 2][column_of(j, i)]) * 0.125f;
+        }
+        add_times(dk, s, tiles[stage]);
+        __syncthreads();
+    }
+    write_rows(dqkv + at + C, ld, dk, k0 + 16 * warp, T);
+    write_rows(dqkv + at + 2 * C, ld, dv, k0 + 16 * warp, T);
+}
+
+static void attention_forward(floatX* out, float* lse, const floatX* qkv, int B, int T, int C, int NH) {
+    int hs = C / NH;
+#ifndef PRECISION_FP32
+    if (hs == HEAD) {
+        attention_flash_forward<<<dim3(blocks_for(T, FLASH), B * NH), FLASH_THREADS>>>(out, lse, qkv, T, C, NH);
+        return LAUNCHED();
+    }
+#endif
+    attention_plain_forward<<<dim3(T, B * NH), ATT, (ATT + 2 * hs + 32) * sizeof(float)>>>(out, lse, qkv, T, C, NH);
+    LAUNCHED();
+}
+
+// dqkv (N, 3C) = gradient; dot (B, NH, T) is workspace
+static void attention_backward(floatX* dqkv, float* dot, const floatX* dout, const floatX* qkv, const floatX* out,
+                               const float* lse, int B, int T, int C, int NH) {
+    int hs = C / NH;
+    attention_dot<<<dim3(T, B * NH), WARP>>>(dot, dout, out, T, C, NH);
+    LAUNCHED();
+#ifndef PRECISION_FP32
+    if (hs == HEAD) {
+        dim3 grid(blocks_for(T, FLASH), B * NH);
+        attention_flash_dq<<<grid, FLASH_THREADS>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
+        LAUNCHED();
+        attention_flash_dkv<<<grid, FLASH_THREADS>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
+        return LAUNCHED();
+    }
+#endif
+    attention_plain_dq<<<dim3(T, B * NH), ATT, (ATT + 3 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
+    LAUNCHED();
+    attention_plain_dkv<<<dim3(T, B * NH), ATT, (2 * ATT + 4 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
+    LAUNCHED();
+}
+
+// ---- embedding: x = wte[token] + wpe[position]
+
+// A block a token.
+__global__ void embedding_forward_kernel(floatX* x, const int* tokens, const floatX* wte, const floatX* wpe, int T, int C) {
+    size_t at = size_t(blockIdx.x) * C, word = size_t(tokens[blockIdx.x]) * C, position = size_t(blockIdx.x % T) * C;
+    for (int j = threadIdx.x * PACK; j < C; j += blockDim.x * PACK) {
+        Pack a = load_pack(wte + word + j), b = load_pack(wpe + position + j);
+        for (int k = 0; k < PACK; k++) store(&a.x[k], to_float(a.x[k]) + to_float(b.x[k]));
+        store_pack(x + at + j, a);
+    }
+}
+
+// A block a word that occurs: its tokens are order[starts[w]] to order[starts[w + 1] - 1], so no two blocks add to one row.
+__global__ void word_backward_kernel(float* dwte, const floatX* dx, const int* order, const int* starts, const int* words,
+                                     int C) {
+    int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
+    for (int j = threadIdx.x * PACK; j < C; j += blockDim.x * PACK) {
+        float sum[PACK] = {};
+        for (int i = first; i < last; i++) {
+            Pack p = load_pack(dx + size_t(order[i]) * C + j);
+            for (int k = 0; k < PACK; k++) sum[k] += to_float(p.x[k]);
+        }
+        for (int k = 0; k < PACK; k++) dwte[size_t(words[blockIdx.x]) * C + j + k] += sum[k];
+    }
+}
+
+// A block a position.
+__global__ void position_backward_kernel(float* dwpe, const floatX* dx, int B, int T, int C) {
+    for (int j = threadIdx.x * PACK; j < C; j += blockDim.x * PACK) {
+        float sum[PACK] = {};
+        for (int b = 0; b < B; b++) {
+            Pack p = load_pack(dx + (size_t(b) * T + blockIdx.x) * C + j);
+            for (int k = 0; k < PACK; k++) sum[k] += to_float(p.x[k]);
+        }
+        for (int k = 0; k < PACK; k++) dwpe[size_t(blockIdx.x) * C + j + k] += sum[k];
+    }
+}
+
+// ---- softmax and cross entropy: losses (rows); logits (rows, ld) become their gradient, times scale. A block a row; padded
+// words, V and above, get 0.
+
+__global__ void __launch_bounds__(512)
+    cross_entropy_kernel(floatX* logits, float* losses, const int* targets, int V, int ld, float scale, bool gradient) {
+    __shared__ float reduce[WARP];
+    floatX* row = logits + size_t(blockIdx.x) * ld;
+    float most = -INFINITY, sum = 0;
+    for (int j = threadIdx.x * PACK; j < V; j += blockDim.x * PACK) {
+        Pack p = load_pack(row + j);
+        for (int k = 0; k < PACK && j + k < V; k++) most = fmaxf(most, to_float(p.x[k]));
+    }
+    most = block_reduce(most, reduce, true);
+    for (int j = threadIdx.x * PACK; j < V; j += blockDim.x * PACK) {
+        Pack p = load_pack(row + j);
+        for (int k = 0; k < PACK && j + k < V; k++) sum += __expf(to_float(p.x[k]) - most);
+    }
+    sum = block_reduce(sum, reduce, false);
+    int target = targets[blockIdx.x];
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + most - to_float(row[target]);
+    __syncthreads();
+    for (int j = threadIdx.x * PACK; j < ld && gradient; j += blockDim.x * PACK) {
+        Pack p = load_pack(row + j);
+        for (int k = 0; k < PACK; k++) {
+            float y = j + k < V ? __expf(to_float(p.x[k]) - most) / sum - (j + k == target ? 1.0f : 0.0f) : 0.0f;
+            store(&p.x[k], y * scale);
+        }
+        store_pack(row + j, p);
+    }
+}
+
+// ---- global norm: NORM_BLOCKS partial sums, each over its own stride of all gradients, then their sum in one block: no
+// atomics
+
+enum { NORM_BLOCKS = 1024 };
+
+__global__ void __launch_bounds__(256) squares_kernel(float* partial, const float* grads, size_t count) {
+    __shared__ float reduce[WARP];
+    float sum = 0;
+    for (size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD; i < count;
+         i += size_t(NORM_BLOCKS) * blockDim.x * QUAD) {
+        float4 g = load_quad(grads + i);
+        sum += g.x * g.x + g.y * g.y + g.z * g.z + g.w * g.w;
+    }
+    sum = block_reduce(sum, reduce, false);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+// norm[0] = the norm, norm[1] = what gradients are multiplied with so that it is at most clip (0: not clipped)
+__global__ void __launch_bounds__(256) norm_kernel(float* norm, const float* partial, float clip) {
+    __shared__ float reduce[WARP];
+    float sum = 0;
+    for (int i = threadIdx.x; i < NORM_BLOCKS; i += blockDim.x) sum += partial[i];
+    sum = sqrtf(block_reduce(sum, reduce, false));
+    if (threadIdx.x == 0) norm[0] = sum, norm[1] = clip > 0 && sum > clip ? clip / sum : 1.0f;
+}
+
+// ---- AdamW (Loshchilov and Hutter, arXiv 1711.05101), a quad of elements a thread
+
+struct Adam {
+    float lr, beta1, beta2, eps, decay;
+    const float* norm;         // norm[1] scales the gradient
+    float correct1, correct2;  // 1 / (1 - beta^t)
+};
+
+__device__ inline float adam_element(const Adam& a, float g, float* m, float* v) {
+    g *= a.norm[1];
+    *m = a.beta1 * *m + (1.0f - a.beta1) * g;
+    *v = a.beta2 * *v + (1.0f - a.beta2) * g * g;
+    return *m * a.correct1 / (sqrtf(*v * a.correct2) + a.eps);
+}
+
+// Moves the moments of four elements on by their gradients; returns the direction U = M^ / (sqrt(V^) + eps).
+__device__ inline float4 adam_direction(const Adam& a, const float* g, float* m, float* v) {
+    float4 g4 = load_quad(g), m4 = load_quad(m), v4 = load_quad(v), u;
+    u.x = adam_element(a, g4.x, &m4.x, &v4.x);
+    u.y = adam_element(a, g4.y, &m4.y, &v4.y);
+    u.z = adam_element(a, g4.z, &m4.z, &v4.z);
+    u.w = adam_element(a, g4.w, &m4.w, &v4.w);
+    store_quad(m, m4);
+    store_quad(v, v4);
+    return u;
+}
+
+// Four weights: keep w - step u, in fp32 and rounded. master may be w itself.
+__device__ inline void move_weights(floatX* w, float* master, float4 u, float keep, float step) {
+    float4 x = load_quad(master);
+    x = {keep * x.x - step * u.x, keep * x.y - step * u.y, keep * x.z - step * u.z, keep * x.w - step * u.w};
+    store_quad(master, x);
+    if (HAS_MASTER) store_quad(w, x);
+}
+
+__global__ void adam_kernel(floatX* w, float* master, const float* g, float* m, float* v, size_t count, Adam a) {
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
+    if (i >= count) return;
+    move_weights(w + i, master + i, adam_direction(a, g + i, m + i, v + i), 1.0f - a.lr * a.decay, a.lr);
+}
+
+// w = the rounding of master
+__global__ void round_kernel(floatX* w, const float* master, size_t count) {
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
+    if (i < count) store_quad(w + i, load_quad(master + i));
+}
+
+// ====================================================================================================================
+// the model's memory: what it is made of, and the tape: what the forward pass keeps for the backward pass
+// ====================================================================================================================
+
+enum { RESIDUAL, LN1, QKVR, ATTY, RESIDUAL2, LN2, FCH, FCH_GELU, TAPE_ROWS };
+
+struct TapeRow {
+    const char* name;
+    int width;      // in channels, for each token and layer
+    int gone_from;  // the recomputation level from which it is computed again in the backward pass
+    int input_of;   // the linear layer that alone needs it, so that z can stand in for it; or -1
+};
+
+enum { ALWAYS_KEPT = 9 };
+static const TapeRow tape_rows[TAPE_ROWS] = {
+    {"residual", 1, ALWAYS_KEPT, -1},   // the stream into the block
+    {"ln1", 1, 2, QKV},                 //
+    {"qkv", 3, ALWAYS_KEPT, -1},        //
+    {"atty", 1, ALWAYS_KEPT, -1},       // attention's output: its own backward pass needs it too
+    {"residual2", 1, ALWAYS_KEPT, -1},  // the stream after attention
+    {"ln2", 1, 2, FC},                  //
+    {"fch", 4, ALWAYS_KEPT, -1},        // before GELU
+    {"fch_gelu", 4, 1, FCPROJ},         //
+};
+
+struct Model {
+    Config config;
+    Options options;
+    Linear linear[LINEARS];
+    int64_t epoch;  // of the projections
+    floatX* params[PARAMS];
+    float *master[PARAMS], *grads[PARAMS], *m[PARAMS],
+        *v[PARAMS];  // master: fp32 copies of the weights, the weights themselves in fp32
+    // tape
+    floatX* tape[TAPE_ROWS];  // (L, N, width C), residual (L+1, N, C); null where a row is not kept
+    floatX* z[LINEARS];       // (L, N, r) in place of the input of a compressed layer; null where it is not kept
+    float *ln1_mean, *ln1_rstd, *ln2_mean, *ln2_rstd;  // (L, N)
+    float* lse;                                        // (L, N, NH) floats, (B, NH, T) in a layer
+    floatX* lnf;                                       // (N, C)
+    float *lnf_mean, *lnf_rstd;                        // (N)
+    // workspace, reused by every layer
+    floatX* dresidual;  // (N, C) gradient of the stream
+    floatX* narrow;     // (N, C) an input that is not on the tape, then its gradient; a projection on its way into the stream
+    floatX* wide;       // (N, 4C) likewise
+    floatX* z_now;      // (N, r) z where it is not on the tape
+    floatX *p, *p_next, *u;   // P (n, r); the next epoch's; Adam's direction (m, r) on its way to the lift
+    float *sign, *sign_next;  // sparse: (n) signs
+    int *shift, *shift_next;  // sparse: a rotation for each stripe of r inputs
+    float* p_change;          // (r, r) P_old^T P_new
+    floatX* logits;           // (CHUNK, logits_width)
+    float *partial, *dot;     // (SLABS, 4C) sums of columns; (N, NH)
+    float *norm_partial, *norm;
+    // data
+    int *d_inputs, *d_targets;              // (N)
+    float* d_losses;                        // (N)
+    int *word_order, *word_starts, *words;  // (N), (N + 1), (N): the tokens sorted by word, for the embedding's gradient
+    // on the host
+    int *inputs, *targets;  // (N)
+    float* losses;          // (N)
+};
+
+enum { CHUNK = 1024 };  // tokens whose logits exist at one time
+
+static int logits_width(const Config& c) { return (c.Vp + 7) / 8 * 8; }  // so that each row begins on 16 bytes
+
+static bool moments_move(const Options& o) { return o.moments == MOVE && o.gap > 0; }
+
+// Lists every tensor of the run in the device's memory, with the place of its pointer in s. Sets s up but allocates nothing.
+static Plan model_plan(Model& s, const Config& c, const Options& o) {
+    Plan plan;
+    s = Model{};
+    s.config = c;
+    s.options = o;
+    if (c.C % 8 != 0 || c.C > 3072)
+        refuse("--channels: " + str(c.C) + " is not a multiple of 8 up to 3072, as the GPU's kernels need it");
+    for (int i = 0; i < LINEARS; i++) s.linear[i] = linear_shape(c, o, i);
+    int64_t L = c.L, C = c.C, N = int64_t(o.batch) * o.seq;
+    auto add = [&](const char* category, const std::string& name, const char* type, const std::vector<int64_t>& shape,
+                   void* home) {
+        static void* nowhere;  // each tensor begins on 256 bytes: the gap before it is in the plan as well
+        int64_t gap = -plan.bytes(category) & 255;
+        plan_add(plan, category, "alignment", "byte", {gap}, &nowhere);
+        plan_add(plan, category, name, type, shape, home);
+    };
+
+    for (int i = 0; i < PARAMS; i++) add("parameters", param_rows[i].name, TYPE_X, param_shape(c, i), &s.params[i]);
+    for (int i = 0; i < PARAMS && HAS_MASTER; i++) {
+        add("master", std::string("master.") + param_rows[i].name, "fp32", param_shape(c, i), &s.master[i]);
+    }
+    const struct {
+        const char *category, *prefix;
+        float** home;
+    } groups[3] = {{"gradients", "grad.", s.grads}, {"moments", "m.", s.m}, {"moments", "v.", s.v}};
+    for (auto& group : groups) {
+        for (int i = 0; i < PARAMS; i++) {
+            int rank = param_rows[i].linear >= 0 ? s.linear[param_rows[i].linear].r : 0;
+            add(group.category, std::string(group.prefix) + param_rows[i].name, "fp32", param_shape(c, i, rank),
+                &group.home[i]);
+        }
+    }
+
+    for (int i = 0; i < TAPE_ROWS; i++) {
+        const TapeRow& row = tape_rows[i];
+        bool kept = o.recompute < row.gone_from;
+        if (kept && row.input_of >= 0 && s.linear[row.input_of].compressed()) {
+            add("tape", std::string(row.name) + ".z", TYPE_X, {L, N, s.linear[row.input_of].r}, &s.z[row.input_of]);
+        } else if (kept) {
+            add("tape", row.name, TYPE_X, {i == RESIDUAL ? L + 1 : L, N, row.width * C}, &s.tape[i]);
+        }
+    }
+    add("tape", "ln1_mean", "fp32", {L, N}, &s.ln1_mean);
+    add("tape", "ln1_rstd", "fp32", {L, N}, &s.ln1_rstd);
+    add("tape", "ln2_mean", "fp32", {L, N}, &s.ln2_mean);
+    add("tape", "ln2_rstd", "fp32", {L, N}, &s.ln2_rstd);
+    add("tape", "lse", "fp32", {L, N, c.NH}, &s.lse);
+    add("tape", "lnf", TYPE_X, {N, C}, &s.lnf);
+    add("tape", "lnf_mean", "fp32", {N}, &s.lnf_mean);
+    add("tape", "lnf_rstd", "fp32", {N}, &s.lnf_rstd);
+
+    int64_t z_now = 0, dense = 0, p_change = 0, u = 0, signs = 0, stripes = 0, move = moments_move(o);
+    for (int i = 0; i < LINEARS; i++) {
+        const Linear& l = s.linear[i];
+        if (!l.compressed()) continue;
+        bool on_tape =
+            std::any_of(plan.tensors.begin(), plan.tensors.end(), [&](const Tensor& t) { return t.home == &s.z[i]; });
+        if (!on_tape) z_now = std::max<int64_t>(z_now, l.r);
+        p_change = std::max<int64_t>(p_change, int64_t(l.r) * l.r);
+        if (o.projection == SPARSE) {
+            signs = std::max<int64_t>(signs, l.n);
+            stripes = std::max<int64_t>(stripes, (l.n + l.r - 1) / l.r);
+        } else {
+            dense = std::max<int64_t>(dense, int64_t(l.n) * l.r);
+            u = std::max<int64_t>(u, int64_t(l.m) * l.r);
+        }
+    }
+    add("workspace", "dresidual", TYPE_X, {N, C}, &s.dresidual);
+    add("workspace", "narrow", TYPE_X, {N, C}, &s.narrow);
+    add("workspace", "wide", TYPE_X, {N, 4 * C}, &s.wide);
+    add("workspace", "z", TYPE_X, {N, z_now}, &s.z_now);
+    add("workspace", "projection", TYPE_X, {dense}, &s.p);
+    add("workspace", "projection_next", TYPE_X, {move * dense}, &s.p_next);
+    add("workspace", "update", TYPE_X, {u}, &s.u);
+    add("workspace", "projection_sign", "fp32", {signs}, &s.sign);
+    add("workspace", "projection_sign_next", "fp32", {move * signs}, &s.sign_next);
+    add("workspace", "projection_shift", "int32", {stripes}, &s.shift);
+    add("workspace", "projection_shift_next", "int32", {move * stripes}, &s.shift_next);
+    add("workspace", "projection_change", "fp32", {move * p_change}, &s.p_change);
+    add("workspace", "logits", TYPE_X, {std::min<int64_t>(CHUNK, N), logits_width(c)}, &s.logits);
+    add("workspace", "column_sums", "fp32", {SLABS, 4 * C}, &s.partial);
+    add("workspace", "attention_dot", "fp32", {N, c.NH}, &s.dot);
+    add("workspace", "norm_partial", "fp32", {NORM_BLOCKS}, &s.norm_partial);
+    add("workspace", "norm", "fp32", {2}, &s.norm);
+    add("data", "inputs", "int32", {N}, &s.d_inputs);
+    add("data", "targets", "int32", {N}, &s.d_targets);
+    add("data", "losses", "fp32", {N}, &s.d_losses);
+    add("data", "word_order", "int32", {N}, &s.word_order);
+    add("data", "word_starts", "int32", {N + 1}, &s.word_starts);
+    add("data", "words", "int32", {N}, &s.words);
+    plan.flops = matrix_flops(c, o, s.linear);
+    return plan;
+}
+
+// One arena for each category. Zeros: gradients of padded words, which nothing writes, and
+// moments start from them.
+static void model_allocate(Model& s, const Plan& plan) {
+    size_t free_bytes, total_bytes;
+    CUDA(cublasCreate(&cublas));
+    CUDA(cudaMemGetInfo(&free_bytes, &total_bytes));
+    if (plan.bytes() > int64_t(free_bytes)) {
+        Options o = s.options;
+        int64_t accumulated = o.total_batch / o.seq;
+        for (Model other; o.batch > 1;) {
+            for (o.batch--; accumulated % o.batch != 0;) o.batch--;
+            if (model_plan(other, s.config, o).bytes() < int64_t(free_bytes)) {
+                fail("not enough memory: the plan takes " + commas(plan.bytes()) + " bytes, " + commas(free_bytes) +
+                     " are free; -b " + str(o.batch) + " -d " + str(o.total_batch) + " would fit");
+            }
+        }
+        fail("not enough memory: the plan takes " + commas(plan.bytes()) + " bytes, " + commas(free_bytes) +
+             " are free, and -b 1 does not fit either; a smaller --seq or --rank, or --recompute 2, takes less");
+    }
+    for (const std::string& category : plan.categories()) {
+        char* arena;
+        CUDA(cudaMalloc((void**)&arena, plan.bytes(category)));
+        CUDA(cudaMemset(arena, 0, plan.bytes(category)));
+        for (const Tensor& t : plan.tensors) {
+            if (t.category != category) continue;
+            memcpy(t.home, &arena, sizeof(arena));
+            arena += t.bytes();
+        }
+    }
+    printf("device memory: the plan's %s bytes, of %s that were free; the libraries took %s before\n",
+           commas(plan.bytes()).c_str(), commas(free_bytes).c_str(), commas(total_bytes - free_bytes).c_str());
+    for (int i = 0; i < PARAMS && !HAS_MASTER; i++) s.master[i] = (float*)s.params[i];
+    size_t N = size_t(s.options.batch) * s.options.seq;
+    CUDA(cudaMallocHost((void**)&s.inputs, N * sizeof(int)));
+    CUDA(cudaMallocHost((void**)&s.targets, N * sizeof(int)));
+    CUDA(cudaMallocHost((void**)&s.losses, N * sizeof(float)));
+}
+
+// Bytes between a tensor and the host.
+static void model_get(void* host, const void* from, size_t bytes) {
+    CUDA(cudaMemcpy(host, from, bytes, cudaMemcpyDeviceToHost));
+}
+static void model_set(void* to, const void* host, size_t bytes) { CUDA(cudaMemcpy(to, host, bytes, cudaMemcpyHostToDevice)); }
+
+// After the weights have been read into their fp32 copies: rounds them.
+static void model_round(Model& s) {
+    for (int i = 0; i < PARAMS && HAS_MASTER; i++) {
+        size_t count = param_count(s.config, i);
+        round_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(s.params[i], s.master[i], count);
+        LAUNCHED();
+    }
+}
+
+template <typename T>
+static T* at_layer(T* group, int layer, int64_t stride) {
+    return group ? group + layer * stride : nullptr;
+}
+
+// Parameter i of one layer: in params and master, and in grads, m and v.
+static int64_t param_offset(const Model& s, int i, int layer) { return layer * (param_count(s.config, i) / s.config.L); }
+
+static int64_t grad_count(const Model& s, int i) {
+    int linear = param_rows[i].linear;
+    return param_count(s.config, i, linear >= 0 ? s.linear[linear].r : 0);
+}
+
+static int64_t grad_offset(const Model& s, int i, int layer) { return layer * (grad_count(s, i) / s.config.L); }
+
+// ====================================================================================================================
+// the compressed linear layer: z = x P in place of x, and what follows from it
+// ====================================================================================================================
+
+// P (n, r) with E[P P^T] = I, drawn anew wherever it is needed, by cuRAND's Philox. gaussian: N(0, 1/r) (CompAct, section 3.1);
+// rademacher: signs / sqrt(r); sparse: one sign in each row, sign[k] in column (k + shift[k / r]) mod r, so that z is a signed
+// fold of x.
+
+// A thread a block of Philox: 4 numbers.
+__global__ void gaussian_kernel(floatX* p, int64_t count, float scale, uint64_t seed, uint64_t stream) {
+    int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
+    if (i >= count) return;
+    curandStatePhilox4_32_10_t state;
+    curand_init(seed, stream, i, &state);
+    float4 x = curand_normal4(&state);
+    store_quad(p + i, {scale * x.x, scale * x.y, scale * x.z, scale * x.w});
+}
+
+__device__ inline uint4 philox_block(uint64_t seed, uint64_t stream, uint64_t index) {
+    curandStatePhilox4_32_10_t state;
+    curand_init(seed, stream, 4 * index, &state);
+    return curand4(&state);
+}
+
+// Signs i, i+1, ... by the low bits of the result: bit i % 128 of block i / 128, 1 for minus.
+__device__ inline uint32_t random_signs(uint64_t seed, uint64_t stream, int64_t i) {
+    uint4 bits = philox_block(seed, stream, i / 128);
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+    return words[i % 128 / 32] >> i % 32;
+}
+
+// A thread 8 signs.
+__global__ void rademacher_kernel(floatX* p, int64_t count, float scale, uint64_t seed, uint64_t stream) {
+    int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    if (i >= count) return;
+    uint32_t bits = random_signs(seed, stream, i);
+    for (int k = 0; k < 8; k++) store(p + i + k, bits >> k & 1 ? -scale : scale);
+}
+
+// A thread an input, and a stripe.
+__global__ void sparse_kernel(float* sign, int* shift, int n, int r, uint64_t seed, uint64_t stream) {
+    int k = blockIdx.x * blockDim.x + threadIdx.x;
+    if (k >= n) return;
+    sign[k] = random_signs(seed, stream, k) & 1 ? -1.0f : 1.0f;
+    if (int64_t(k) * r < n) shift[k] = philox_block(seed, stream, (1ull << 32) + k).x % r;
+}
+
+static void draw_projection(floatX* p, float* sign, int* shift, const Linear& l, int projection, uint64_t seed,
+                            uint64_t stream) {
+    int64_t count = int64_t(l.n) * l.r;
+    float scale = 1.0f / sqrtf(float(l.r));
+    if (projection == GAUSSIAN) gaussian_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(p, count, scale, seed, stream);
+    if (projection == RADEMACHER) rademacher_kernel<<<blocks_for(count, 256 * 8), 256>>>(p, count, scale, seed, stream);
+    if (projection == SPARSE) sparse_kernel<<<blocks_for(l.n, 256), 256>>>(sign, shift, l.n, l.r, seed, stream);
+    LAUNCHED();
+}
+
+static void draw_now(Model& s, int which, int layer) {
+    draw_projection(s.p, s.sign, s.shift, s.linear[which], s.options.projection, s.options.seed,
+                    stream_of(which, layer, s.epoch));
+}
+
+static int weight_of(int which) { return which == QKV ? QKVW : which == ATTPROJ ? ATTPROJW : which == FC ? FCW : FCPROJW; }
+
+// What the kernel that produces the input of a layer needs to fold it into z on the way; none where z is not wanted or P is
+// dense.
+static Fold fold_into(Model& s, int which, int layer, floatX* z) {
+    const Linear& l = s.linear[which];
+    if (!z || s.options.projection != SPARSE) return Fold{};
+    draw_now(s, which, layer);
+    return Fold{z, s.sign, s.shift, l.n, l.r};
+}
+
+// z (N, r) = x P, for an input x (N, n) that is there already
+static void make_z(Model& s, int which, int layer, floatX* z, const floatX* x, int N) {
+    const Linear& l = s.linear[which];
+    if (s.options.projection == SPARSE) {
+        fold_kernel<<<N, 256>>>(fold_into(s, which, layer, z), x);
+        return LAUNCHED();
+    }
+    draw_now(s, which, layer);
+    matmul(z, CUDA_X, x, false, s.p, false, CUDA_X, N, l.r, l.n, 1.0f, 0.0f);
+}
+
+// grid N, block 256: y (N, m) = b
+__global__ void bias_kernel(floatX* y, const floatX* b, int m) {
+    for (int j = threadIdx.x * PACK; j < m; j += blockDim.x * PACK)
+        store_pack(y + size_t(blockIdx.x) * m + j, load_pack(b + j));
+}
+
+static floatX* tape_z(const Model& s, int which, int layer, int N) {
+    return at_layer(s.z[which], layer, int64_t(N) * s.linear[which].r);
+}
+
+// y (N, m) = x W^T, plus b where with_bias (else whoever takes y adds it). When training, keeps z if the tape has a place for
+// it; a sparse z is there by now, from the kernel that made x.
+static void linear_forward(Model& s, int which, int layer, floatX* y, const floatX* x, int N, bool with_bias, bool training) {
+    const Linear& l = s.linear[which];
+    int w = weight_of(which);
+    if (with_bias) {
+        bias_kernel<<<N, 256>>>(y, s.params[w + 1] + param_offset(s, w + 1, layer), l.m);
+        LAUNCHED();
+    }
+    matmul(y, CUDA_X, x, false, s.params[w] + param_offset(s, w, layer), true, CUDA_X, N, l.m, l.n, 1.0f,
+           with_bias ? 1.0f : 0.0f);
+    if (training && s.z[which] && s.options.projection != SPARSE) make_z(s, which, layer, tape_z(s, which, layer, N), x, N);
+}
+
+// dx (N, n) = dy W. The weight's gradient G = dy^T z (m, r), or dy^T x (m, n) at full rank, is added to beta times what stands
+// there; db (m) += sum of dy. x may be null where z is on the tape or, sparse, in z_now already; it may be dx itself: it is
+// read first.
+static void linear_backward(Model& s, int which, int layer, floatX* dx, const floatX* dy, const floatX* x, int N, float beta) {
+    const Linear& l = s.linear[which];
+    int w = weight_of(which);
+    const floatX* kept = x;
+    if (l.compressed()) {
+        kept = tape_z(s, which, layer, N);
+        if (!kept) make_z(s, which, layer, s.z_now, x, N), kept = s.z_now;
+    }
+    matmul(s.grads[w] + grad_offset(s, w, layer), CUDA_R_32F, dy, true, kept, false, CUDA_X, l.m, l.r, N, 1.0f, beta);
+    sum_columns(s.grads[w + 1] + grad_offset(s, w + 1, layer), s.partial, dy, nullptr, nullptr, nullptr, N, l.m);
+    matmul(dx, CUDA_X, dy, false, s.params[w] + param_offset(s, w, layer), false, CUDA_X, N, l.n, l.m, 1.0f, 0.0f);
+}
+
+// u = Adam's direction
+__global__ void direction_kernel(floatX* u, const float* g, float* m, float* v, size_t count, Adam a) {
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
+    if (i < count) store_quad(u + i, adam_direction(a, g + i, m + i, v + i));
+}
+
+// The sparse update in one kernel, a block a row of W (m, n): Adam's direction of the row (r) in shared memory, then the signed
+// gather W = (1 - lr wd) W - lr alpha U P^T. A row of odd rank r may begin anywhere, so its moments are read one by one.
+__global__ void __launch_bounds__(256)
+    sparse_update_kernel(floatX* w, float* master, const float* g, float* m, float* v, const float* sign, const int* shift,
+                         int n, int r, Adam a, float alpha) {
+    extern __shared__ float u[];
+    for (int j = threadIdx.x; j < r; j += blockDim.x) {
+        size_t i = size_t(blockIdx.x) * r + j;
+        u[j] = adam_element(a, g[i], m + i, v + i);
+    }
+    __syncthreads();
+    for (int k = threadIdx.x * QUAD; k < n; k += blockDim.x * QUAD) {
+        float4 signs = load_quad(sign + k);
+        float step[QUAD] = {signs.x, signs.y, signs.z, signs.w};
+        for (int e = 0; e < QUAD; e++) {
+            int stripe = (k + e) / r, column = k + e - stripe * r + shift[stripe];
+            step[e] *= u[column < r ? column : column - r];
+        }
+        size_t i = size_t(blockIdx.x) * n + k;
+        move_weights(w + i, master + i, {step[0], step[1], step[2], step[3]}, 1.0f - a.lr * a.decay, a.lr * alpha);
+    }
+}
+
+// W -= lr (alpha U P^T + wd W) with U = Adam's direction in the compressed space; at full rank W -= lr (U + wd W).
+static void linear_update(Model& s, int which, int layer, const Adam& a) {
+    const Linear& l = s.linear[which];
+    int i = weight_of(which);
+    floatX* w = s.params[i] + param_offset(s, i, layer);
+    float *master = s.master[i] + param_offset(s, i, layer), *g = s.grads[i] + grad_offset(s, i, layer);
+    float *m = s.m[i] + grad_offset(s, i, layer), *v = s.v[i] + grad_offset(s, i, layer);
+    size_t small = size_t(l.m) * l.r, whole = size_t(l.m) * l.n;
+    if (!l.compressed()) {
+        adam_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(w, master, g, m, v, whole, a);
+        return LAUNCHED();
+    }
+    draw_now(s, which, layer);
+    if (s.options.projection == SPARSE) {
+        sparse_update_kernel<<<l.m, 256, l.r * sizeof(float)>>>(w, master, g, m, v, s.sign, s.shift, l.n, l.r, a,
+                                                                float(s.options.alpha));
+        return LAUNCHED();
+    }
+    direction_kernel<<<blocks_for(small, 256 * QUAD), 256>>>(s.u, g, m, v, small, a);
+    LAUNCHED();
+    matmul(master, CUDA_R_32F, s.u, false, s.p, true, CUDA_X, l.m, l.n, l.r, -a.lr * float(s.options.alpha),
+           1.0f - a.lr * a.decay);
+    if (!HAS_MASTER) return;
+    round_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(w, master, whole);
+    LAUNCHED();
+}
+
+// change (r, r) = P_old^T P_new, sparse; a thread a row, so that none is written twice at once
+__global__ void sparse_change_kernel(float* change, const float* sign, const int* shift, const float* sign_next,
+                                     const int* shift_next, int n, int r) {
+    int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= r) return;
+    for (int j = 0; j < r; j++) change[size_t(row) * r + j] = 0;
+    for (int first = 0, stripe = 0; first < n; first += r, stripe++) {
+        int turned = row - shift[stripe], k = first + (turned < 0 ? turned + r : turned);
+        if (k < n) change[size_t(row) * r + (k - first + shift_next[stripe]) % r] += sign[k] * sign_next[k];
+    }
+}
+
+// A new epoch's P: the moments stay as they are (CompAct), or start again from zero, or the first of them moves into the
+// new space, M <- M P_old^T P_new (Flora, arXiv 2402.03293). The gradient's memory is free between steps and serves here.
+static void linear_next_epoch(Model& s, int which, int layer) {
+    const Linear& l = s.linear[which];
+    const Options& o = s.options;
+    int i = weight_of(which);
+    size_t count = size_t(l.m) * l.r;
+    float *m = s.m[i] + grad_offset(s, i, layer), *v = s.v[i] + grad_offset(s, i, layer),
+          *moved = s.grads[i] + grad_offset(s, i, layer);
+    if (o.moments == RESET) {
+        CUDA(cudaMemset(m, 0, count * sizeof(float)));
+        CUDA(cudaMemset(v, 0, count * sizeof(float)));
+    } else if (o.moments == MOVE) {
+        draw_projection(s.p, s.sign, s.shift, l, o.projection, o.seed, stream_of(which, layer, s.epoch));
+        draw_projection(s.p_next, s.sign_next, s.shift_next, l, o.projection, o.seed, stream_of(which, layer, s.epoch + 1));
+        if (o.projection == SPARSE) {
+            sparse_change_kernel<<<blocks_for(l.r, 128), 128>>>(s.p_change, s.sign, s.shift, s.sign_next, s.shift_next, l.n,
+                                                                l.r);
+            LAUNCHED();
+        } else {
+            matmul(s.p_change, CUDA_R_32F, s.p, true, s.p_next, false, CUDA_X, l.r, l.r, l.n, 1.0f, 0.0f);
+        }
+        matmul(moved, CUDA_R_32F, m, false, s.p_change, false, CUDA_R_32F, l.m, l.r, l.r, 1.0f, 0.0f);
+        CUDA(cudaMemcpy(m, moved, count * sizeof(float), cudaMemcpyDeviceToDevice));
+    }
+}
+
+// ====================================================================================================================
+// the model: forward, backward, update
+// ====================================================================================================================
+
+// Row `row` of the tape in a layer; where the tape does not keep it, the place where it is computed for the moment.
+static floatX* tape_at(const Model& s, int row, int layer, int N, floatX* otherwise) {
+    return s.tape[row] ? s.tape[row] + int64_t(layer) * N * tape_rows[row].width * s.config.C : otherwise;
+}
+
+// sum = x + delta + bias where delta is given; y = LayerNorm of it with parameters w, w + 1 of a layer, folded on the way.
+static void layernorm_forward(const Model& s, floatX* y, floatX* sum, float* mean, float* rstd, const floatX* x,
+                              const floatX* delta, const floatX* bias, int w, int layer, Fold fold, int N) {
+    const floatX *weight = s.params[w] + (has_layers(w) ? param_offset(s, w, layer) : 0),
+                 *b = s.params[w + 1] + (weight - s.params[w]);
+    layernorm_kernel<<<blocks_for(N, 4), 128, 4 * s.config.C * sizeof(float)>>>(y, sum, mean, rstd, x, delta, bias, weight, b,
+                                                                                fold, N, s.config.C);
+    LAUNCHED();
+}
+
+static void layernorm_backward(Model& s, floatX* dx, const floatX* dy, const floatX* x, const float* mean, const float* rstd,
+                               int w, int layer, int N, bool accumulate) {
+    int C = s.config.C;
+    int64_t at = has_layers(w) ? param_offset(s, w, layer) : 0;
+    layernorm_backward_kernel<<<blocks_for(N, 4), 128>>>(dx, dy, x, mean, rstd, s.params[w] + at, N, C, accumulate);
+    LAUNCHED();
+    sum_columns(s.grads[w] + at, s.partial, dy, x, mean, rstd, N, C);
+    sum_columns(s.grads[w + 1] + at, s.partial, dy, nullptr, nullptr, nullptr, N, C);
+}
+
+static void gelu_forward(floatX* y, const floatX* x, Fold fold, int N, int n) {
+    gelu_forward_kernel<<<N, 256>>>(y, x, fold, n);
+    LAUNCHED();
+}
+
+// s.inputs (B, T) to s.lnf (B*T, C), the input of the head. When training, fills the tape on the way.
+static void model_forward(Model& s, int B, int T, bool training) {
+    const Config& c = s.config;
+    int N = B * T;
+    CUDA(cudaMemcpyAsync(s.d_inputs, s.inputs, N * sizeof(int), cudaMemcpyHostToDevice));
+    embedding_forward_kernel<<<N, 128>>>(s.tape[RESIDUAL], s.d_inputs, s.params[WTE], s.params[WPE], T, c.C);
+    LAUNCHED();
+    const floatX *delta = nullptr, *bias = nullptr,
+                 *stream = s.tape[RESIDUAL];  // what comes into the stream next: stream + delta + bias
+    for (int layer = 0; layer < c.L; layer++) {
+        int64_t at = int64_t(layer) * N;
+        floatX *residual = tape_at(s, RESIDUAL, layer, N, nullptr), *residual2 = tape_at(s, RESIDUAL2, layer, N, nullptr);
+        floatX *qkv = tape_at(s, QKVR, layer, N, nullptr), *atty = tape_at(s, ATTY, layer, N, nullptr);
+        floatX *fch = tape_at(s, FCH, layer, N, nullptr), *fch_gelu = tape_at(s, FCH_GELU, layer, N, s.wide);
+        floatX *ln1 = tape_at(s, LN1, layer, N, s.narrow), *ln2 = tape_at(s, LN2, layer, N, s.narrow);
+        auto fold = [&](int which) { return training ? fold_into(s, which, layer, tape_z(s, which, layer, N)) : Fold{}; };
+
+        layernorm_forward(s, ln1, residual, s.ln1_mean + at, s.ln1_rstd + at, stream, delta, bias, LN1W, layer, fold(QKV), N);
+        linear_forward(s, QKV, layer, qkv, ln1, N, true, training);
+        attention_forward(atty, s.lse + at * c.NH, qkv, B, T, c.C, c.NH);
+        linear_forward(s, ATTPROJ, layer, s.narrow, atty, N, false, training);
+        bias = s.params[ATTPROJB] + param_offset(s, ATTPROJB, layer);
+        layernorm_forward(s, ln2, residual2, s.ln2_mean + at, s.ln2_rstd + at, residual, s.narrow, bias, LN2W, layer, fold(FC),
+                          N);
+        linear_forward(s, FC, layer, fch, ln2, N, true, training);
+        gelu_forward(fch_gelu, fch, fold(FCPROJ), N, 4 * c.C);
+        linear_forward(s, FCPROJ, layer, s.narrow, fch_gelu, N, false, training);
+        stream = residual2, delta = s.narrow, bias = s.params[FCPROJB] + param_offset(s, FCPROJB, layer);
+    }
+    layernorm_forward(s, s.lnf, tape_at(s, RESIDUAL, c.L, N, nullptr), s.lnf_mean, s.lnf_rstd, stream, delta, bias, LNFW, 0,
+                      Fold{}, N);
+}
+
+// The losses of all N tokens, a chunk of tokens at a time. When training, the gradients too, at once: that of s.lnf into
+// s.narrow, and that of wte added to beta times what stands there. scale is 1 / (tokens of the optimizer step).
+static void classifier(Model& s, int N, bool training, float scale, float beta) {
+    const Config& c = s.config;
+    int ld = logits_width(c);
+    CUDA(cudaMemcpyAsync(s.d_targets, s.targets, N * sizeof(int), cudaMemcpyHostToDevice));
+    for (int first = 0; first < N; first += CHUNK) {
+        int rows = std::min<int>(CHUNK, N - first);
+        const floatX* lnf = s.lnf + int64_t(first) * c.C;
+        matmul(s.logits, CUDA_X, lnf, false, s.params[WTE], true, CUDA_X, rows, c.Vp, c.C, 1.0f, 0.0f, 0, ld);
+        cross_entropy_kernel<<<rows, 512>>>(s.logits, s.d_losses + first, s.d_targets + first, c.V, ld, scale, training);
+        LAUNCHED();
+        if (!training) continue;
+        floatX* dlnf = s.narrow + int64_t(first) * c.C;
+        matmul(dlnf, CUDA_X, s.logits, false, s.params[WTE], false, CUDA_X, rows, c.C, c.Vp, 1.0f, 0.0f, ld);
+        matmul(s.grads[WTE], CUDA_R_32F, s.logits, true, lnf, false, CUDA_X, c.Vp, c.C, rows, 1.0f, first == 0 ? beta : 1.0f,
+               ld);
+    }
+    CUDA(cudaMemcpyAsync(s.losses, s.d_losses, N * sizeof(float), cudaMemcpyDeviceToHost));
+    if (!training) CUDA(cudaDeviceSynchronize());
+}
+
+// Logits (rows, V) of tokens first, first+1, ... of the last forward pass, to the host. Padded words have none.
+static void model_logits(const Model& s, float* logits, int first, int rows) {
+    const Config& c = s.config;
+    std::vector<floatX> raw(c.V);
+    for (int row = 0; row < rows; row++) {
+        matmul(s.logits, CUDA_X, s.lnf + int64_t(first + row) * c.C, false, s.params[WTE], true, CUDA_X, 1, c.Vp, c.C, 1.0f,
+               0.0f);
+        model_get(raw.data(), s.logits, c.V * sizeof(floatX));
+        for (int i = 0; i < c.V; i++) logits[int64_t(row) * c.V + i] = float(raw[i]);
+    }
+}
+
+// Losses of s.inputs against s.targets (B, T), into s.losses.
+static void model_evaluate(Model& s, int B, int T) {
+    model_forward(s, B, T, false);
+    classifier(s, B * T, false, 0.0f, 0.0f);
+}
+
+// The embedding's gradient: the host sorts the tokens by word (a counting sort would touch all words), and each word's rows are
+// summed in order.
+static void embedding_backward(Model& s, int B, int T) {
+    int N = B * T, C = s.config.C;
+    std::vector<int> order(N), starts, words;
+    for (int i = 0; i < N; i++) order[i] = i;
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return s.inputs[a] < s.inputs[b]; });
+    for (int i = 0; i < N; i++) {
+        if (i == 0 || s.inputs[order[i]] != words.back()) starts.push_back(i), words.push_back(s.inputs[order[i]]);
+    }
+    starts.push_back(N);
+    model_set(s.word_order, order.data(), N * sizeof(int));
+    model_set(s.word_starts, starts.data(), starts.size() * sizeof(int));
+    model_set(s.words, words.data(), words.size() * sizeof(int));
+    word_backward_kernel<<<int(words.size()), 256>>>(s.grads[WTE], s.dresidual, s.word_order, s.word_starts, s.words, C);
+    LAUNCHED();
+    position_backward_kernel<<<T, 256>>>(s.grads[WPE], s.dresidual, B, T, C);
+    LAUNCHED();
+}
+
+// Forward and backward pass of one micro batch: losses, and gradients times scale, added to those of the step's earlier
+// micro batches unless this is the first. The gradient of the residual stream flows down in s.dresidual.
+static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
+    const Config& c = s.config;
+    int N = B * T;
+    float beta = first ? 0.0f : 1.0f;
+    for (int i = 0; first && i < PARAMS; i++) {  // what the matrix products write is spared: they start with beta = 0
+        if (i != WTE && param_rows[i].linear < 0) CUDA(cudaMemsetAsync(s.grads[i], 0, param_count(c, i) * sizeof(float)));
+    }
+    model_forward(s, B, T, true);
+    classifier(s, N, true, scale, beta);
+    layernorm_backward(s, s.dresidual, s.narrow, tape_at(s, RESIDUAL, c.L, N, nullptr), s.lnf_mean, s.lnf_rstd, LNFW, 0, N,
+                       false);
+    for (int layer = c.L - 1; layer >= 0; layer--) {
+        floatX *residual = tape_at(s, RESIDUAL, layer, N, nullptr), *residual2 = tape_at(s, RESIDUAL2, layer, N, nullptr);
+        floatX *qkv = tape_at(s, QKVR, layer, N, nullptr), *atty = tape_at(s, ATTY, layer, N, nullptr);
+        floatX *fch = tape_at(s, FCH, layer, N, nullptr), *fch_gelu = tape_at(s, FCH_GELU, layer, N, nullptr);
+        floatX *ln1 = tape_at(s, LN1, layer, N, nullptr), *ln2 = tape_at(s, LN2, layer, N, nullptr);
+        int64_t at = int64_t(layer) * N;
+
+        if (!fch_gelu && !s.z[FCPROJ]) gelu_forward(fch_gelu = s.wide, fch, Fold{}, N, 4 * c.C);
+        linear_backward(s, FCPROJ, layer, s.wide, s.dresidual, fch_gelu, N, beta);
+        gelu_backward_kernel<<<blocks_for(int64_t(N) * 4 * c.C, 256 * PACK), 256>>>(s.wide, fch, size_t(N) * 4 * c.C);
+        LAUNCHED();
+        if (!ln2 && !s.z[FC]) {
+            ln2 = s.narrow;
+            layernorm_forward(s, ln2, nullptr, s.ln2_mean + at, s.ln2_rstd + at, residual2, nullptr, nullptr, LN2W, layer,
+                              Fold{}, N);
+        }
+        linear_backward(s, FC, layer, s.narrow, s.wide, ln2, N, beta);
+        layernorm_backward(s, s.dresidual, s.narrow, residual2, s.ln2_mean + at, s.ln2_rstd + at, LN2W, layer, N, true);
+        linear_backward(s, ATTPROJ, layer, s.narrow, s.dresidual, atty, N, beta);
+        attention_backward(s.wide, s.dot, s.narrow, qkv, atty, s.lse + at * c.NH, B, T, c.C, c.NH);
+        if (!ln1 && !s.z[QKV]) {
+            ln1 = s.narrow;
+            layernorm_forward(s, ln1, nullptr, s.ln1_mean + at, s.ln1_rstd + at, residual, nullptr, nullptr, LN1W, layer,
+                              Fold{}, N);
+        }
+        linear_backward(s, QKV, layer, s.narrow, s.wide, ln1, N, beta);
+        layernorm_backward(s, s.dresidual, s.narrow, residual, s.ln1_mean + at, s.ln1_rstd + at, LN1W, layer, N, true);
+    }
+    embedding_backward(s, B, T);
+    CUDA(cudaDeviceSynchronize());
+}
+
+// Before optimizer step `step` (from 0): the projections' epoch advances every --gap steps, for all layers together.
+static void model_begin_step(Model& s, int64_t step) {
+    int64_t gap = s.options.gap;
+    s.epoch = gap > 0 ? step / gap : 0;
+    if (gap == 0 || step == 0 || step % gap != 0) return;
+    s.epoch--;  // the moments still stand in the old one
+    for (int layer = 0; layer < s.config.L; layer++) {
+        for (int which = 0; which < LINEARS; which++) {
+            if (s.linear[which].compressed()) linear_next_epoch(s, which, layer);
+        }
+    }
+    s.epoch++;
+}
+
+// One optimizer step from the accumulated gradients. Returns their global norm, before clipping; the compressed ones count as
+// they are: E||G||^2 = ||dW||^2.
+static double model_update(Model& s, const Plan& plan, int64_t step, double lr) {
+    const Options& o = s.options;
+    squares_kernel<<<NORM_BLOCKS, 256>>>(s.norm_partial, s.grads[0], plan.bytes("gradients") / sizeof(float));
+    LAUNCHED();
+    norm_kernel<<<1, 256>>>(s.norm, s.norm_partial, float(o.clip));
+    LAUNCHED();
+    auto adam_after = [&](int64_t t) {
+        return Adam{float(lr),
+                    float(o.beta1),
+                    float(o.beta2),
+                    float(o.eps),
+                    0.0f,
+                    s.norm,
+                    float(1 / (1 - pow(o.beta1, t))),
+                    float(1 / (1 - pow(o.beta2, t)))};
+    };
+    Adam exact = adam_after(step + 1), compressed = exact;
+    if (o.moments == RESET && o.gap > 0) compressed = adam_after(step % o.gap + 1);  // these moments are that old
+    compressed.decay = float(o.weight_decay);
+    for (int i = 0; i < PARAMS; i++) {
+        int which = param_rows[i].linear;
+        exact.decay = param_rows[i].columns > 0 ? float(o.weight_decay) : 0.0f;  // matrices decay, vectors do not
+        for (int layer = 0; which >= 0 && layer < s.config.L; layer++) {
+            linear_update(s, which, layer, s.linear[which].compressed() ? compressed : exact);
+        }
+        if (which >= 0) continue;
+        size_t count = param_count(s.config, i);
+        adam_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(s.params[i], s.master[i], s.grads[i], s.m[i], s.v[i], count, exact);
+        LAUNCHED();
+    }
+    float norm;
+    model_get(&norm, s.norm, sizeof(norm));  // waits for all of it
+    return norm;
+}
+
+// P (n, r) of a layer in the present epoch, written out in full, for --dump.
+static std::vector<float> model_projection(Model& s, int which, int layer) {
+    const Linear& l = s.linear[which];
+    std::vector<float> out(int64_t(l.n) * l.r, 0.0f), sign(l.n);
+    std::vector<floatX> dense(s.options.projection == SPARSE ? 0 : out.size());
+    std::vector<int> shift((l.n + l.r - 1) / l.r);
+    draw_now(s, which, layer);
+    if (s.options.projection == SPARSE) {
+        model_get(sign.data(), s.sign, l.n * sizeof(float));
+        model_get(shift.data(), s.shift, shift.size() * sizeof(int));
+        for (int k = 0; k < l.n; k++) out[int64_t(k) * l.r + (k + shift[k / l.r]) % l.r] = sign[k];
+    } else {
+        model_get(dense.data(), s.p, dense.size() * sizeof(floatX));
+        for (size_t i = 0; i < dense.size(); i++) out[i] = float(dense[i]);
+    }
+    return out;
+}
+
+// What was found on the machine, in a line.
+static std::string model_device() {
+    cudaDeviceProp device;
+    CUDA(cudaGetDeviceProperties(&device, 0));
+    return text("%s, compute capability %d.%d, %d multiprocessors, %s", device.name, device.major, device.minor,
+                device.multiProcessorCount, TYPE_X);
+}
+
+// Dense matrix-product rate in FLOP/s for the type that computes, without sparsity, from NVIDIA's data sheets; for a device
+// that is not listed, or a part of one, the rate of a large product measured here.
+static double model_peak_flops() {
+#ifdef __NOGPU__
+    return 0;  // a CPU in a GPU's place
+#endif
+    const struct {
+        const char* name;
+        double bf16, fp32;
+    } devices[] = {{"H200 NVL", 835e12, 60e12},     {"GH200", 989e12, 67e12},     {"H200", 989e12, 67e12},
+                   {"H100 NVL", 835e12, 60e12},     {"H100 PCIe", 756e12, 51e12}, {"H100", 989e12, 67e12},
+                   {"GB200", 2500e12, 80e12},       {"B200", 2250e12, 75e12},     {"A100", 312e12, 19.5e12},
+                   {"A10G", 70e12, 35e12},          {"L40S", 362e12, 91.6e12},    {"L40", 181e12, 90.5e12},
+                   {"L4", 121e12, 30.3e12},         {"RTX 3090", 71e12, 35.6e12}, {"RTX 4090", 165.2e12, 82.6e12},
+                   {"RTX 5090", 209.5e12, 104.8e12}};
+    cudaDeviceProp device;
+    CUDA(cudaGetDeviceProperties(&device, 0));
+    for (auto& row : devices) {
+        const char *at = strstr(device.name, row.name), *after = at + (at ? strlen(row.name) : 0);
+        if (!at || strstr(device.name, "MIG") || (row.name[0] == 'R' && *after)) continue;  // RTX 4090 D, 4090 Laptop
+        return HAS_MASTER ? row.bf16 : row.fp32;
+    }
+    const size_t SIZE = 4096, TIMES = 8;
+    floatX* memory;
+    if (cudaMalloc((void**)&memory, 3 * sizeof(floatX) * SIZE * SIZE) != cudaSuccess) return cudaGetLastError(), 0;
+    CUDA(cudaMemset(memory, 0, 3 * sizeof(floatX) * SIZE * SIZE));
+    double start = 0;
+    for (size_t i = 0; i <= TIMES; i++) {
+        floatX *a = memory + SIZE * SIZE, *b = a + SIZE * SIZE;
+        matmul(memory, CUDA_X, a, false, b, true, CUDA_X, SIZE, SIZE, SIZE, 1.0f, 0.0f);
+        if (i == 0) CUDA(cudaDeviceSynchronize()), start = seconds();
+    }
+    CUDA(cudaDeviceSynchronize());
+    CUDA(cudaFree(memory));
+    return TIMES * 2.0 * SIZE * SIZE * SIZE / (seconds() - start);
+}
+
+// ====================================================================================================================
+// host, second part: the same text in both trainers. Files, data, sampling, evaluation, checkpoints, log, command line.
+// ====================================================================================================================
+
+// ---- files: every count is held against the file's real size before anything is allocated
+
+enum { MODEL_MAGIC = 20240326, TOKENS_MAGIC = 20240520, TOKENIZER_MAGIC = 20240328, HELLASWAG_MAGIC = 20240522 };
+enum { STATE_MAGIC = 20241020, HEADER_BYTES = 1024, HEADER_INTS = HEADER_BYTES / 4 };
+
+struct CloseFile {
+    void operator()(FILE* file) const { fclose(file); }
+};
+
+struct Input {
+    std::string path;
+    std::unique_ptr<FILE, CloseFile> file;
+    int64_t size;
+};
+
+static Input open_input(const std::string& path) {
+    struct stat info = {};
+    Input in = {path, std::unique_ptr<FILE, CloseFile>(fopen(path.c_str(), "rb")), 0};
+    if (!in.file || fstat(fileno(in.file.get()), &info) != 0) refuse(path + ": cannot be read: " + strerror(errno));
+    if (!S_ISREG(info.st_mode)) refuse(path + ": is not a file");
+    in.size = info.st_size;
+    return in;
+}
+
+static void read_bytes(Input& in, void* to, size_t bytes) {
+    if (fread(to, 1, bytes, in.file.get()) != bytes) refuse(in.path + ": ends too early");
+}
+
+// Reads the header that all of llm.c's formats share; checks its magic number and its version.
+static std::vector<int32_t> read_header(Input& in, int magic, std::initializer_list<int> versions, const std::string& what) {
+    std::vector<int32_t> header(HEADER_INTS);
+    if (in.size < HEADER_BYTES) refuse(in.path + ": " + commas(in.size) + " bytes are too few for a " + what);
+    read_bytes(in, header.data(), HEADER_BYTES);
+    if (header[0] != magic) refuse(in.path + ": is no " + what + ": it begins with " + str(header[0]) + ", not " + str(magic));
+    for (int version : versions) {
+        if (header[1] == version) return header;
+    }
+    refuse(in.path + ": is a " + what + " of version " + str(header[1]) + ", which is not known");
+}
+
+static uint64_t checksum(uint64_t sum, const void* data, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 4) {
+        uint32_t word = 0;
+        memcpy(&word, (const char*)data + i, std::min<size_t>(4, bytes - i));
+        sum = (sum ^ word) * 0x9E3779B97F4A7C15ull;  // odd, so a change of any one word changes the sum
+        sum ^= sum >> 29;
+    }
+    return sum;
+}
+
+// A file that appears whole or not at all: written beside its name, synced, then renamed.
+struct Writer {
+    std::string path;
+    FILE* file;
+    uint64_t sum = 0;
+    explicit Writer(const std::string& name) : path(name), file(fopen((name + ".tmp").c_str(), "wb")) {
+        if (!file) stop();
+    }
+    Writer(const Writer&) = delete;
+    ~Writer() {
+        if (file) fclose(file), unlink((path + ".tmp").c_str());
+    }
+    [[noreturn]] void stop() { fail(path + ": cannot be written: " + strerror(errno)); }
+    void write(const void* data, size_t bytes) {
+        sum = checksum(sum, data, bytes);
+        if (fwrite(data, 1, bytes, file) != bytes) stop();
+    }
+    void commit() {
+        if (fflush(file) != 0 || fsync(fileno(file)) != 0 || rename((path + ".tmp").c_str(), path.c_str()) != 0) stop();
+        fclose(file);
+        file = nullptr;
+        int folder = open(path.substr(0, path.find_last_of('/') + 1).append(".").c_str(), O_RDONLY);
+        if (folder >= 0) fsync(folder), close(folder);  // the new name itself must reach the disk
+    }
+};
+
+static uint16_t bf16_of_float(float x) {  // to nearest, ties to even
+    uint32_t bits = bits_of_float(x);
+    return x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+static float float_of_bf16(uint16_t x) { return float_of_bits(uint32_t(x) << 16); }
+
+// Elements [first, first + count) of a tensor as floats, piece by piece: `use` reads each piece, or fills it when it is to
+// be stored.
+static void visit(const Tensor& t, int64_t first, int64_t count, bool store,
+                  const std::function<void(float*, int64_t at, int64_t n)>& use) {
+    const int64_t MOST = 1 << 18;
+    bool bf16 = t.type == "bf16";
+    int64_t width = bf16 ? 2 : 4;
+    std::vector<float> piece(std::min(MOST, count));
+    std::vector<uint16_t> half(bf16 ? piece.size() : 0);
+    char* data;
+    memcpy(&data, t.home, sizeof(data));
+    for (int64_t at = first, n; at < first + count; at += n) {
+        n = std::min(MOST, first + count - at);
+        void* raw = bf16 ? (void*)half.data() : piece.data();
+        if (!store) model_get(raw, data + at * width, n * width);
+        if (!store && bf16) std::transform(half.begin(), half.begin() + n, piece.begin(), float_of_bf16);
+        use(piece.data(), at, n);
+        if (store && bf16) std::transform(piece.begin(), piece.begin() + n, half.begin(), bf16_of_float);
+        if (store) model_set(data + at * width, raw, n * width);
+    }
+}
+
+// ---- the model file: llm.c's, version 3 (fp32) and 5 (bf16)
+
+static bool is_model_file(const std::string& model) { return model.find_first_of("./") != std::string::npos; }
+
+// The weights as files know them, in the order of the file: the fp32 master copies where there are any.
+static std::vector<Tensor> weights_of(const Plan& plan) {
+    std::string category = plan.bytes("master") > 0 ? "master" : "parameters";
+    std::vector<Tensor> weights;
+    std::copy_if(plan.tensors.begin(), plan.tensors.end(), std::back_inserter(weights),
+                 [&](const Tensor& t) { return t.category == category; });
+    return weights;
+}
+
+static int64_t parameter_count(const Config& c) {
+    int64_t sum = 0;
+    for (int i = 0; i < PARAMS; i++) sum += param_count(c, i);
+    return sum;
+}
+
+static Config read_model_config(const std::string& path) {
+    Input in = open_input(path);
+    std::vector<int32_t> h = read_header(in, MODEL_MAGIC, {3, 5}, "GPT-2 model file");
+    const struct {
+        const char* name;
+        int value, low, high;
+    } fields[] = {{"context", h[2], 1, 1 << 20}, {"vocabulary", h[3], 1, 1 << 16}, {"layers", h[4], 1, 1 << 10},
+                  {"heads", h[5], 1, 1 << 10},   {"channels", h[6], 1, 1 << 16},   {"padded vocabulary", h[7], h[3], 1 << 17}};
+    for (auto& f : fields) {
+        if (f.value < f.low || f.value > f.high)
+            refuse(path + ": its " + f.name + " is " + str(f.value) + ", not " + str(f.low) + " to " + str(f.high));
+    }
+    Config c = {h[2], h[3], h[4], h[5], h[6], h[7]};
+    if (c.C % c.NH != 0) refuse(path + ": " + str(c.C) + " channels do not divide into " + str(c.NH) + " heads");
+    int64_t wanted = HEADER_BYTES + parameter_count(c) * (h[1] == 3 ? 4 : 2);
+    if (in.size != wanted) refuse(path + ": has " + commas(in.size) + " bytes; its header asks for " + commas(wanted));
+    return c;
+}
+
+static void read_model(const Plan& plan, const std::string& path) {
+    Input in = open_input(path);
+    bool bf16 = read_header(in, MODEL_MAGIC, {3, 5}, "GPT-2 model file")[1] == 5;
+    std::vector<uint16_t> half;
+    for (const Tensor& t : weights_of(plan)) {
+        visit(t, 0, t.count(), true, [&](float* to, int64_t, int64_t n) {
+            half.resize(bf16 ? n : 0);
+            read_bytes(in, bf16 ? (void*)half.data() : to, n * (bf16 ? 2 : 4));
+            for (int64_t i = 0; i < n; i++) {
+                if (bf16) to[i] = float_of_bf16(half[i]);
+                if (!std::isfinite(to[i])) refuse(path + ": " + t.name + " holds a value that is not finite");
+            }
+        });
+    }
+}
+
+static void write_model(const Plan& plan, const Config& c, int type, const std::string& path) {
+    int32_t header[HEADER_INTS] = {MODEL_MAGIC, type == TYPE_BF16 ? 5 : 3, c.context, c.V, c.L, c.NH, c.C, c.Vp};
+    Writer out(path);
+    out.write(header, sizeof(header));
+    std::vector<uint16_t> half;
+    for (const Tensor& t : weights_of(plan)) {
+        visit(t, 0, t.count(), false, [&](const float* from, int64_t, int64_t n) {
+            if (type == TYPE_FP32) return out.write(from, n * 4);
+            half.resize(n);
+            std::transform(from, from + n, half.begin(), bf16_of_float);
+            out.write(half.data(), n * 2);
+        });
+    }
+    out.commit();
+}
+
+// GPT-2's initialisation: N(0, 0.02), the projections back into the stream scaled by 1 / sqrt(2 L), LayerNorm 1 and 0.
+static void initialise(const Plan& plan, const Config& c, int64_t seed) {
+    int next = 0;
+    for (const Tensor& t : weights_of(plan)) {
+        int param = next++;
+        float scale = param == ATTPROJW || param == FCPROJW ? 0.02f / sqrtf(2.0f * c.L) : 0.02f;
+        int64_t words = param == WTE ? int64_t(c.V) * c.C : t.count();  // padded words stay 0
+        visit(t, 0, t.count(), true, [&](float* to, int64_t at, int64_t n) {
+            std::fill(to, to + n, param == LN1W || param == LN2W || param == LNFW ? 1.0f : 0.0f);
+            if (param_rows[param].columns == 0 || at >= words) return;
+            draw_normals(to, at, std::min(n, words - at), scale, seed, stream_of(STREAM_INIT, param, 0));
+        });
+    }
+}
+
+// ---- tokenizer: from ids to text. Without a file, ids are bytes where there are at most 256 of them, else shown as numbers.
+
+struct Tokenizer {
+    std::vector<std::string> pieces;
+    int end_of_text;
+};
+
+static Tokenizer read_tokenizer(const std::string& path) {
+    Input in = open_input(path);
+    std::vector<int32_t> h = read_header(in, TOKENIZER_MAGIC, {1, 2}, "tokenizer file");
+    Tokenizer t = {{}, h[1] == 1 ? 50256 : h[3]};  // version 1 is GPT-2's and does not say
+    if (h[2] < 1 || h[2] > 1 << 16) refuse(path + ": its vocabulary is " + str(h[2]) + ", not 1 to 65536");
+    if (t.end_of_text < 0 || t.end_of_text >= h[2])
+        refuse(path + ": its end-of-text id " + str(t.end_of_text) + " is not below " + str(h[2]));
+    for (int i = 0; i < h[2]; i++) {
+        unsigned char length;
+        read_bytes(in, &length, 1);
+        t.pieces.push_back(std::string(length, '\0'));
+        read_bytes(in, &t.pieces.back()[0], length);
+    }
+    if (fgetc(in.file.get()) != EOF) refuse(path + ": goes on after its " + str(h[2]) + " tokens");
+    return t;
+}
+
+static Tokenizer no_tokenizer(int V) {
+    Tokenizer t = {{}, V == 50257 ? 50256 : V == 256 ? '\n' : 0};
+    for (int i = 0; i < V; i++) t.pieces.push_back(V <= 256 ? std::string(1, char(i)) : " " + str(i));
+    return t;
+}
+
+// ---- data: llm.c's token shards, or any file as bytes. A shard of `tokens` holds (tokens - 1) / T sequences.
+
+struct Shard {
+    std::string path;
+    int64_t start, tokens;  // start: bytes before the first token
+    int width;              // bytes of a token: 2 in a shard, 1 in plain text
+};
+
+struct Data {
+    std::vector<Shard> shards;
+    int V, T;
+    int64_t sequences, tokens, seed;
+    bool shuffled;
+    Input input;  // the shard that was read last
+};
+
+// All files that match, their headers checked; what goes wrong names the option.
+static Data find_data(const char* option, const std::string& pattern) {
+    Data data = {};
+    glob_t found;
+    if (glob(pattern.c_str(), GLOB_TILDE, nullptr, &found) != 0) {
+        refuse(std::string(option) + ": no file matches '" + pattern +
+               "'; token shards (data_prep/prepare.py makes them) or text are wanted");
+    }
+    std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + found.gl_pathc);
+    globfree(&found);
+    for (const std::string& path : paths) {
+        Input in = open_input(path);
+        int32_t magic = 0, V = 256;
+        bool shard = fread(&magic, 4, 1, in.file.get()) == 1 && magic == TOKENS_MAGIC;
+        if (shard || std::filesystem::path(path).extension() == ".bin") {
+            rewind(in.file.get());
+            std::vector<int32_t> h = read_header(in, TOKENS_MAGIC, {1}, "token shard");
+            if (h[2] < 0 || in.size != HEADER_BYTES + 2 * int64_t(h[2])) {
+                refuse(path + ": has " + commas(in.size) + " bytes; its header promises " + str(h[2]) +
+                       " tokens of 2 after 1,024");
+            }
+            V = h[3] == 0 ? 50257 : h[3];
+            if (V < 1 || V > 1 << 16) refuse(path + ": its vocabulary is " + str(V) + ", not 1 to 65536");
+            data.shards.push_back({path, HEADER_BYTES, h[2], 2});
+        } else {
+            data.shards.push_back({path, 0, in.size, 1});
+        }
+        if (data.V != 0 && data.V != V)
+            refuse(path + ": has a vocabulary of " + str(V) + ", " + paths[0] + " one of " + str(data.V));
+        data.V = V;
+    }
+    return data;
+}
+
+// Sets the sequence length once it is known, and counts.
+static void cut_data(Data& data, const char* option, int T) {
+    data.T = T;
+    data.sequences = data.tokens = 0;
+    for (const Shard& shard : data.shards) {
+        data.sequences += std::max<int64_t>(0, shard.tokens - 1) / T;
+        data.tokens += shard.tokens;
+    }
+    if (data.sequences > 0) return;
+    refuse(std::string(option) + ": " + data.shards[0].path + " has " + commas(data.tokens) +
+           " tokens there, too few for one sequence of --seq " + str(T) + " and the token after it");
+}
+
+// A random permutation of 0..n-1 without a table: a Feistel network on the next power of 4, walked until it lands below n.
+static int64_t permute(int64_t i, int64_t n, uint64_t seed, uint64_t stream) {
+    int half = 1;
+    while (1ll << 2 * half < n) half++;
+    int64_t mask = (1ll << half) - 1;
+    do {
+        for (int round = 0; round < 6; round++) {
+            int64_t left = i >> half, right = i & mask;
+            i = right << half | (left ^ (philox(seed, stream, uint64_t(round) << 32 | right).x & mask));
+        }
+    } while (i >= n);
+    return i;
+}
+
+// The sequence at a place in the endless stream of epochs: shards in a new order each epoch, sequences in each shard too.
+// A function of the place alone, so that the order is one and the same for any micro batch and after any resume.
+static void read_sequence(Data& data, int64_t place, int* inputs, int* targets) {
+    int64_t epoch = place / data.sequences, left = place % data.sequences, count = 0;
+    int number = 0, shards = int(data.shards.size());
+    for (int i = 0; i < shards; i++, left -= count) {
+        number = data.shuffled ? int(permute(i, shards, data.seed, stream_of(STREAM_SHARDS, 0, epoch))) : i;
+        count = std::max<int64_t>(0, data.shards[number].tokens - 1) / data.T;
+        if (left < count) break;
+    }
+    if (data.shuffled) left = permute(left, count, data.seed, stream_of(STREAM_SEQUENCES, number, epoch));
+    const Shard& shard = data.shards[number];
+    if (data.input.path != shard.path) data.input = open_input(shard.path);
+    std::vector<uint8_t> raw(size_t(data.T + 1) * shard.width);
+    if (fseeko(data.input.file.get(), shard.start + left * data.T * shard.width, SEEK_SET) != 0)
+        fail(shard.path + ": cannot be searched");
+    read_bytes(data.input, raw.data(), raw.size());
+    for (int t = 0; t <= data.T; t++) {
+        int token = shard.width == 1 ? raw[t] : raw[2 * t] | raw[2 * t + 1] << 8;
+        if (token >= data.V)
+            refuse(shard.path + ": token " + commas(left * data.T + t) + " is " + str(token) + ", not below " + str(data.V));
+        if (t < data.T) inputs[t] = token;
+        if (t > 0) targets[t - 1] = token;
+    }
+}
+
+static void read_batch(Data& data, int64_t place, int B, Model& s) {
+    for (int64_t b = 0; b < B; b++) read_sequence(data, place + b, s.inputs + b * data.T, s.targets + b * data.T);
+}
+
+// ---- learning rate of step `step` (from 0): linear warm-up, then the schedule's way down to lr * final_lr_frac
+
+static double learning_rate(const Options& o, int64_t step, int64_t steps) {
+    if (step < o.warmup) return o.lr * double(step + 1) / o.warmup;
+    double low = o.lr * o.final_lr_frac, done = double(step - o.warmup) / std::max<int64_t>(1, steps - o.warmup);
+    if (o.schedule == COSINE) return low + 0.5 * (1.0 + cos(M_PI * done)) * (o.lr - low);
+    if (o.schedule == LINEAR) return o.lr - done * (o.lr - low);
+    int64_t decay_from =
+        std::max<int64_t>(o.warmup, steps * 4 / 5);  // wsd: the last fifth goes down, 1 - sqrt (arXiv 2405.18392)
+    if (o.schedule == CONSTANT || step < decay_from) return o.lr;
+    return low + (1.0 - sqrt(double(step - decay_from) / (steps - decay_from))) * (o.lr - low);
+}
+
+// ---- evaluation: validation loss, HellaSwag, samples. They use the training buffers between steps and change nothing else.
+
+static double mean_loss(const Model& s, int64_t first, int64_t count) {
+    double sum = 0;
+    for (int64_t i = first; i < first + count; i++) sum += s.losses[i];
+    return sum / count;
+}
+
+// Mean loss over the first --val-batches batches, the same ones each time.
+static double validate(Model& s, Data& data, const Options& o) {
+    double sum = 0;
+    int64_t end = o.val_batches < 0 ? data.sequences : std::min<int64_t>(data.sequences, int64_t(o.val_batches) * o.batch),
+            rows;
+    for (int64_t first = 0; first < end; first += rows) {
+        rows = std::min<int64_t>(o.batch, end - first);
+        read_batch(data, first, int(rows), s);
+        model_evaluate(s, int(rows), data.T);
+        sum += mean_loss(s, 0, rows * data.T) * rows;
+    }
+    return sum / end;
+}
+
+struct Example {
+    int label;
+    std::vector<int> context, endings[4];
+};
+
+static std::vector<Example> read_hellaswag(const std::string& path, int V) {
+    Input in = open_input(path);
+    std::vector<int32_t> h = read_header(in, HELLASWAG_MAGIC, {1}, "HellaSwag file");
+    if (h[2] < 1 || in.size % 2 != 0)
+        refuse(path + ": " + str(h[2]) + " examples in " + commas(in.size) + " bytes are not possible");
+    std::vector<uint16_t> words((in.size - HEADER_BYTES) / 2);
+    read_bytes(in, words.data(), words.size() * 2);
+    size_t at = 0;
+    auto next = [&](const char* what, int low, int high) {
+        if (at >= words.size()) refuse(path + ": ends inside its examples");
+        if (words[at] < low || words[at] > high) {
+            refuse(path + ": " + what + " is " + str(words[at]) + ", not " + str(low) + " to " + str(high) + " (word " +
+                   str(at) + ")");
+        }
+        return int(words[at++]);
+    };
+    auto tokens = [&] {
+        std::vector<int> list(next("a length", 1, 65535));
+        for (int& token : list) token = next("a token", 0, V - 1);
+        return list;
+    };
+    std::vector<Example> examples;
+    for (int i = 0; i < h[2]; i++) {
+        size_t start = at;
+        next("an example's first word", 65535, 65535);
+        size_t bytes = next("an example's size", 0, 65535);
+        next("an example's index", i & 65535, i & 65535);
+        examples.push_back({});
+        Example& e = examples.back();
+        e.label = next("the right ending", 0, 3);
+        next("the number of endings", 4, 4);
+        e.context = tokens();
+        for (auto& ending : e.endings) ending = tokens();
+        if (bytes != (at - start) * 2)
+            refuse(path + ": example " + str(i) + " has " + str((at - start) * 2) + " bytes, not " + str(bytes));
+    }
+    if (at != words.size()) refuse(path + ": goes on after its " + str(h[2]) + " examples");
+    return examples;
+}
+
+// The share of examples whose right ending has the lowest mean loss of the four. A context too long loses its beginning.
+static double score_hellaswag(Model& s, const std::vector<Example>& examples, const Options& o) {
+    int right = 0, group = std::min(o.batch, 4);
+    for (const Example& e : examples) {
+        double losses[4];
+        for (int first = 0; first < 4; first += group) {
+            int rows = std::min(group, 4 - first);
+            std::vector<int> row[4];
+            int64_t T = 0;
+            for (int b = 0; b < rows; b++) {
+                row[b] = e.context;
+                row[b].insert(row[b].end(), e.endings[first + b].begin(), e.endings[first + b].end());
+                if (row[b].size() > size_t(o.seq) + 1) row[b].erase(row[b].begin(), row[b].end() - o.seq - 1);
+                T = std::max<int64_t>(T, row[b].size() - 1);
+            }
+            for (int64_t i = 0; i < rows * T; i++) {  // a shorter row's padding comes after all that counts
+                const std::vector<int>& r = row[i / T];
+                bool inside = i % T + 1 < int64_t(r.size());
+                s.inputs[i] = inside ? r[i % T] : 0;
+                s.targets[i] = inside ? r[i % T + 1] : 0;
+            }
+            model_evaluate(s, rows, int(T));
+            for (int b = 0; b < rows; b++) {
+                int64_t last = row[b].size() - 1, scored = std::min<int64_t>(e.endings[first + b].size(), last);
+                losses[first + b] = mean_loss(s, b * T + last - scored, scored);
+            }
+        }
+        right += std::min_element(losses, losses + 4) - losses == e.label;
+    }
+    return double(right) / examples.size();
+}
+
+// An id from logits (V), at a temperature (0: the best), among the top_k best (0: all). Never fails: logits that are not
+// finite are passed over, and where none is left the answer is 0.
+static int sample_token(const float* logits, int V, double temperature, int top_k, double coin) {
+    std::vector<std::pair<float, int>> order;
+    for (int i = 0; i < V; i++) {
+        if (std::isfinite(logits[i])) order.push_back({-logits[i], i});
+    }
+    if (order.empty()) return 0;
+    size_t kept = temperature == 0 ? 1 : top_k > 0 ? std::min<size_t>(top_k, order.size()) : order.size(), i = 0;
+    std::partial_sort(order.begin(), order.begin() + kept, order.end());
+    auto weight = [&](size_t at) { return kept == 1 ? 1.0 : exp((double(order[0].first) - order[at].first) / temperature); };
+    double left = 0;
+    for (size_t at = 0; at < kept; at++) left += coin * weight(at);
+    while (i + 1 < kept && left >= weight(i)) left -= weight(i++);
+    return order[i].second;
+}
+
+// Text of --sample-tokens tokens after an end of text. Past the sequence length, the model sees the last --seq tokens.
+static std::string sample(Model& s, const Tokenizer& tokenizer, const Options& o, int64_t step) {
+    int V = s.config.V;
+    std::vector<float> logits(V);
+    std::vector<int> tokens = {tokenizer.end_of_text < V ? tokenizer.end_of_text : 0};
+    std::string out;
+    for (int i = 0; i < o.sample_tokens; i++) {
+        int T = int(std::min<size_t>(tokens.size(), o.seq));
+        std::copy(tokens.end() - T, tokens.end(), s.inputs);
+        model_forward(s, 1, T, false);
+        model_logits(s, logits.data(), T - 1, 1);
+        tokens.push_back(
+            sample_token(logits.data(), V, o.temperature, o.top_k, uniform(o.seed, stream_of(STREAM_SAMPLE, 0, step), i)));
+        if (size_t(tokens.back()) < tokenizer.pieces.size()) out += tokenizer.pieces[tokens.back()];
+    }
+    return out;
+}
+
+// ---- checkpoints: DIR/model_STEP.bin for others, DIR/state_STEP.bin to go on from
+
+// What must be the same for a state to fit: the flag, and its value in words.
+typedef std::vector<std::pair<std::string, std::string>> Identity;
+
+static std::string checkpoint_path(const std::string& dir, const char* kind, int64_t step) {
+    return dir + "/" + kind + text("_%08lld.bin", (long long)step);
+}
+
+// What a state holds: the weights and the moments.
+static std::vector<Tensor> saved_tensors(const Plan& plan) {
+    std::vector<Tensor> saved = weights_of(plan);
+    std::copy_if(plan.tensors.begin(), plan.tensors.end(), std::back_inserter(saved),
+                 [](const Tensor& t) { return t.category == "moments"; });
+    return saved;
+}
+
+// int32[256] {magic, version, step, bytes of the identity}, the identity as lines of flag=value, the tensors, a checksum.
+static void write_state(const Plan& plan, const Identity& identity, int64_t step, const std::string& path) {
+    std::string lines;
+    for (auto& row : identity) lines += row.first + "=" + row.second + "\n";
+    int32_t header[HEADER_INTS] = {STATE_MAGIC, 1, int32_t(step), int32_t(lines.size())};
+    Writer out(path);
+    out.write(header, sizeof(header));
+    out.write(lines.data(), lines.size());
+    for (const Tensor& t : saved_tensors(plan)) {
+        visit(t, 0, t.count(), false, [&](const float* from, int64_t, int64_t n) { out.write(from, n * 4); });
+    }
+    uint64_t sum = out.sum;
+    out.write(&sum, sizeof(sum));
+    out.commit();
+}
+
+// Loads a state and returns its step. Refuses one that is not whole, or that was made with other flags.
+static int64_t read_state(const Plan& plan, const Identity& identity, const std::string& path) {
+    Input in = open_input(path);
+    std::vector<int32_t> h = read_header(in, STATE_MAGIC, {1}, "training state");
+    if (h[2] < 0 || h[3] < 0 || h[3] > in.size - HEADER_BYTES || h[3] > 1 << 16) refuse(path + ": its header is damaged");
+    std::string lines(h[3], '\0'), wanted;
+    read_bytes(in, &lines[0], lines.size());
+    int64_t size = HEADER_BYTES + h[3] + 8;
+    for (auto& row : identity) {
+        size_t at = lines.find(row.first + "="), from = at + row.first.size() + 1;
+        std::string was = at == std::string::npos ? "none" : lines.substr(from, lines.find('\n', from) - from);
+        if (was != row.second) refuse(row.first + ": " + path + " was saved with " + printable(was) + ", not " + row.second);
+        wanted += row.first + "=" + row.second + "\n";
+    }
+    for (const Tensor& t : saved_tensors(plan)) size += t.bytes();
+    if (lines != wanted || in.size != size) refuse(path + ": is cut short or damaged");
+    uint64_t sum = checksum(checksum(0, h.data(), HEADER_BYTES), lines.data(), lines.size()), expected;
+    for (const Tensor& t : saved_tensors(plan)) {
+        visit(t, 0, t.count(), true, [&](float* to, int64_t, int64_t n) {
+            read_bytes(in, to, n * 4);
+            sum = checksum(sum, to, n * 4);
+        });
+    }
+    read_bytes(in, &expected, sizeof(expected));
+    if (sum != expected) refuse(path + ": is damaged: its checksum does not hold");
+    return h[2];
+}
+
+// Steps of which DIR has a state, the newest first.
+static std::vector<int64_t> saved_steps(const std::string& dir) {
+    std::vector<int64_t> steps;
+    for (auto& entry : std::filesystem::directory_iterator(dir)) {
+        long long step;
+        bool state = sscanf(entry.path().filename().c_str(), "state_%lld.bin", &step) == 1;
+        if (state && entry.path().filename() == checkpoint_path("", "state", step).substr(1)) steps.push_back(step);
+    }
+    std::sort(steps.rbegin(), steps.rend());
+    return steps;
+}
+
+static void save_checkpoint(const Plan& plan, const Config& c, const Options& o, const Identity& identity, int64_t step) {
+    write_model(plan, c, o.checkpoint_type, checkpoint_path(o.out, "model", step));
+    write_state(plan, identity, step, checkpoint_path(o.out, "state", step));
+    std::vector<int64_t> steps = saved_steps(o.out);
+    for (size_t i = o.keep; o.keep > 0 && i < steps.size(); i++) {
+        for (const char* kind : {"state", "model"}) unlink(checkpoint_path(o.out, kind, steps[i]).c_str());
+    }
+}
+
+// Goes on from the newest whole state, or from step 0 where there is none at all.
+static int64_t resume(const Plan& plan, const Identity& identity, const std::string& dir) {
+    std::vector<int64_t> steps = saved_steps(dir);
+    for (size_t i = 0; i < steps.size(); i++) {
+        try {
+            return read_state(plan, identity, checkpoint_path(dir, "state", steps[i]));
+        } catch (const Failure& failure) {
+            if (failure.message.compare(0, 2, "--") == 0 || i + 1 == steps.size()) throw;  // other flags; or none older
+            fprintf(stderr, "%s; trying the one before\n", failure.message.c_str());
+        }
+    }
+    return 0;
+}
+
+// ---- options: a row each; parsing, --help, the log and the plan's JSON all follow from this table
+
+enum { KIND_TEXT, KIND_INT, KIND_REAL, KIND_RANK, KIND_FLAG, KIND_CHOICE, KIND_SET, KIND_PLAN };
+
+struct OptionRow {
+    char letter;
+    const char *name, *argument;
+    int kind;
+    void* value;
+    const char* help;
+    double low = 0, high = 0;
+    const char* names = "";  // of choices
+};
+
+// clang-format off
+static std::vector<OptionRow> option_table(Options& o) {
+    const double MANY = 1e9, WIDE = 1 << 20;
+    return {
+        {'i', "train", "PATTERN", KIND_TEXT, &o.train, "token shards (glob), or plain text: bytes as tokens"},
+        {'j', "val", "PATTERN", KIND_TEXT, &o.val, "likewise; without it, the last 10 % of a plain text"},
+        {'e', "model", "M", KIND_TEXT, &o.model, "d12, d24, d36, d48, any dN, or a model .bin to start from"},
+        {0, "channels", "C", KIND_INT, &o.channels, "override the shape of a fresh model; 0: as the model says", 0, 65536},
+        {0, "heads", "NH", KIND_INT, &o.heads, "", 0, 1024},
+        {0, "layers", "L", KIND_INT, &o.layers, "", 0, 1024},
+        {0, "context", "T", KIND_INT, &o.context, "", 0, WIDE},
+        {'o', "out", "DIR", KIND_TEXT, &o.out, "log.jsonl and checkpoints go here"},
+        {0, "tokenizer", "FILE", KIND_TEXT, &o.tokenizer, "for samples; else tokenizer.bin beside the data"},
+        {'b', "batch", "B", KIND_INT, &o.batch, "micro batch, in sequences", 1, WIDE},
+        {'t', "seq", "T", KIND_INT, &o.seq, "sequence length; 0: the model's context", 0, WIDE},
+        {'d', "total-batch", "N", KIND_INT, &o.total_batch, "tokens in an optimizer step, by accumulation; 0: B * T", 0, MANY},
+        {'x', "steps", "N", KIND_INT, &o.steps, "optimizer steps; -1: once through the data", -1, MANY},
+        {'l', "lr", "X", KIND_REAL, &o.lr, "highest learning rate", 0, 100},
+        {'u', "warmup", "N", KIND_INT, &o.warmup, "steps of linear warm-up", 0, MANY},
+        {'q', "final-lr-frac", "X", KIND_REAL, &o.final_lr_frac, "the last learning rate, as a fraction of the highest", 0, 1},
+        {'k', "schedule", "S", KIND_CHOICE, &o.schedule, "", 0, 0, schedule_names},
+        {'c', "weight-decay", "X", KIND_REAL, &o.weight_decay, "on matrices only", 0, 100},
+        {0, "clip", "X", KIND_REAL, &o.clip, "largest global gradient norm; 0: no clipping", 0, MANY},
+        {0, "beta1", "X", KIND_REAL, &o.beta1, "AdamW", 0, 0.999999},
+        {0, "beta2", "X", KIND_REAL, &o.beta2, "", 0, 0.999999},
+        {0, "eps", "X", KIND_REAL, &o.eps, "", 0, 1},
+        {0, "rank", "R", KIND_RANK, &o.rank, "ratio in (0, 1] of a layer's inputs, or a whole rank above 1; 1 is full rank", 0, MANY},
+        {0, "compress", "LIST", KIND_SET, &o.compress, "the layers that this holds for: none, or from ", 0, 0, linear_names},
+        {0, "projection", "P", KIND_CHOICE, &o.projection, "", 0, 0, projection_names},
+        {0, "gap", "T", KIND_INT, &o.gap, "steps between new projections; 0: never", 0, MANY},
+        {0, "alpha", "A", KIND_REAL, &o.alpha, "scale of a compressed layer's step", 0, MANY},
+        {0, "moments", "M", KIND_CHOICE, &o.moments, "Adam's, at a new projection: ", 0, 0, moments_names},
+        {'r', "recompute", "N", KIND_INT, &o.recompute, "0 keeps all, 1 computes GELU again, 2 LayerNorm too", 0, 2},
+        {0, "plan", "", KIND_PLAN, &o.plan, "print the memory plan and stop; --plan=json for programs"},
+        {'v', "val-every", "N", KIND_INT, &o.val_every, "evaluate every N steps and at the end; 0: never, -1: at the end", -1, MANY},
+        {'m', "val-batches", "N", KIND_INT, &o.val_batches, "validation batches; -1: all", -1, MANY},
+        {'s', "sample-every", "N", KIND_INT, &o.sample_every, "show a sample; 0: never, -1: at the end", -1, MANY},
+        {'g', "sample-tokens", "N", KIND_INT, &o.sample_tokens, "length of a sample", 1, WIDE},
+        {0, "temperature", "X", KIND_REAL, &o.temperature, "of a sample; 0: always the likeliest token", 0, 100},
+        {0, "top-k", "K", KIND_INT, &o.top_k, "a sample draws from the K likeliest tokens; 0: from all", 0, WIDE},
+        {0, "hellaswag", "FILE", KIND_TEXT, &o.hellaswag, "score this at every evaluation"},
+        {'n', "checkpoint-every", "N", KIND_INT, &o.checkpoint_every, "save every N steps and at the end; 0: never, -1: at the end", -1, MANY},
+        {0, "keep", "K", KIND_INT, &o.keep, "checkpoints to keep; 0: all", 0, MANY},
+        {0, "checkpoint-type", "T", KIND_CHOICE, &o.checkpoint_type, "of the weights in model_STEP.bin: ", 0, 0, type_names},
+        {'y', "resume", "", KIND_FLAG, &o.resume, "go on from the newest checkpoint in --out, if there is one"},
+        {0, "seed", "S", KIND_INT, &o.seed, "of everything random", 0, 2147483647},
+        {0, "overfit", "", KIND_FLAG, &o.overfit, "one batch again and again"},
+        {0, "dump", "FILE", KIND_TEXT, &o.dump, "write the first step's tensors for a checker"},
+        {'h', "help", "", KIND_FLAG, &o.help, "this"},
+    };
+}
+// clang-format on
+
+// The names, separated by commas, of the choices whose bits are set.
+static std::string names_of(const char* names, int mask) {
+    std::string out, all = names;
+    for (size_t i = 0, at = 0, comma; at <= all.size(); i++, at = comma + 1) {
+        comma = std::min(all.find(',', at), all.size());
+        if (mask >> i & 1) out += (out.empty() ? "" : ",") + all.substr(at, comma - at);
+    }
+    return out.empty() ? "none" : out;
+}
+
+static std::string option_value(const OptionRow& row) {
+    if (row.kind == KIND_INT) return str(*(int*)row.value);
+    if (row.kind == KIND_REAL || row.kind == KIND_RANK) return text("%.9g", *(double*)row.value);
+    if (row.kind == KIND_FLAG) return *(bool*)row.value ? "true" : "false";
+    if (row.kind == KIND_CHOICE) return names_of(row.names, 1 << *(int*)row.value);
+    if (row.kind == KIND_SET) return names_of(row.names, *(int*)row.value);
+    return *(std::string*)row.value;
+}
+
+static double number(const OptionRow& row, const std::string& value) {
+    char* end;
+    bool whole = row.kind == KIND_INT;
+    double x = strtod(value.c_str(), &end);
+    bool digits = !value.empty() && value.find_first_not_of(whole ? "+-0123456789" : "+-.eE0123456789") == std::string::npos;
+    if (!digits || *end || !(x >= row.low && x <= row.high)) {
+        refuse("--" + std::string(row.name) + ": '" + printable(value) + "' is not a " + (whole ? "whole " : "") +
+               text("number from %.9g to %.9g", row.low, row.high));
+    }
+    return x;
+}
+
+static void set_option(const OptionRow& row, const std::string& value) {
+    std::string name = std::string("--") + row.name, given = name + ": '" + printable(value) + "'";
+    if (row.kind == KIND_FLAG) *(bool*)row.value = true;
+    if (row.kind == KIND_INT) *(int*)row.value = int(number(row, value));
+    if (row.kind == KIND_REAL || row.kind == KIND_RANK) *(double*)row.value = number(row, value);
+    if (row.kind == KIND_TEXT || row.kind == KIND_PLAN) *(std::string*)row.value = value;
+    if (row.kind == KIND_TEXT && value.empty()) refuse(name + ": is empty; " + row.argument + " is wanted");
+    double rank = row.kind == KIND_RANK ? *(double*)row.value : 1.0;
+    if (rank == 0 || (rank > 1 && rank != floor(rank)))
+        refuse(given + " is neither a ratio in (0, 1] nor a whole rank above 1");
+    if (row.kind == KIND_PLAN && value != "text" && value != "json")
+        refuse(given + " is not known; --plan and --plan=json are");
+    if (row.kind != KIND_CHOICE && row.kind != KIND_SET) return;
+    int mask = 0;
+    for (size_t at = 0, comma; at <= value.size() && value != "none"; at = comma + 1) {
+        comma = row.kind == KIND_SET ? std::min(value.find(',', at), value.size()) : value.size();
+        int i = 0;
+        while (i < 8 && names_of(row.names, 1 << i) != value.substr(at, comma - at)) i++;
+        mask |= 1 << i;
+        if (row.kind == KIND_CHOICE) *(int*)row.value = i;
+    }
+    if (mask >> 8 || (row.kind == KIND_CHOICE && mask == 0)) {
+        refuse(given + (row.kind == KIND_SET ? " is neither none nor a list from " : " is not one of ") + row.names);
+    }
+    if (row.kind == KIND_SET) *(int*)row.value = mask;
+}
+
+static Options parse_options(int argc, char** argv) {
+    Options o;
+    std::vector<OptionRow> table = option_table(o);
+    std::vector<option> longs;
+    std::string letters = ":";
+    for (size_t i = 0; i < table.size(); i++) {
+        int takes = table[i].kind == KIND_PLAN ? optional_argument : *table[i].argument ? required_argument : no_argument;
+        longs.push_back({table[i].name, takes, nullptr, 256 + int(i)});
+        if (table[i].letter) letters += std::string(1, table[i].letter) + (takes == required_argument ? ":" : "");
+    }
+    longs.push_back({});
+    opterr = 0;
+    for (int key, at = optind; (key = getopt_long(argc, argv, letters.c_str(), longs.data(), nullptr)) != -1; at = optind) {
+        if (key == '?')
+            refuse(printable(argv[at]) + ": is not an option, or stands for several, or takes no value; --help lists them");
+        if (key == ':') refuse(printable(argv[at]) + ": needs a value; --help says which");
+        for (size_t i = 0; i < table.size(); i++) {
+            if (key == 256 + int(i) || key == table[i].letter)
+                set_option(table[i], optarg ? optarg : table[i].kind == KIND_PLAN ? "text" : "");
+        }
+    }
+    if (optind < argc)
+        refuse("'" + printable(argv[optind]) + "': is not an option; a value follows its option, as in --train FILE");
+    return o;
+}
+
+static void print_help() {
+    Options defaults;
+    printf("train_gpt2_compact: trains GPT-2 with compressed activations\n\n");
+    printf(
+        "  ./train_gpt2_compact --train input.txt -e d4 --channels 128 --context 128 --lr 1e-3 --steps 500 --sample-every "
+        "-1\n\n");
+    for (const OptionRow& row : option_table(defaults)) {
+        std::string left = (row.letter ? text("  -%c, --", row.letter) : "      --") + row.name + " " + row.argument,
+                    value = option_value(row);
+        printf("%-28s %s%s%s\n", left.c_str(), row.help, row.names,
+               row.kind == KIND_FLAG || value.empty() ? "" : (" (" + value + ")").c_str());
+    }
+    printf("\nBad input ends with one line and status 2.\n");
+}
+
+// The model's shape, from a name like d12 with the overrides, or from the header of a model file.
+static Config choose_config(const Options& o, int V) {
+    if (is_model_file(o.model)) {
+        Config c = read_model_config(o.model);
+        if (o.channels || o.heads || o.layers || o.context)
+            refuse("--channels, --heads, --layers, --context: are for a fresh model, not for " + o.model);
+        if (V != 0 && V != c.V)
+            refuse("--train: the data has a vocabulary of " + str(V) + ", the model " + o.model + " one of " + str(c.V));
+        return c;
+    }
+    int depth = 0, end = 0;
+    if (sscanf(o.model.c_str(), "d%4d%n", &depth, &end) != 1 || end != int(o.model.size()) || depth < 1 || depth > 1024) {
+        refuse("--model: '" + printable(o.model) +
+               "' is neither d12, d24, d36, d48 or another dN, nor a model file such as ./gpt2.bin");
+    }
+    const int widths[5] = {0, 768, 1024, 1280, 1600};
+    bool gpt2 = depth % 12 == 0 && depth <= 48;
+    Config c = {o.context ? o.context : 1024, V ? V : 50257, o.layers ? o.layers : depth, 0, 0, 0};
+    c.C = o.channels ? o.channels : gpt2 ? widths[depth / 12] : 64 * depth;
+    c.NH = o.heads ? o.heads : std::max(1, c.C / 64);
+    c.Vp = (c.V + 127) / 128 * 128;
+    if (c.C % c.NH != 0) refuse("--heads: " + str(c.C) + " channels do not divide into " + str(c.NH) + " heads");
+    return c;
+}
+
+// Fills in what follows from the model, and looks for contradictions.
+static void settle_options(Options& o, const Config& c) {
+    if (o.seq == 0) o.seq = c.context;
+    if (o.seq > c.context) refuse("--seq: " + str(o.seq) + " is more than the model's context of " + str(c.context));
+    int64_t micro = int64_t(o.batch) * o.seq;
+    if (micro > 1 << 30) refuse("--batch: " + str(o.batch) + " sequences of " + str(o.seq) + " are more than 2^30 tokens");
+    if (o.total_batch == 0) o.total_batch = int(micro);
+    if (o.total_batch % micro != 0)
+        refuse("--total-batch: " + str(o.total_batch) + " is no multiple of --batch times --seq, " + str(micro));
+    if (o.resume && o.out.empty()) refuse("--resume: needs --out, the folder with the checkpoints");
+    if (o.checkpoint_every != 0 && o.out.empty()) refuse("--checkpoint-every: needs --out, a folder for the checkpoints");
+}
+
+// ---- what is shown: options, plan, dump, log
+
+static std::string options_json(Options& o) {
+    std::string out;
+    for (const OptionRow& row : option_table(o)) {
+        bool bare = row.kind == KIND_INT || row.kind == KIND_REAL || row.kind == KIND_RANK || row.kind == KIND_FLAG;
+        if (row.value == &o.plan || row.value == &o.help) continue;
+        out += (out.empty() ? "{" : ", ") + json_string(row.name) + ": " +
+               (bare ? option_value(row) : json_string(option_value(row)));
+    }
+    return out + "}";
+}
+
+// Numbers joined by what stands between them.
+static std::string shape_text(const Tensor& t, const char* between) {
+    std::string out;
+    for (int64_t d : t.shape) out += (out.empty() ? "" : between) + str(d);
+    return out;
+}
+
+static std::string plan_json(const Plan& plan, int64_t full_rank_bytes) {
+    const Flops& f = plan.flops;
+    std::string comma, out = "\"total_bytes\": " + str(plan.bytes());
+    out += ", \"full_rank_total_bytes\": " + str(full_rank_bytes) + ", \"categories\": {";
+    for (const std::string& c : plan.categories()) out += comma + json_string(c) + ": " + str(plan.bytes(c)), comma = ", ";
+    out += text("}, \"flops_per_token\": {\"forward\": %.0f, \"backward\": %.0f, \"recompute\": %.0f, ", f.forward, f.backward,
+                f.recompute);
+    out += text("\"projection\": %.0f, \"update\": %.0f, \"total\": %.0f}, \"tensors\": [", f.projection, f.update, f.total());
+    comma = "";
+    for (const Tensor& t : plan.tensors) {
+        out += comma + "{\"name\": " + json_string(t.name) + ", \"category\": " + json_string(t.category) + ", \"shape\": [" +
+               shape_text(t, ", ") + "], \"type\": " + json_string(t.type) + ", \"bytes\": " + str(t.bytes()) + "}";
+        comma = ", ";
+    }
+    return out + "]";
+}
+
+static void print_plan(const Plan& plan, const Plan& full, bool tensors) {
+    auto mib = [](int64_t bytes) { return commas(bytes >> 20) + text(".%d MiB", int((bytes & 0xFFFFF) * 10 >> 20)); };
+    for (const Tensor& t : plan.tensors) {
+        if (!tensors) break;
+        printf("  %-12s %-22s %-24s %-6s %16s\n", t.category.c_str(), t.name.c_str(), shape_text(t, " x ").c_str(),
+               t.type.c_str(), mib(t.bytes()).c_str());
+    }
+    printf("%s%-14s %16s %16s\n", tensors ? "\n" : "", "memory", "this run", "full rank");
+    for (const std::string& c : plan.categories())
+        printf("  %-12s %16s %16s\n", c.c_str(), mib(plan.bytes(c)).c_str(), mib(full.bytes(c)).c_str());
+    printf("  %-12s %16s %16s   %.0f %%\n", "total", mib(plan.bytes()).c_str(), mib(full.bytes()).c_str(),
+           100.0 * plan.bytes() / full.bytes());
+    printf("  %-12s %14.4g   %14.4g     %.0f %%\n", "FLOPs/token", plan.flops.total(), full.flops.total(),
+           100 * plan.flops.total() / full.flops.total());
+}
+
+// The step just accumulated, before its update: parameters, gradients, projections, and of its last micro batch the tape,
+// tokens, losses and logits. A record: int32 length of the name, name, int32 dimensions, int64 each, float32 data.
+static void write_dump(Model& s, const Plan& plan, const Options& o) {
+    Writer out(o.dump);
+    const Config& c = s.config;
+    int64_t N = int64_t(o.batch) * o.seq;
+    auto record = [&](const std::string& name, const std::vector<int64_t>& shape) {
+        int32_t length = int32_t(name.size()), dims = int32_t(shape.size());
+        out.write(&length, 4), out.write(name.data(), name.size());
+        out.write(&dims, 4), out.write(shape.data(), shape.size() * 8);
+    };
+    for (const Tensor& t : plan.tensors) {
+        bool grad = t.category == "gradients", act = t.category == "tape", whole = t.category == "parameters";
+        if (!grad && !act && !whole) continue;
+        std::string name = whole ? "param." + t.name : act ? "act." + t.name : t.name;
+        for (const char* single : {"grad.wte", "grad.wpe", "grad.lnfw", "grad.lnfb", "act.lnf", "act.lnf_mean", "act.lnf_rstd"})
+            whole |= name == single;
+        int64_t records = whole ? 1 : t.shape[0], each = t.count() / records;
+        for (int64_t i = 0; i < records; i++) {
+            record(whole ? name : name + "." + str(i), std::vector<int64_t>(t.shape.begin() + !whole, t.shape.end()));
+            visit(t, i * each, each, false, [&](const float* from, int64_t, int64_t n) { out.write(from, n * 4); });
+        }
+    }
+    for (int which = 0; which < LINEARS; which++) {
+        for (int layer = 0; s.linear[which].compressed() && layer < c.L; layer++) {
+            std::vector<float> p = model_projection(s, which, layer);
+            record(std::string("proj.") + param_rows[weight_of(which)].name + "." + str(layer),
+                   {s.linear[which].n, s.linear[which].r});
+            out.write(p.data(), p.size() * 4);
+        }
+    }
+    std::vector<float> row(std::max<int64_t>(c.V, N));
+    row[0] = float(mean_loss(s, 0, N));
+    record("loss", {1}), out.write(row.data(), 4);
+    std::copy(s.inputs, s.inputs + N, row.begin());
+    record("inputs", {o.batch, o.seq}), out.write(row.data(), N * 4);
+    std::copy(s.targets, s.targets + N, row.begin());
+    record("targets", {o.batch, o.seq}), out.write(row.data(), N * 4);
+    record("logits", {o.batch, o.seq, c.V});
+    for (int64_t i = 0; i < N; i++) {
+        model_logits(s, row.data(), int(i), 1);
+        out.write(row.data(), c.V * sizeof(float));
+    }
+    out.commit();
+}
+
+// Opens DIR/log.jsonl: anew with its first line, or, after a resume, without the lines of steps that will be done again.
+static std::unique_ptr<FILE, CloseFile> open_log(const std::string& path, int64_t step, const std::string& first_line) {
+    std::string kept, line;
+    std::ifstream old(step > 0 ? path : "");
+    for (long long at; std::getline(old, line) && !old.eof();) {  // a line without its end was cut off
+        if (sscanf(line.c_str(), "{\"step\": %lld", &at) == 1 ? at <= step : kept.empty()) kept += line + "\n";
+    }
+    if (kept.empty()) kept = first_line + "\n";
+    Writer out(path);
+    out.write(kept.data(), kept.size());
+    out.commit();
+    return std::unique_ptr<FILE, CloseFile>(fopen(path.c_str(), "ab"));
+}
+
+// ---- main
+
+// Whether something with this "every" is due after step `step` of `steps`.
+static bool is_due(int every, int64_t step, int64_t steps) {
+    return every != 0 && (step == steps || (every > 0 && step % every == 0));
+}
+
+static void describe(const Options& o, const Config& c, const Data& train, const Data& val, int64_t steps) {
+    printf("device   %s; source %s\n", model_device().c_str(), REVISION);
+    printf("model    %s: %d layers, %d heads, %d channels, context %d, vocabulary %d (%d): %s parameters\n", o.model.c_str(),
+           c.L, c.NH, c.C, c.context, c.V, c.Vp, commas(parameter_count(c)).c_str());
+    printf("data     train: %zu file%s, %s tokens, %s sequences of %d; validation: %s\n", train.shards.size(),
+           train.shards.size() == 1 ? "" : "s", commas(train.tokens).c_str(), commas(train.sequences).c_str(), o.seq,
+           val.sequences ? (commas(val.tokens) + " tokens").c_str() : "none");
+    printf("batch    %d x %d, %d accumulated: %s tokens a step; %s steps, %.2f epochs\n", o.batch, o.seq,
+           o.total_batch / o.seq / o.batch, commas(o.total_batch).c_str(), commas(steps).c_str(),
+           double(steps) * (o.total_batch / o.seq) / train.sequences);
+    std::string method = "full rank";
+    if (o.rank != 1.0 && o.compress != 0) {
+        method = text("rank %g of ", o.rank) + names_of(linear_names, o.compress) + "; " +
+                 names_of(projection_names, 1 << o.projection) +
+                 text(", new every %d steps, alpha %g, moments ", o.gap, o.alpha) + names_of(moments_names, 1 << o.moments);
+    }
+    printf("method   %s; recompute %d; lr %g, %s\n", method.c_str(), o.recompute, o.lr,
+           names_of(schedule_names, 1 << o.schedule).c_str());
+}
+
+// The training loop. The loss of step n (from 1) is that of its batch, before its update.
+static void train_model(Model& s, const Plan& plan, const Plan& full, Options& o, Data& train, Data& val, int64_t steps) {
+    const Config& c = s.config;
+    std::vector<Example> hellaswag;
+    if (!o.hellaswag.empty()) hellaswag = read_hellaswag(o.hellaswag, c.V);
+    std::string beside = o.train.substr(0, o.train.find_last_of('/') + 1) + "tokenizer.bin";
+    if (o.tokenizer.empty() && train.shards[0].width == 2 && std::filesystem::exists(beside)) o.tokenizer = beside;
+    Tokenizer tokenizer = o.tokenizer.empty() ? no_tokenizer(c.V) : read_tokenizer(o.tokenizer);
+    Identity identity = {
+        {"--channels", str(c.C)}, {"--heads", str(c.NH)}, {"--layers", str(c.L)}, {"--context", str(c.context)}};
+    for (const OptionRow& row : option_table(o)) {
+        for (const char* name : {"seq", "total-batch", "rank", "compress", "projection", "gap", "moments", "seed"}) {
+            if (row.name == std::string(name)) identity.push_back({std::string("--") + name, option_value(row)});
+        }
+    }
+    identity.push_back({"--train", str(train.sequences) + " sequences of vocabulary " + str(c.V)});
+
+    model_allocate(s, plan);
+    if (is_model_file(o.model))
+        read_model(plan, o.model);
+    else
+        initialise(plan, c, o.seed);
+    int64_t start = o.resume ? resume(plan, identity, o.out) : 0;
+    model_round(s);
+    if (o.resume) printf("%s\n", start > 0 ? ("resumed after step " + str(start)).c_str() : "nothing to resume yet");
+    std::unique_ptr<FILE, CloseFile> log;
+    if (!o.out.empty()) {
+        log = open_log(o.out + "/log.jsonl", start,
+                       "{\"revision\": " + json_string(REVISION) + ", \"device\": " + json_string(model_device()) +
+                           ", \"options\": " + options_json(o) + ", \"plan\": {" + plan_json(plan, full.bytes()) + "}}");
+    }
+    auto write_log = [&](const std::string& line) {
+        if (o.out.empty()) return;
+        if (!log || fprintf(log.get(), "%s\n", line.c_str()) < 0 || fflush(log.get()) != 0)
+            fail(o.out + "/log.jsonl: cannot be written: " + strerror(errno));
+    };
+
+    int64_t rows = o.total_batch / o.seq, micros = rows / o.batch;
+    double peak = model_peak_flops();
+    for (int64_t step = std::min(start + 1, steps); step <= steps; step++) {
+        std::string line = "step " + str(step) + "/" + str(steps), times, record = "{\"step\": " + str(step);
+        if (step > start) {
+            double began = seconds(), loss = 0, lr = learning_rate(o, step - 1, steps);
+            model_begin_step(s, step - 1);
+            for (int64_t micro = 0; micro < micros; micro++) {
+                read_batch(train, (o.overfit ? 0 : (step - 1) * rows) + micro * o.batch, o.batch, s);
+                model_accumulate(s, o.batch, o.seq, micro == 0, 1.0f / o.total_batch);
+                loss += mean_loss(s, 0, int64_t(o.batch) * o.seq) / micros;
+            }
+            if (step == start + 1 && !o.dump.empty()) write_dump(s, plan, o);
+            double norm = model_update(s, plan, step - 1, lr), elapsed = seconds() - began, speed = o.total_batch / elapsed;
+            if (!std::isfinite(loss + norm))
+                fail("step " + str(step) + ": the loss or its gradient is not finite; a lower --lr or more --warmup may help");
+            line += text(" | loss %.4f", loss);
+            times = text(" | norm %.2f | lr %.1e | %.1f ms | ", norm, lr, elapsed * 1e3) + commas(int64_t(speed)) + " tok/s";
+            if (peak > 0) times += text(" | %.0f %% MFU", 100 * speed * (plan.flops.forward + plan.flops.backward) / peak);
+            write_log(record +
+                      text(", \"loss\": %.6f, \"norm\": %.6f, \"lr\": %.9g, \"ms\": %.3f, \"tokens_per_second\": %.1f}", loss,
+                           norm, lr, elapsed * 1e3, speed));
+        }
+        bool evaluates = is_due(o.val_every, step, steps);
+        if (evaluates && val.sequences > 0) {
+            double loss = validate(s, val, o);
+            line += text(" | val %.4f", loss);
+            record += text(", \"val_loss\": %.6f", loss);
+        }
+        if (evaluates && !hellaswag.empty()) {
+            double score = score_hellaswag(s, hellaswag, o);
+            line += text(" | hellaswag %.4f", score);
+            record += text(", \"hellaswag\": %.6f", score);
+        }
+        printf("%s%s\n", line.c_str(), times.c_str());
+        if (is_due(o.sample_every, step, steps)) {
+            std::string shown = sample(s, tokenizer, o, step);
+            printf("--- sample ---\n%s\n--------------\n", printable(shown).c_str());
+            record += ", \"sample\": " + json_string(shown);
+        }
+        if (record.find(',') != std::string::npos) write_log(record + "}");
+        fflush(stdout);
+        if (is_due(o.checkpoint_every, step, steps)) save_checkpoint(plan, c, o, identity, step);
+    }
+}
+
+static void run(int argc, char** argv) {
+    Options o = parse_options(argc, argv);
+    if (o.help) return print_help();
+    Data train = {}, val = {};
+    if (o.train.empty() && o.plan.empty()) refuse("--train: is missing; give it token shards or any text file");
+    if (!o.train.empty()) train = find_data("--train", o.train);
+    if (!o.val.empty()) val = find_data("--val", o.val);
+    if (train.V != 0 && val.V != 0 && train.V != val.V)
+        refuse("--val: has a vocabulary of " + str(val.V) + ", --train one of " + str(train.V));
+    Config c = choose_config(o, train.V);
+    settle_options(o, c);
+
+    static Model s;  // its memory lives as long as the program
+    Options full_options = o;
+    full_options.rank = 1.0;
+    Plan full = model_plan(s, c, full_options), plan = model_plan(s, c, o);
+    if (o.plan == "json") printf("{%s, \"options\": %s}\n", plan_json(plan, full.bytes()).c_str(), options_json(o).c_str());
+    if (o.plan == "text") print_plan(plan, full, true);
+    if (!o.plan.empty()) return;
+
+    val.V = train.V;
+    for (Shard& shard : train.shards) {  // the last tenth of a plain text validates where no other file does
+        int64_t kept = shard.width == 1 && o.val.empty() ? shard.tokens - shard.tokens / 10 : shard.tokens;
+        if (kept < shard.tokens) val.shards.push_back({shard.path, kept, shard.tokens - kept, 1});
+        shard.tokens = kept;
+    }
+    cut_data(train, "--train", o.seq);
+    train.shuffled = true;
+    train.seed = o.seed;
+    if (!val.shards.empty() && o.val_every != 0 && o.val_batches != 0) cut_data(val, "--val", o.seq);
+    int64_t steps = o.steps >= 0 ? o.steps : std::max<int64_t>(1, train.sequences / (o.total_batch / o.seq));
+    std::error_code error;
+    if (!o.out.empty()) std::filesystem::create_directories(o.out, error);
+    if (!o.out.empty() && access(o.out.c_str(), W_OK) != 0)
+        refuse("--out: the folder " + o.out + " cannot be made or written: " + strerror(errno));
+    describe(o, c, train, val, steps);
+    print_plan(plan, full, false);
+    fflush(stdout);
+    train_model(s, plan, full, o, train, val, steps);
+}
+
+#ifndef TESTING
+int main(int argc, char** argv) {
+    try {
+        run(argc, argv);
+        return 0;
+    } catch (const Failure& failure) {
+        fflush(stdout);
+        fprintf(stderr, "train_gpt2_compact: %s\n", failure.message.c_str());
+        return failure.status;
+    } catch (const std::bad_alloc&) {
+        fprintf(stderr, "train_gpt2_compact: not enough memory for the host's buffers\n");
+        return 1;
+    }
+}
+#endif
