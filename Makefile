@@ -69,6 +69,7 @@ test_gpt2cu: test_gpt2.cu train_gpt2_compact.cu train_gpt2_compact.cpp Makefile 
 	$(needs_nvcc)
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublas
 
+.PRECIOUS: build/%.nogpu.cpp
 build/%.nogpu.cpp: %.cu train_gpt2_compact.cu dev/nogpu/translate.py | build
 	$(PYTHON) dev/nogpu/translate.py $< > $@ || { rm -f $@; exit 1; }
 
@@ -83,19 +84,20 @@ test_gpt2_nogpu: build/test_gpt2.nogpu.cpp train_gpt2_compact.cpp $(wildcard dev
 # ---- a first look: a small GPT-2 learns this project's own sources
 
 DEMO_TEXT = $(wildcard *.cpp *.md Makefile data_prep/*.py dev/*.py dev/test/*.py dev/test/*.cpp)
-demo: train_gpt2_compact | build
+DEMO_TRAINER = $(if $(and $(GPU),$(NVCC)),train_gpt2_compactcu,train_gpt2_compact)
+demo: $(DEMO_TRAINER) | build
 	@cat $(DEMO_TEXT) > build/demo.txt
-	@set -o pipefail; ./train_gpt2_compact --train build/demo.txt -e d4 --channels 128 --context 128 --batch 16 --steps 800 \
+	@set -o pipefail; OMP_WAIT_POLICY=passive ./$(DEMO_TRAINER) --train build/demo.txt -e d4 --channels 128 --context 128 --batch 16 --steps 800 \
 	  --lr 4e-3 --warmup 40 --projection sparse --val-every 200 --sample-every -1 --sample-tokens 400 --out build/demo \
 	  | awk '!/^step/ || /val/ || ++n % 50 == 1 { print; fflush() }'
 
 # ---- tests: all that can run here; the last line says how many passed and failed
 
-ifneq ($(CUDA_INCLUDE),)
+ifneq ($(wildcard $(CUDA_HOME)/include/curand_kernel.h),)
 CURAND_TEST := build/test_curand
-build/test_curand: dev/test/test_curand.cpp train_gpt2_compact.cpp Makefile | build
-	$(CXX) $(FLAGS) -Wno-unused-function $< -o $@ -isystem $(CUDA_INCLUDE) $(BLAS_LIBS)
 endif
+build/test_curand: dev/test/test_curand.cpp train_gpt2_compact.cpp Makefile | build
+	$(CXX) $(FLAGS) -Wno-unused-function $< -o $@ -isystem $(CUDA_HOME)/include $(BLAS_LIBS)
 
 build/test_cpu: dev/test/test_cpu.cpp train_gpt2_compact.cpp Makefile | build
 	@pkg-config --exists gtest || { echo "make test needs GoogleTest: install libgtest-dev (Debian) or googletest (Homebrew)"; exit 2; }
@@ -114,8 +116,19 @@ build/venv: dev/test/requirements.txt | build
 	@$(PYTHON) -m venv --system-site-packages build/venv && build/venv/bin/pip install -q -r $< && touch build/venv || \
 	  { rm -rf build/venv; echo "make test needs Python 3.9 with venv, and the packages of $<"; exit 2; }
 
-test: train_gpt2_compact build/test_cpu build/test_cpu_sanitized build/train_sanitized build/train_no_blas $(CURAND_TEST) build/venv
-	@build/venv/bin/python -m pytest -q dev
+# The CUDA sources on a CPU, in both precisions: the comparison with the CPU trainer under the sanitizers, the trainer itself without.
+ifneq ($(and $(wildcard $(CUDA_HOME)/include/cuda_bf16.h),$(call compiles,-include boost/context/fiber.hpp -lboost_context)),)
+NOGPU_TESTS := $(foreach p,bf16 fp32,build/test_gpt2_$(p)_sanitized build/train_nogpu_$(p))
+endif
+build/test_gpt2_%_sanitized: build/test_gpt2.nogpu.cpp train_gpt2_compact.cpp $(wildcard dev/nogpu/include/*) Makefile
+	$(NOGPU) $(SANITIZE) -DPRECISION_$(shell echo $* | tr a-z A-Z) -I. $< -lboost_context -o $@
+
+build/train_nogpu_%: build/train_gpt2_compact.nogpu.cpp $(wildcard dev/nogpu/include/*) Makefile
+	$(NOGPU) -O2 -DPRECISION_$(shell echo $* | tr a-z A-Z) $< -lboost_context -o $@
+
+TESTED = train_gpt2_compact build/test_cpu build/test_cpu_sanitized build/train_sanitized build/train_no_blas $(CURAND_TEST) $(NOGPU_TESTS)
+test: $(TESTED) $(if $(and $(GPU),$(NVCC)),test_gpt2cu) build/venv
+	@OMP_WAIT_POLICY=passive build/venv/bin/python -m pytest -q dev
 
 bench: train_gpt2_compact build/train_no_blas
 	$(PYTHON) dev/bench_cpu.py $(if $(LLMC),--llmc $(LLMC))

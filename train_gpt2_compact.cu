@@ -732,14 +732,17 @@ __global__ void __launch_bounds__(ATT)
     if (tid == 0) lse[size_t(blockIdx.y) * T + t] = top + logf(sum);
 }
 
-// dot (B, NH, T) = sum over d of dout out, per head; grid (T, B NH), block 32
-__global__ void __launch_bounds__(WARP) attention_dot(float* dot, const floatX* dout, const floatX* out, int T, int C, int NH) {
-    int hs = C / NH, b = blockIdx.y / NH, h = blockIdx.y % NH;
-    size_t at = (size_t(b) * T + blockIdx.x) * C + h * hs;
+// dot (B, NH, T) = sum over d of dout out, per head; a warp each, 8 a block
+__global__ void __launch_bounds__(256)
+    attention_dot(float* dot, const floatX* dout, const floatX* out, int64_t count, int T, int C, int NH) {
+    int64_t i = int64_t(blockIdx.x) * 8 + threadIdx.x / WARP;
+    if (i >= count) return;
+    int hs = C / NH, t = int(i % T), h = int(i / T % NH), b = int(i / T / NH);
+    size_t at = (size_t(b) * T + t) * C + h * hs;
     float sum = 0;
-    for (int d = threadIdx.x; d < hs; d += WARP) sum += to_float(dout[at + d]) * to_float(out[at + d]);
+    for (int d = threadIdx.x % WARP; d < hs; d += WARP) sum += to_float(dout[at + d]) * to_float(out[at + d]);
     sum = warp_sum(sum);
-    if (threadIdx.x == 0) dot[size_t(blockIdx.y) * T + blockIdx.x] = sum;
+    if (threadIdx.x % WARP == 0) dot[i] = sum;
 }
 
 // dq, of one query a block: ds = p (dp - dot) scale, dq = ds k. Grid, block and shared memory (ATT + 3 hs floats) as forward.
@@ -1076,7 +1079,8 @@ static void attention_forward(floatX* out, float* lse, const floatX* qkv, int B,
 static void attention_backward(floatX* dqkv, float* dot, const floatX* dout, const floatX* qkv, const floatX* out,
                                const float* lse, int B, int T, int C, int NH) {
     int hs = C / NH;
-    attention_dot<<<dim3(T, B * NH), WARP>>>(dot, dout, out, T, C, NH);
+    int64_t count = int64_t(B) * NH * T;
+    attention_dot<<<blocks_for(count, 8), 256>>>(dot, dout, out, count, T, C, NH);
     LAUNCHED();
 #ifndef PRECISION_FP32
     if (hs == HEAD) {
