@@ -97,7 +97,7 @@ ifneq ($(wildcard $(CUDA_HOME)/include/curand_kernel.h),)
 CURAND_TEST := build/test_curand
 endif
 build/test_curand: dev/test/test_curand.cpp train_gpt2_compact.cpp Makefile | build
-	$(CXX) $(FLAGS) -Wno-unused-function $< -o $@ -isystem $(CUDA_HOME)/include $(BLAS_LIBS)
+	$(CXX) $(FLAGS) -Wno-unused-function $< -o $@ -isystem $(CUDA_HOME)/include $(BLAS_LIBS) $$(pkg-config --cflags --libs gtest)
 
 build/test_cpu: dev/test/test_cpu.cpp train_gpt2_compact.cpp Makefile | build
 	@pkg-config --exists gtest || { echo "make test needs GoogleTest: install libgtest-dev (Debian) or googletest (Homebrew)"; exit 2; }

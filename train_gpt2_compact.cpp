@@ -110,6 +110,12 @@ static std::string printable(const std::string& raw) {
     return out;
 }
 
+static std::string one_line(const std::string& raw) {
+    std::string out = printable(raw);
+    for (char& c : out) c = c == '\n' || c == '\t' ? ' ' : c;
+    return out;
+}
+
 static std::string json_string(const std::string& raw) {
     std::string out = "\"";
     for (char c : printable(raw)) {
@@ -181,7 +187,7 @@ enum { STREAM_INIT = 8, STREAM_SHARDS, STREAM_SEQUENCES, STREAM_SAMPLE };
 static uint64_t stream_of(int purpose, uint64_t layer, uint64_t epoch) { return epoch << 32 | layer << 8 | purpose; }
 
 // log and (sin, cos) without branches or calls, so that the compiler can vectorise the loops around them.
-// Polynomials of Cephes (Moshier, 1989), within about 2 ulp of the true value; NaN stays NaN.
+// Polynomials of Cephes (Moshier, 1989), within about 2 ulp of the true value.
 
 static inline float float_of_bits(uint32_t bits) {
     float x;
@@ -381,8 +387,8 @@ enum { LANES = 8 };
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));  // GCC's and Clang's portable vectors
 enum { BLOCK_ROWS = 6, BLOCK_COLUMNS = 2 * LANES };                        // 12 accumulators: one register file, full
 
-// As log_simd above, for the same reason.
-static inline float exp_simd(float x) {  // clamped to [-87.3, 88.3]
+// As log_simd above, for the same reason. x is clamped to [-87.3, 88.3]; NaN stays NaN.
+static inline float exp_simd(float x) {
     x = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
     float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x / ln 2)
     float n = shifted - 12582912.0f;
@@ -1313,10 +1319,10 @@ struct Input {
 
 static Input open_input(const std::string& path) {
     struct stat info = {};
-    Input in = {path, std::unique_ptr<FILE, CloseFile>(fopen(path.c_str(), "rb")), 0};
-    if (!in.file || fstat(fileno(in.file.get()), &info) != 0) refuse(path + ": cannot be read: " + strerror(errno));
-    if (!S_ISREG(info.st_mode)) refuse(path + ": is not a file");
-    in.size = info.st_size;
+    bool known = stat(path.c_str(), &info) == 0;
+    if (known && !S_ISREG(info.st_mode)) refuse(path + ": is not a file");  // before it is opened: a pipe would wait
+    Input in = {path, std::unique_ptr<FILE, CloseFile>(fopen(path.c_str(), "rb")), info.st_size};
+    if (!known || !in.file) refuse(path + ": cannot be read: " + strerror(errno));
     return in;
 }
 
@@ -1403,7 +1409,9 @@ static void visit(const Tensor& t, int64_t first, int64_t count, bool store,
 
 // ---- the model file: llm.c's, version 3 (fp32) and 5 (bf16)
 
-static bool is_model_file(const std::string& model) { return model.find_first_of("./") != std::string::npos; }
+static bool is_model_file(const std::string& model) {
+    return model.find('/') != std::string::npos || std::filesystem::path(model).extension() == ".bin";
+}
 
 // The weights as files know them, in the order of the file: the fp32 master copies where there are any.
 static std::vector<Tensor> weights_of(const Plan& plan) {
@@ -1787,10 +1795,16 @@ static std::vector<Tensor> saved_tensors(const Plan& plan) {
     return saved;
 }
 
-// int32[256] {magic, version, step, bytes of the identity}, the identity as lines of flag=value, the tensors, a checksum.
-static void write_state(const Plan& plan, const Identity& identity, int64_t step, const std::string& path) {
+static std::string identity_lines(const Identity& identity) {
     std::string lines;
     for (auto& row : identity) lines += row.first + "=" + row.second + "\n";
+    return lines + std::string(-lines.size() % 4, '\n');
+}
+
+// int32[256] {magic, version, step, bytes of the identity}, the identity as lines of flag=value, the tensors, a checksum. All
+// in multiples of 4 bytes.
+static void write_state(const Plan& plan, const Identity& identity, int64_t step, const std::string& path) {
+    std::string lines = identity_lines(identity);
     int32_t header[HEADER_INTS] = {STATE_MAGIC, 1, int32_t(step), int32_t(lines.size())};
     Writer out(path);
     out.write(header, sizeof(header));
@@ -1803,42 +1817,49 @@ static void write_state(const Plan& plan, const Identity& identity, int64_t step
     out.commit();
 }
 
-// Loads a state and returns its step. Refuses one that is not whole, or that was made with other flags.
+// Loads a state and returns its step. Refuses one that is not whole, and then one that was made with other flags.
 static int64_t read_state(const Plan& plan, const Identity& identity, const std::string& path) {
     Input in = open_input(path);
     std::vector<int32_t> h = read_header(in, STATE_MAGIC, {1}, "training state");
-    if (h[2] < 0 || h[3] < 0 || h[3] > in.size - HEADER_BYTES || h[3] > 1 << 16) refuse(path + ": its header is damaged");
-    std::string lines(h[3], '\0'), wanted;
+    std::vector<char> piece(1 << 20);
+    uint64_t sum = checksum(0, h.data(), HEADER_BYTES), expected;
+    for (int64_t left = in.size - HEADER_BYTES - 8, n; left > 0; left -= n) {
+        n = std::min<int64_t>(left, piece.size());
+        read_bytes(in, piece.data(), n);
+        sum = checksum(sum, piece.data(), n);
+    }
+    read_bytes(in, &expected, sizeof(expected));
+    if (in.size % 4 != 0 || sum != expected) refuse(path + ": is cut short or damaged: its checksum does not hold");
+
+    std::string lines(std::max(0, std::min<int>(h[3], in.size - HEADER_BYTES - 8)), '\0');
+    rewind(in.file.get());
+    read_bytes(in, h.data(), HEADER_BYTES);
     read_bytes(in, &lines[0], lines.size());
-    int64_t size = HEADER_BYTES + h[3] + 8;
     for (auto& row : identity) {
         size_t at = lines.find(row.first + "="), from = at + row.first.size() + 1;
         std::string was = at == std::string::npos ? "none" : lines.substr(from, lines.find('\n', from) - from);
-        if (was != row.second) refuse(row.first + ": " + path + " was saved with " + printable(was) + ", not " + row.second);
-        wanted += row.first + "=" + row.second + "\n";
+        if (was != row.second) refuse(row.first + ": " + path + " was saved with " + was + ", not " + row.second);
     }
+    int64_t size = HEADER_BYTES + lines.size() + 8;
     for (const Tensor& t : saved_tensors(plan)) size += t.bytes();
-    if (lines != wanted || in.size != size) refuse(path + ": is cut short or damaged");
-    uint64_t sum = checksum(checksum(0, h.data(), HEADER_BYTES), lines.data(), lines.size()), expected;
+    if (lines != identity_lines(identity) || in.size != size)
+        refuse(path + ": is of another make: its contents do not fit its flags");
     for (const Tensor& t : saved_tensors(plan)) {
-        visit(t, 0, t.count(), true, [&](float* to, int64_t, int64_t n) {
-            read_bytes(in, to, n * 4);
-            sum = checksum(sum, to, n * 4);
-        });
+        visit(t, 0, t.count(), true, [&](float* to, int64_t, int64_t n) { read_bytes(in, to, n * 4); });
     }
-    read_bytes(in, &expected, sizeof(expected));
-    if (sum != expected) refuse(path + ": is damaged: its checksum does not hold");
     return h[2];
 }
 
 // Steps of which DIR has a state, the newest first.
 static std::vector<int64_t> saved_steps(const std::string& dir) {
     std::vector<int64_t> steps;
-    for (auto& entry : std::filesystem::directory_iterator(dir)) {
+    std::error_code error;
+    for (auto& entry : std::filesystem::directory_iterator(dir, error)) {
         long long step;
         bool state = sscanf(entry.path().filename().c_str(), "state_%lld.bin", &step) == 1;
         if (state && entry.path().filename() == checkpoint_path("", "state", step).substr(1)) steps.push_back(step);
     }
+    if (error) refuse("--out: the folder " + dir + " cannot be read: " + error.message());
     std::sort(steps.rbegin(), steps.rend());
     return steps;
 }
@@ -1847,6 +1868,7 @@ static void save_checkpoint(const Plan& plan, const Config& c, const Options& o,
     write_model(plan, c, o.checkpoint_type, checkpoint_path(o.out, "model", step));
     write_state(plan, identity, step, checkpoint_path(o.out, "state", step));
     std::vector<int64_t> steps = saved_steps(o.out);
+    steps.erase(steps.begin(), std::find(steps.begin(), steps.end(), step));  // later ones did not load: they do not count
     for (size_t i = o.keep; o.keep > 0 && i < steps.size(); i++) {
         for (const char* kind : {"state", "model"}) unlink(checkpoint_path(o.out, kind, steps[i]).c_str());
     }
@@ -1860,7 +1882,7 @@ static int64_t resume(const Plan& plan, const Identity& identity, const std::str
             return read_state(plan, identity, checkpoint_path(dir, "state", steps[i]));
         } catch (const Failure& failure) {
             if (failure.message.compare(0, 2, "--") == 0 || i + 1 == steps.size()) throw;  // other flags; or none older
-            fprintf(stderr, "%s; trying the one before\n", failure.message.c_str());
+            fprintf(stderr, "%s; trying the one before\n", one_line(failure.message).c_str());
         }
     }
     return 0;
@@ -1905,7 +1927,7 @@ static std::vector<OptionRow> option_table(Options& o) {
         {0, "clip", "X", KIND_REAL, &o.clip, "largest global gradient norm; 0: no clipping", 0, MANY},
         {0, "beta1", "X", KIND_REAL, &o.beta1, "AdamW", 0, 0.999999},
         {0, "beta2", "X", KIND_REAL, &o.beta2, "", 0, 0.999999},
-        {0, "eps", "X", KIND_REAL, &o.eps, "", 0, 1},
+        {0, "eps", "X", KIND_REAL, &o.eps, "", 1e-30, 1},
         {0, "rank", "R", KIND_RANK, &o.rank, "ratio in (0, 1] of a layer's inputs, or a whole rank above 1; 1 is full rank", 0, MANY},
         {0, "compress", "LIST", KIND_SET, &o.compress, "the layers that this holds for: none, or from ", 0, 0, linear_names},
         {0, "projection", "P", KIND_CHOICE, &o.projection, "", 0, 0, projection_names},
@@ -1958,14 +1980,14 @@ static double number(const OptionRow& row, const std::string& value) {
     double x = strtod(value.c_str(), &end);
     bool digits = !value.empty() && value.find_first_not_of(whole ? "+-0123456789" : "+-.eE0123456789") == std::string::npos;
     if (!digits || *end || !(x >= row.low && x <= row.high)) {
-        refuse("--" + std::string(row.name) + ": '" + printable(value) + "' is not a " + (whole ? "whole " : "") +
-               text("number from %.9g to %.9g", row.low, row.high));
+        refuse("--" + std::string(row.name) + ": '" + value + "' is not a " + (whole ? "whole " : "") +
+               text("number from %.10g to %.10g", row.low, row.high));
     }
     return x;
 }
 
 static void set_option(const OptionRow& row, const std::string& value) {
-    std::string name = std::string("--") + row.name, given = name + ": '" + printable(value) + "'";
+    std::string name = std::string("--") + row.name, given = name + ": '" + value + "'";
     if (row.kind == KIND_FLAG) *(bool*)row.value = true;
     if (row.kind == KIND_INT) *(int*)row.value = int(number(row, value));
     if (row.kind == KIND_REAL || row.kind == KIND_RANK) *(double*)row.value = number(row, value);
@@ -1980,8 +2002,9 @@ static void set_option(const OptionRow& row, const std::string& value) {
     int mask = 0;
     for (size_t at = 0, comma; at <= value.size() && value != "none"; at = comma + 1) {
         comma = row.kind == KIND_SET ? std::min(value.find(',', at), value.size()) : value.size();
+        std::string piece = value.substr(at, comma - at);
         int i = 0;
-        while (i < 8 && names_of(row.names, 1 << i) != value.substr(at, comma - at)) i++;
+        while (i < 8 && (piece == "none" || names_of(row.names, 1 << i) != piece)) i++;
         mask |= 1 << i;
         if (row.kind == KIND_CHOICE) *(int*)row.value = i;
     }
@@ -2005,15 +2028,15 @@ static Options parse_options(int argc, char** argv) {
     opterr = 0;
     for (int key, at = optind; (key = getopt_long(argc, argv, letters.c_str(), longs.data(), nullptr)) != -1; at = optind) {
         if (key == '?')
-            refuse(printable(argv[at]) + ": is not an option, or stands for several, or takes no value; --help lists them");
-        if (key == ':') refuse(printable(argv[at]) + ": needs a value; --help says which");
+            refuse(std::string(argv[at]) + ": is not an option, or stands for several, or takes no value; --help lists them");
+        if (key == ':') refuse(std::string(argv[at]) + ": needs a value; --help says which");
         for (size_t i = 0; i < table.size(); i++) {
             if (key == 256 + int(i) || key == table[i].letter)
                 set_option(table[i], optarg ? optarg : table[i].kind == KIND_PLAN ? "text" : "");
         }
     }
     if (optind < argc)
-        refuse("'" + printable(argv[optind]) + "': is not an option; a value follows its option, as in --train FILE");
+        refuse("'" + std::string(argv[optind]) + "': is not an option; a value follows its option, as in --train FILE");
     return o;
 }
 
@@ -2043,9 +2066,9 @@ static Config choose_config(const Options& o, int V) {
         return c;
     }
     int depth = 0, end = 0;
-    if (sscanf(o.model.c_str(), "d%4d%n", &depth, &end) != 1 || end != int(o.model.size()) || depth < 1 || depth > 1024) {
-        refuse("--model: '" + printable(o.model) +
-               "' is neither d12, d24, d36, d48 or another dN, nor a model file such as ./gpt2.bin");
+    if (!isdigit(o.model[1]) || sscanf(o.model.c_str(), "d%4d%n", &depth, &end) != 1 || end != int(o.model.size()) ||
+        depth < 1 || depth > 1024) {
+        refuse("--model: '" + o.model + "' is neither d12, d24, d36, d48 or another dN, nor a model file such as ./gpt2.bin");
     }
     const int widths[5] = {0, 768, 1024, 1280, 1600};
     bool gpt2 = depth % 12 == 0 && depth <= 48;
@@ -2247,6 +2270,10 @@ static void train_model(Model& s, const Plan& plan, const Plan& full, Options& o
             fail(o.out + "/log.jsonl: cannot be written: " + strerror(errno));
     };
 
+    if (start > 0 && start >= steps) {
+        printf("nothing left to do: --steps asks for %lld\n", (long long)steps);
+        return;
+    }
     int64_t rows = o.total_batch / o.seq, micros = rows / o.batch;
     double peak = model_peak_flops();
     for (int64_t step = std::min(start + 1, steps); step <= steps; step++) {
@@ -2273,6 +2300,7 @@ static void train_model(Model& s, const Plan& plan, const Plan& full, Options& o
         bool evaluates = is_due(o.val_every, step, steps);
         if (evaluates && val.sequences > 0) {
             double loss = validate(s, val, o);
+            if (!std::isfinite(loss)) fail("step " + str(step) + ": the validation loss is not finite; a lower --lr may help");
             line += text(" | val %.4f", loss);
             record += text(", \"val_loss\": %.6f", loss);
         }
@@ -2324,10 +2352,17 @@ static void run(int argc, char** argv) {
     train.seed = o.seed;
     if (!val.shards.empty() && o.val_every != 0 && o.val_batches != 0) cut_data(val, "--val", o.seq);
     int64_t steps = o.steps >= 0 ? o.steps : std::max<int64_t>(1, train.sequences / (o.total_batch / o.seq));
-    std::error_code error;
-    if (!o.out.empty()) std::filesystem::create_directories(o.out, error);
-    if (!o.out.empty() && access(o.out.c_str(), W_OK) != 0)
-        refuse("--out: the folder " + o.out + " cannot be made or written: " + strerror(errno));
+    if (!o.out.empty()) {
+        std::error_code error;
+        std::filesystem::create_directories(o.out, error);
+        if (!std::filesystem::is_directory(o.out, error) || access(o.out.c_str(), W_OK) != 0) {
+            refuse("--out: " + o.out + " is not a folder that can be made or written");
+        }
+        if (!o.resume && !saved_steps(o.out).empty()) {
+            refuse("--out: " + o.out +
+                   " holds checkpoints of an earlier run; go on from them with --resume, or give another folder");
+        }
+    }
     describe(o, c, train, val, steps);
     print_plan(plan, full, false);
     fflush(stdout);
@@ -2341,7 +2376,7 @@ int main(int argc, char** argv) {
         return 0;
     } catch (const Failure& failure) {
         fflush(stdout);
-        fprintf(stderr, "train_gpt2_compact: %s\n", failure.message.c_str());
+        fprintf(stderr, "train_gpt2_compact: %s\n", one_line(failure.message).c_str());
         return failure.status;
     } catch (const std::bad_alloc&) {
         fprintf(stderr, "train_gpt2_compact: not enough memory for the host's buffers\n");

@@ -1,0 +1,710 @@
+"""The trainer as its user sees it: what each option does to a run, and what it must leave alone."""
+
+import glob
+import json
+import math
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+import formats
+from conftest import TINY, VOCAB, check_one_line, check_refused, make_text
+
+ALL = "qkv,attproj,fc,fcproj"
+PROJECTIONS = ["gaussian", "rademacher", "sparse"]
+# (rank, compressed layers, projection): full rank, and each projection in all layers
+METHODS = {"full rank": ["--rank", 1.0]}
+METHODS.update({p: ["--rank", 0.25, "--projection", p, "--compress", ALL] for p in PROJECTIONS})
+WIDTH = {"qkv": 1, "attproj": 1, "fc": 1, "fcproj": 4}  # of a linear layer's input, in channels
+# A loss in the log is rounded to 6 decimals.
+LOGGED = 1e-6
+
+
+def same_run(a, b, step):
+    """Bit for bit: the log's losses and norms, and the weights."""
+    assert a.losses == b.losses and a.norms == b.norms and len(a.losses) == step
+    assert a.bits(step) == b.bits(step), "the losses are equal, the weights are not"
+
+
+# ---------------------------------------------------------------------------- full rank is the same program
+
+@pytest.mark.parametrize("flags", [["--rank", 1.0], ["--rank", 1], ["--rank", 64], ["--compress", "none", "--rank", 0.25]])
+def test_ratio_one_is_full_rank(flags, train):
+    common = ["-x", 8, "-n", -1, "-l", 1e-2, "--gap", 3]
+    full = train(*common, "--rank", 1.0, "--compress", "none")
+    for more in ([], ["--moments", "move"], ["--projection", "sparse", "--moments", "reset"], ["--alpha", 0.5]):
+        same_run(full, train(*common, *flags, *more), 8)  # 64 is the widest input's width
+    assert train(*common, "--rank", 0.25).losses != full.losses
+
+
+# ---------------------------------------------------------------------------- levels of recomputation
+
+@pytest.mark.parametrize("method", METHODS)
+def test_levels_are_bit_equal(method, train, levels):
+    args = [*METHODS[method], "-x", 10, "-n", -1, "-l", 1e-2, "--gap", 4, "-t", 27]
+    runs = [train(*args, "-r", level, dump=True) for level in levels]
+    first = runs[0].dump
+    for level, other in zip(levels[1:], runs[1:]):
+        dump = other.dump
+        for name in first:
+            if name.startswith("grad.") or name in ("loss", "logits"):
+                assert dump[name].tobytes() == first[name].tobytes(), f"{name} at level {level}"
+        same_run(runs[0], other, 10)
+    assert {n for n in first if n.startswith("grad.")} == {n for n in dump if n.startswith("grad.")}
+
+
+# ---------------------------------------------------------------------------- batches and the order of the data
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_is_a_larger_batch(method, train):
+    """-b 2 four times over is -b 8: the same sums in another order."""
+    common = [*METHODS[method], "-x", 10, "-l", 1e-3, "--eps", 1e-3, "-d", 8 * 32]
+    runs = {b: train(*common, "-b", b, dump=True) for b in (8, 2, 1)}
+    whole = runs.pop(8)
+    for b, run in runs.items():
+        dump, want = run.dump, whole.dump
+        for name in want:
+            if name.startswith("grad."):
+                # 256 tokens' terms of mixed sign summed in fp32: some 10 of its 6e-8, of the greatest element
+                assert np.abs(dump[name] - want[name]).max() <= 3e-6 * np.abs(want[name]).max(), (name, b)
+        # the losses average that out; --eps 1e-3 keeps Adam from scaling up gradients of rounding alone
+        assert np.abs(np.subtract(run.losses, whole.losses)).max() <= 3 * LOGGED
+        assert np.allclose(run.norms, whole.norms, rtol=1e-5, atol=LOGGED)
+        assert np.array_equal(dump["inputs"].reshape(b, 32), want["inputs"].reshape(8, 32)[8 - b:])  # the last micro batch
+    assert whole.losses != train(*common[:-1], 4 * 32, "-b", 4).losses
+
+
+def sequence_losses(train, shards, *args):
+    """Each step's loss with weights that stay as they are: the loss of its sequences."""
+    return train("--train", shards / "train_*.bin", "-l", 0, *args).losses
+
+
+def test_data_order(train, shards):
+    """(699 + 332 + 1024) tokens make 21 + 10 + 32 = 63 sequences of 32. Each epoch brings each once, in another order,
+    and a step's sequences are the same for any micro batch, where an epoch ends inside it too."""
+    one = sequence_losses(train, shards, "-b", 1, "-x", 3 * 63)
+    epochs = [one[i:i + 63] for i in (0, 63, 126)]
+    assert len(set(epochs[0])) > 60  # a loss tells its sequence
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert sequence_losses(train, shards, "-b", 1, "-x", 63, "--seed", 2) != epochs[0]
+    wanted = np.mean(np.reshape(one[:186], (31, 6)), 1)
+    for b in (1, 2, 3, 6):
+        # a mean of means that are rounded to 6 decimals, in fp32 sums of 192 losses of 4.6
+        assert np.abs(sequence_losses(train, shards, "-b", b, "-d", 6 * 32, "-x", 31) - wanted).max() <= 2 * LOGGED
+
+
+def test_sequences_are_cut_as_described(train, tmp_path):
+    """Sequence i reads tokens [iT, iT + T] and predicts the last T of them; a last token that none follows is left out."""
+    tokens = np.arange(7 * 9 + 1) % 61
+    for size, count in ((64, 7), (63, 6)):
+        path = tmp_path / f"{size}.bin"
+        formats.write_tokens(path, tokens[:size], 61)
+        dump = train("--train", path, "-t", 9, "-b", count, "-x", 1, dump=True).dump
+        rows = np.concatenate([dump["inputs"].reshape(count, 9), dump["targets"].reshape(count, 9)[:, -1:]], 1)
+        wanted = np.stack([tokens[i * 9:i * 9 + 10] for i in range(count)])
+        assert sorted(map(tuple, rows)) == sorted(map(tuple, wanted))
+        assert np.array_equal(dump["targets"].reshape(count, 9)[:, :-1], dump["inputs"].reshape(count, 9)[:, 1:])
+
+
+def test_steps_default_to_once_through_the_data(train, shards):
+    run = train("--train", shards / "train_*.bin", "-b", 2, "-d", 4 * 32)
+    assert [s["step"] for s in run.steps] == list(range(1, 63 // 4 + 1))
+
+
+def test_seeds(train):
+    args = ["-x", 5, "-n", -1, "-s", 2, "-g", 20]
+    for method in METHODS.values():
+        runs = [train(*args, *method, "--seed", seed, dump=True) for seed in (1, 1, 2)]
+        same_run(runs[0], runs[1], 5)
+        a, b, c = (run.dump for run in runs)
+        assert [e.get("sample") for e in runs[0].evaluations] == [e.get("sample") for e in runs[1].evaluations]
+        assert [e.get("sample") for e in runs[0].evaluations] != [e.get("sample") for e in runs[2].evaluations]
+        assert all(a[name].tobytes() == b[name].tobytes() for name in a)
+        assert runs[0].losses != runs[2].losses
+        drawn = [n for n in a if n.startswith("proj.")] + ["param.wte", "param.qkvw", "param.fcprojw", "inputs"]
+        assert not [n for n in drawn if np.array_equal(a[n], c[n])], "another seed draws the same"
+
+
+def test_threads(train):
+    """Any number of threads: products are cut differently, so equal to rounding; with the same number, bit for bit."""
+    args = ["--rank", 0.25, "--compress", ALL, "-x", 5, "-n", -1, "-l", 1e-3, "--eps", 1e-3, "-t", 31]
+    one, three, again = (train(*args, threads=n) for n in (1, 3, 3))
+    same_run(three, again, 5)
+    assert np.abs(np.subtract(one.losses, three.losses)).max() <= 3 * LOGGED  # as for accumulation
+
+
+# ---------------------------------------------------------------------------- a replay of projections, moments and update
+
+def philox(seed, stream, index):
+    """Philox4x32-10's block for each index: (len(index), 4) words. Salmon et al., SC'11."""
+    low = np.uint64(0xFFFFFFFF)
+    index, thirty_two = np.asarray(index, np.uint64), np.uint64(32)
+    c = [index & low, index >> thirty_two, np.full_like(index, stream & 0xFFFFFFFF), np.full_like(index, stream >> 32)]
+    k = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        p, q = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        c = [(q >> thirty_two) ^ c[1] ^ np.uint64(k[0]), q & low, (p >> thirty_two) ^ c[3] ^ np.uint64(k[1]), p & low]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return np.stack(c, 1)
+
+
+def draw(kind, n, r, seed, linear, layer, epoch):
+    """P (n, r) in double precision, from the description of the random stream. A run's dump shows P of epoch 0 alone."""
+    stream = epoch << 32 | layer << 8 | ["qkv", "attproj", "fc", "fcproj"].index(linear)
+
+    def signs(count):
+        words = philox(seed, stream, np.arange((count + 127) // 128))
+        bits = words[:, :, None] >> np.arange(32, dtype=np.uint64) & np.uint64(1)
+        return 1.0 - 2.0 * bits.reshape(-1)[:count].astype(float)
+
+    if kind == "rademacher":
+        return signs(n * r).reshape(n, r) / math.sqrt(r)
+    if kind == "gaussian":  # Box-Muller as in cuRAND: u in (0, 1], an angle in (0, 2 pi]
+        u = (philox(seed, stream, np.arange((n * r + 3) // 4)).astype(float) + 0.5) / 2.0**32
+        length, angle = np.sqrt(-2 * np.log(u[:, [0, 2]])), 2 * math.pi * u[:, [1, 3]]
+        return np.stack([length * np.sin(angle), length * np.cos(angle)], 2).reshape(-1)[:n * r].reshape(n, r) / math.sqrt(r)
+    stripes = np.arange((n + r - 1) // r)
+    shift = philox(seed, stream, (1 << 32) + stripes)[:, 0].astype(int) % r
+    P = np.zeros((n, r))
+    P[np.arange(n), (np.arange(n) + shift[np.arange(n) // r]) % r] = signs(n)
+    return P
+
+
+@pytest.mark.parametrize("moments", ["keep", "move", "reset"])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_updates_over_three_epochs(projection, moments, train):
+    """The weights of every step, from gradients at full rank and projections drawn here. A later step's gradient is the
+    first one of a run at full rank that starts from that step's model file."""
+    seed, gap, steps, rank = 21, 2, 5, 5  # a rank that divides nothing
+    lr, alpha, decay, clip, b1, b2, eps = 1e-2, 0.5, 0.1, 1.0, 0.8, 0.9, 1e-2
+    common = ["--overfit", "--seed", seed, "-l", lr, "-k", "constant", "-c", decay, "--clip", clip, "--beta1", b1,
+              "--beta2", b2, "--eps", eps, "-n", 1, "--keep", 0]
+    flags = ["--rank", rank, "--projection", projection, "--gap", gap, "--moments", moments, "--alpha", alpha]
+    fresh = train(*common, *flags, "-x", 0)
+    run = train(*common, *flags, "-x", steps, dump=True)
+    shapes = {f"{x}w": (x, 16 * WIDTH[x]) for x in ("qkv", "fc", "fcproj")}
+    shown, m, v, age, clipped = run.dump, {}, {}, 0, []
+    params, model = fresh.params(0), fresh.model(0)
+    for step in range(steps):
+        epoch = step // gap
+        dump = train(*common, "-e", model, "-b", 2, "-x", 1, "--rank", 1.0, dump=True).dump
+        G, P, old = {}, {}, {}
+        for name in formats.PARAMS:
+            for record, _ in formats.per_layer(name, params[name]):
+                G[record] = dump["grad." + record].astype(float)
+                if name in shapes:
+                    linear, n = shapes[name]
+                    layer = int(record.split(".")[1])
+                    P[record] = draw(projection, n, rank, seed, linear, layer, epoch)
+                    old[record] = draw(projection, n, rank, seed, linear, layer, max(0, epoch - 1))
+                    G[record] = G[record] @ P[record]
+        if step == 0:
+            for record in P:  # fp32 sines and logarithms err by some ulp of a normal of at most 5
+                assert np.abs(shown["proj." + record] - P[record]).max() <= 2e-6
+                assert np.abs(shown["grad." + record] - G[record]).max() <= 3e-6 * np.abs(G[record]).max()
+        elif step % gap == 0:
+            for record in P:
+                if moments == "reset":
+                    m[record], v[record] = 0, 0
+                elif moments == "move":
+                    m[record] = m[record] @ old[record].T @ P[record]
+        norm = math.sqrt(sum((g * g).sum() for g in G.values()))  # of the compressed gradients
+        assert abs(run.norms[step] - norm) <= 1e-5 * norm + LOGGED
+        clipped.append(norm > clip)
+        for name in formats.PARAMS:
+            parts = []
+            for record, W in formats.per_layer(name, params[name].astype(float)):
+                g = G[record] * min(1, clip / norm)
+                age = 1 + (step % gap if moments == "reset" and record in P else step)
+                m[record] = b1 * m.get(record, 0) + (1 - b1) * g
+                v[record] = b2 * v.get(record, 0) + (1 - b2) * g * g
+                U = m[record] / (1 - b1**age) / (np.sqrt(v[record] / (1 - b2**age)) + eps)
+                U = alpha * U @ P[record].T if record in P else U
+                parts.append(W - lr * (U + (decay * W if name in formats.DECAYED else 0)))
+            wanted = parts[0] if name in formats.WITHOUT_LAYER else np.stack(parts)
+            # In units of lr: a weight of at most 1 is rounded by 6e-8, that is 6e-6; a gradient's error of some 1e-8 is
+            # divided by eps: 1e-6. Moments of a wrong epoch, or a wrong bias correction, move weights by more than 0.1.
+            error = np.abs(run.params(step + 1)[name] - wanted).max() / lr
+            assert error <= 3e-5, f"{name} after step {step + 1} is off by {error:.1e} lr"
+        params, model = run.params(step + 1), run.model(step + 1)
+    assert True in clipped
+
+
+def row_space(change, r):
+    """The space that the rows of a weight's change span, which is that of P's columns: (n, r), orthonormal."""
+    u, s, vt = np.linalg.svd(change.astype(float))
+    # one fp32 rounding of weights of 0.1 is 4e-9, a step is 1e-2
+    assert s[r] < 1e-4 * s[0] < s[r - 1], f"the step is not of rank {r}: {s}"
+    return vt[:r].T
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_projections_of_later_epochs(projection, train):
+    """After a resume, --dump shows the first step that follows, with its epoch's projections."""
+    args = ["--projection", projection, "--gap", 3, "-n", 1, "--keep", 0, "--seed", 21, "--rank", 5, "-k", "constant"]
+    out = train(*args, "-x", 8).out
+    for step in (2, 3, 5, 7):
+        later = shutil.ignore_patterns(*(f"state_*{i}.bin" for i in range(step + 1, 9)))
+        part = shutil.copytree(out, f"{out}at{step}", ignore=later)
+        run = train(*args, "-x", step + 1, "-y", out=part, dump=True)
+        assert f"resumed after step {step}\n" in run.stdout
+        for layer in (0, 1):
+            for linear in ("qkv", "fc", "fcproj"):
+                P = draw(projection, 16 * WIDTH[linear], 5, 21, linear, layer, step // 3)
+                assert np.abs(run.dump[f"proj.{linear}w.{layer}"] - P).max() <= 2e-6, (step, linear)
+
+
+@pytest.mark.parametrize("gap", [0, 1, 2, 3])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_a_new_projection_every_gap_steps(projection, gap, train):
+    """A compressed layer's step lies in the space of its P: it changes with the epoch, and only then."""
+    r, steps = 4, 6
+    args = ["--rank", r, "--projection", projection, "--gap", gap, "-l", 1e-2, "-k", "constant", "-c", 0, "-n", 1, "--keep", 0]
+    weights = [train(*args, "-x", 0).params(0)]
+    run = train(*args, "-x", steps, dump=True)
+    weights += [run.params(step + 1) for step in range(steps)]
+    for name, layer in (("qkvw", 0), ("qkvw", 1), ("fcw", 0), ("fcprojw", 1)):
+        spaces = [row_space(weights[i + 1][name][layer] - weights[i][name][layer], r) for i in range(steps)]
+        spaces.insert(0, np.linalg.qr(run.dump[f"proj.{name}.{layer}"].astype(float))[0])
+        for i in range(steps):
+            # squared cosines add up to r for one space; two random ones of dimension r = 4 in 16 or 64 give 1 and less
+            shared = (spaces[i].T @ spaces[i + 1]) ** 2
+            new = gap > 0 and i > 0 and i % gap == 0
+            assert shared.sum() < 3.6 if new else shared.sum() > r - 1e-3, (name, i, shared.sum())
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_moments_differ_after_the_first_epoch_only(projection, train):
+    runs = [train("--projection", projection, "--gap", 3, "--moments", m, "-x", 5, "-n", 1, "--keep", 0, "-l", 1e-2)
+            for m in ("keep", "move", "reset")]
+    for step in (1, 2, 3):
+        assert len({run.bits(step) for run in runs}) == 1, f"moments matter at step {step}, before there is a new projection"
+    for step in (4, 5):
+        assert len({run.bits(step) for run in runs}) == 3, f"two ways with the moments are one at step {step}"
+
+
+# ---------------------------------------------------------------------------- which layers, which rank
+
+@pytest.mark.parametrize("layers", ["qkv", "attproj", "fc", "fcproj", "qkv,fcproj", ALL])
+def test_compress_changes_what_it_names(layers, train):
+    full = train("--rank", 1.0, "-x", 1, dump=True).dump
+    dump = train("--rank", 0.25, "--compress", layers, "-x", 1, dump=True).dump
+    assert dump["logits"].tobytes() == full["logits"].tobytes(), "the forward pass is not exact"
+    named = {f"grad.{x}w.{l}" for x in layers.split(",") for l in range(2)}
+    for name in full:
+        if name in named:
+            assert dump[name].shape == (full[name].shape[0], full[name].shape[1] // 4)
+        elif name.startswith("grad."):
+            assert dump[name].tobytes() == full[name].tobytes(), f"{name} has changed"
+    assert {name[5:] for name in dump if name.startswith("proj.")} == {name[5:] for name in named}
+    assert np.abs(dump["proj." + sorted(named)[0][5:]]).max() > 0
+
+
+@pytest.mark.parametrize("rank, narrow, wide", [(0.1, 2, 6), (0.01, 1, 1), (0.5, 8, 32), (0.98, None, 63),
+                                                (3, 3, 3), (16, None, 16), (40, None, 40)])
+def test_ranks(rank, narrow, wide, train):
+    """Inputs of 16 and 64: a ratio is of each, rounded, at least 1; a whole rank is the same for all, and full where an
+    input is no wider."""
+    dump = train("--rank", rank, "-x", 1, dump=True).dump
+    assert dump["grad.fcprojw.0"].shape == (16, wide) and dump["proj.fcprojw.0"].shape == (64, wide)
+    assert dump["grad.qkvw.1"].shape == (48, narrow or 16) and dump["grad.fcw.1"].shape == (64, narrow or 16)
+    assert ("proj.qkvw.0" in dump) == (narrow is not None)
+
+
+# ---------------------------------------------------------------------------- learning rate, clipping, decay
+
+def schedule(kind, step, steps, lr, warmup, last):
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / (steps - warmup)
+    if kind == "cosine":
+        return lr * (last + (1 - last) * (1 + math.cos(math.pi * done)) / 2)
+    if kind == "linear":
+        return lr * (1 - (1 - last) * done)
+    start = max(warmup, steps * 4 // 5)
+    if kind == "wsd" and step >= start:
+        return lr * (last + (1 - last) * (1 - math.sqrt((step - start) / (steps - start))))
+    return lr
+
+
+@pytest.mark.parametrize("warmup, last", [(0, 0.1), (5, 0), (5, 1), (23, 0.5)])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
+def test_schedules(kind, warmup, last, train):
+    run = train("-x", 25, "-l", 2e-3, "-u", warmup, "-q", last, "-k", kind)
+    wanted = [schedule(kind, step, 25, 2e-3, warmup, last) for step in range(25)]
+    assert np.allclose([s["lr"] for s in run.steps], wanted, rtol=1e-8, atol=0)  # logged with 9 digits
+
+
+def test_the_logged_rate_is_the_rate_used(train):
+    """Adam's first step is lr times the gradient's sign, where that is far above eps; vectors do not decay."""
+    args = ["-l", 8e-3, "-u", 4, "-n", -1]
+    before, run = train(*args, "-x", 0).params(0), train(*args, "-x", 1)
+    moved = np.abs(run.params(1)["lnfb"] - before["lnfb"])
+    assert np.allclose(moved, run.steps[0]["lr"], rtol=1e-3) and abs(run.steps[0]["lr"] - 2e-3) < 1e-12
+
+
+def test_clipping(train):
+    """The norm in the log is that before clipping. With an eps far above the gradients, Adam's first step is g / eps, so
+    that what clipping does can be seen in it."""
+    args = ["-x", 1, "-n", -1, "-l", 1.0, "-c", 0, "--eps", 1.0, "--rank", 1.0]
+    before = train(*args[2:], "-x", 0).params(0)
+    runs = {clip: train(*args, "--clip", clip) for clip in (0, 1000, 0.01)}
+    norm = runs[0].norms[0]
+    assert norm > 0.5 and all(run.norms == [norm] for run in runs.values())
+    assert runs[0].bits(1) == runs[1000].bits(1)
+    for name in ("wte", "lnfb", "fcw"):
+        free, held = (runs[clip].params(1)[name].astype(float) - before[name] for clip in (0, 0.01))
+        g = -free / (1 - np.abs(free))  # of free = -g / (|g| + 1)
+        s = 0.01 / norm
+        # the difference of weights of at most 1, in fp32: 6e-8 against steps of up to 1e-3
+        assert np.abs(held + g * s / (np.abs(g * s) + 1)).max() <= 2e-7 and np.abs(held).max() > 1e-5
+
+
+def test_weight_decay_is_for_matrices(train):
+    args = ["-x", 1, "-n", -1, "-l", 1e-2, "-k", "constant"]
+    for method in METHODS.values():
+        before = train(*method, *args[2:], "-x", 0).params(0)
+        plain, decayed = train(*method, *args, "-c", 0).params(1), train(*method, *args, "-c", 20).params(1)
+        for name in formats.PARAMS:
+            if name in formats.DECAYED:
+                # lr * 20 = 0.2 of the weight before the step; two roundings of weights of 0.1
+                assert np.abs(plain[name] - decayed[name] - 0.2 * before[name]).max() <= 3e-8 and before[name].any()
+            else:
+                assert np.array_equal(plain[name], decayed[name]), f"{name} decays"
+
+
+# ---------------------------------------------------------------------------- learning
+
+def test_overfit(train):
+    """One batch again and again is soon known by heart; the text as a whole is not. Measured: 0.05 to 0.09 and 2.1."""
+    args = ["-x", 200, "-l", 2e-2, "-u", 10, "--channels", 32]
+    for method in METHODS.values():
+        assert train(*args, *method, "--overfit").losses[-1] < 0.5
+    assert train(*args).losses[-1] > 1.0
+
+
+def test_sample_shows_what_was_learnt(train, tmp_path):
+    path = tmp_path / "abcd.txt"
+    path.write_text("abcd" * 500)
+    run = train("--train", path, "-x", 60, "-l", 1e-2, "-s", -1, "-g", 40, "--temperature", 0)
+    assert "abcdabcdabcdabcd" in run.evaluations[-1]["sample"]
+
+
+CORPUS = os.path.join(formats.ROOT, "..", "shared", "data", "tinyshakespeare.txt")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """(path, bound): Tiny Shakespeare, or else the project's own sources.
+
+    A bound is in units of the corpus's entropy, the loss of guessing each byte by its frequency alone. Measured for ranks 1,
+    1/2, 1/4 and 1/8 with three seeds, least to greatest; and with the compressed layers at rest (--alpha 0):
+    Tiny Shakespeare  0.752-0.755  0.756-0.764  0.762-0.770  0.769-0.775   0.931
+    the sources       0.798-0.816  0.808-0.814  0.813-0.843  0.822-0.831   0.903
+    The sources change with time, so they have more room."""
+    path, bound = CORPUS, 0.80
+    if not os.path.exists(path):
+        path, bound = tmp_path_factory.mktemp("corpus") / "sources.txt", 0.87
+        kinds = ("*.cpp", "*.cu", "*/*.py", "dev/*/*.py", "dev/*/*.cu*")
+        content = b"".join(open(f, "rb").read() for kind in kinds for f in sorted(glob.glob(os.path.join(formats.ROOT, kind))))
+        # in another order, so that the tenth for validation is like the rest
+        pieces = np.random.Generator(np.random.PCG64(1)).permutation(len(content) // 1000)
+        path.write_bytes(b"".join(content[1000 * i:1000 * i + 1000] for i in pieces))
+    share = np.bincount(np.fromfile(path, np.uint8)) + 0.0
+    share = share[share > 0] / share.sum()
+    return path, bound * -(share * np.log(share)).sum()
+
+
+@pytest.mark.parametrize("rank", [1, 0.5, 0.25, 0.125])
+def test_loss_curve(rank, corpus, train):
+    """200 steps of a model of 0.8 million parameters."""
+    path, bound = corpus
+    run = train("--train", path, "-e", "d4", "--channels", 128, "--heads", 4, "--context", 32, "-b", 8, "-x", 200, "-l", 2e-3,
+                "-u", 20, "-v", -1, "-m", 100, "--rank", rank)
+    assert run.evaluations[-1]["val_loss"] < bound
+    assert np.isfinite(run.losses).all() and 5.3 < run.losses[0] < 6.0  # log 256 = 5.55, before anything is known
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+@pytest.mark.parametrize("method", [[], ["--rank", 1.0, "-r", 1], ["-r", 2, "--projection", "sparse", "--moments", "move"]])
+def test_evaluation_changes_nothing(method, train, tmp_path):
+    """Validation, HellaSwag, and samples far longer than the context, after every step."""
+    swag = tmp_path / "swag.bin"
+    write_hellaswag(swag, [(1, [1, 2], [[3], [4, 5], [6] * 50, [7]])])
+    args = ["-x", 8, "-n", -1, "-l", 1e-2, "--gap", 3, *method]
+    plain = train(*args, "-v", 0)
+    assert not plain.evaluations
+    for more in (["-s", 1, "-g", 70, "-v", 0], ["-v", 1, "-m", -1], ["-v", 1, "-m", 1, "--hellaswag", swag, "-s", 2, "-g", 33]):
+        run = train(*args, *more)
+        same_run(plain, run, 8)
+        assert len(run.evaluations) == 8
+    assert all(len(e["sample"].encode()) >= 33 for e in run.evaluations if e["step"] % 2 == 0)
+
+
+def test_validation_is_the_last_tenth_of_a_text(train, text, tmp_path):
+    content = text.read_bytes()
+    tail = tmp_path / "tail.txt"
+    tail.write_bytes(content[5400:])
+    whole = train("-x", 0, "-v", -1, "-m", -1).evaluations
+    assert whole == train("-x", 0, "-v", -1, "-m", -1, "--val", tail).evaluations and whole[0]["val_loss"] > 5
+    # all of the text is for training where there is another for validation
+    head = tmp_path / "head.txt"
+    head.write_bytes(content[:5400])
+    args = ["-b", 1, "-l", 0, "-x", 168, "-v", 0]
+    own, cut, full = train(*args), train(*args, "--train", head, "--val", tail), train(*args, "--val", tail)
+    assert sorted(own.losses) == sorted(cut.losses) != sorted(full.losses)
+
+
+def test_validation_batches(train, shards):
+    """The mean over sequences: the same for any batch, though the last one is not full. 499 tokens are 15 sequences of 32."""
+    args = ["--train", shards / "train_*.bin", "--val", shards / "val.bin", "-x", 0, "-v", -1, "-m"]
+    cases = ((1, -1), (4, -1), (15, 1), (4, 9), (4, 2), (1, 8))
+    losses = {(b, m): train(*args, m, "-b", b).evaluations[0]["val_loss"] for b, m in cases}
+    everything = losses[1, -1]
+    assert all(abs(losses[key] - everything) <= 2 * LOGGED for key in ((4, -1), (15, 1), (4, 9)))
+    assert abs(losses[4, 2] - losses[1, 8]) <= 2 * LOGGED < abs(losses[4, 2] - everything)
+
+
+def test_shards_without_validation(train, shards):
+    run = train("--train", shards / "train_*.bin", "-x", 4, "-v", 1, "-s", 2)
+    before = run.stdout[:run.stdout.index("step 1/")]
+    assert len(re.findall("no validation|validation: none", before)) == 1 and "| val " not in run.stdout
+    assert not [e for e in run.evaluations if "val_loss" in e] and len(run.losses) == 4
+    assert run.stderr == ""
+
+
+def write_hellaswag(path, examples):
+    """examples: (label, context, four endings), all of them lists of tokens."""
+    words, longest = [], 0
+    for index, (label, context, endings) in enumerate(examples):
+        body = [index, label, 4, len(context), *context]
+        for ending in endings:
+            body += [len(ending), *ending]
+        words += [65535, 2 * (len(body) + 2), *body]
+        longest = max(longest, 2 * (len(body) + 2))
+    header = np.zeros(256, "<i4")
+    header[:4] = [20240522, 1, len(examples), longest]
+    with open(path, "wb") as f:
+        f.write(header.tobytes() + np.asarray(words, "<u2").tobytes())
+
+
+def echo_model(path, wte):
+    """A model whose blocks add nothing: the logits after a token are lnf(wte[token]) wte^T, whatever came before."""
+    vocab, channels = wte.shape
+    config = dict(context=16, vocab=vocab, layers=1, heads=1, channels=channels, padded_vocab=vocab)
+    params = {name: np.zeros(shape, np.float32) for name, shape in formats.param_shapes(config).items()}
+    params.update(wte=wte.astype(np.float32), lnfw=np.ones(channels, np.float32))
+    formats.write_model(path, config, params)
+
+
+def hellaswag_score(wte, examples, context):
+    x = wte - wte.mean(1, keepdims=True)
+    x /= np.sqrt((x * x).mean(1, keepdims=True) + 1e-5)
+    logits = x @ wte.T
+    losses = np.log(np.exp(logits).sum(1, keepdims=True)) - logits  # [token before, token]
+    right = 0
+    for label, start, endings in examples:
+        means = [np.mean([losses[a, b] for a, b in zip((start + e)[-len(e) - 1:], e)][-context:]) for e in endings]
+        right += int(np.argmin(means)) == label
+    return right / len(examples)
+
+
+def test_hellaswag(train, shards, tmp_path):
+    """Tokens on a circle: after a token, the same one is the likeliest and its neighbours come next."""
+    angles = 2 * np.pi * np.arange(VOCAB) / VOCAB
+    wte = 1.5 * np.stack([sign * wave(k * angles) for k in (1, 2) for wave in (np.cos, np.sin) for sign in (1, -1)], 1)
+    model, swag = tmp_path / "echo.bin", tmp_path / "swag.bin"
+    echo_model(model, wte)
+    examples = [
+        (2, [1, 50], [[51], [49], [50], [40]]),                # the first word of an ending follows the context's last
+        (0, [9], [[9, 9, 9, 9, 9, 9, 9, 9], [12], [13], [14]]),  # the mean decides: the sum is the greatest
+        (3, [5, 80, 30], [[31, 60], [60, 30], [31, 75], [30, 30]]),  # each word of an ending counts
+        (1, [70, 20], [[20] * 6 + [70], [20], [20] * 2 + [60], [70]]),
+        (1, list(range(40)), [[0] * 3, [39] * 3, [20] * 3, [10] * 3]),  # context longer than the model's
+        (0, [3], [[3] * 30, [3, 50] * 15, [3, 20] * 15, [3, 60] * 15]),  # so are the endings
+        (1, [8, 90], [[90], [40], [20], [10]]),                # and some that it gets wrong
+        (2, [8, 90], [[89, 90, 91], [92], [10, 10, 10], [70]])]
+    want = hellaswag_score(wte, examples, 16)
+    assert want == 6 / 8
+    write_hellaswag(swag, examples)
+    for b in (1, 3, 4, 7):
+        run = train("-e", model, "--train", shards / "train_0.bin", "-x", 0, "-v", -1, "--hellaswag", swag, "-b", b)
+        assert [e["hellaswag"] for e in run.evaluations] == [want], b
+    for label in range(4):  # every label is read
+        write_hellaswag(swag, [(label, [50], [[50 if i == label else 20] for i in range(4)])] * 3)
+        run = train("-e", model, "--train", shards / "train_0.bin", "-x", 0, "-v", -1, "--hellaswag", swag)
+        assert run.evaluations[0]["hellaswag"] == 1
+
+
+# ---------------------------------------------------------------------------- what is written: console and log
+
+STEP = re.compile(r"step (\d+)/(\d+) \| loss (\d+\.\d{4})( \| val \d+\.\d{4})?( \| hellaswag [01]\.\d{4})? \| "
+                  r"norm (\d+\.\d\d) \| lr (\d\.\de-\d\d) \| \d+\.\d ms \| [\d,]+ tok/s( \| \d+ % MFU)?")
+
+
+def test_console(train, text):
+    run = train("-x", 12, "-v", 5, "-s", 6, "-g", 50)
+    lines = run.stdout.splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    matches = [STEP.fullmatch(line) for line in steps]
+    assert all(matches), steps
+    assert [m.group(1, 2) for m in matches] == [(str(i), "12") for i in range(1, 13)]
+    assert [bool(m.group(4)) for m in matches] == [i in (5, 10, 12) for i in range(1, 13)]
+    for m, step in zip(matches, run.steps):  # the same numbers as in the log, rounded
+        assert abs(float(m.group(3)) - step["loss"]) <= 0.51e-4 and abs(float(m.group(6)) - step["norm"]) <= 0.51e-2
+        assert abs(float(m.group(7)) / step["lr"] - 1) <= 0.051
+    before = "\n".join(lines[:lines.index(steps[0])])
+    for word in ("device", "d2", "2 layers", "2 heads", "16 channels", "context 32", "rank 0.25", "gaussian", "total"):
+        assert before.count(word), f"the configuration does not tell {word}"
+    plan = json.loads(formats.run_trainer([*TINY, "--train", text, "--plan=json", "-x", 12]).stdout)
+    for name in plan["categories"]:
+        assert name in before
+    assert run.stdout.count("--- sample ---") == 2
+    grouped = [line for line in steps if re.search(r"\d{4,} tok/s", line)]
+    assert not grouped, "thousands are to be set apart"
+
+
+def test_log(train, tmp_path):
+    data = tmp_path / 'bytes "and" signs.txt'
+    data.write_bytes(bytes((np.random.Generator(np.random.PCG64(3)).random(5000) * 256).astype(np.uint8)))
+    swag = tmp_path / "swag.bin"
+    write_hellaswag(swag, [(1, [1, 2], [[3], [4, 5], [6], [7]])])
+    out = tmp_path / "a" / "b\\c"  # folders are made
+    run = train("--train", data, "-x", 6, "-v", 3, "-s", 2, "-g", 200, "--top-k", 0, "--temperature", 2, "--hellaswag", swag,
+                "-l", 1e-3, "--seed", 5, out=out)
+    run.stdout.encode()  # text=True has read it: it is UTF-8
+    with open(out / "log.jsonl", "rb") as f:
+        raw = f.read()
+    assert raw.endswith(b"\n")
+    assert not re.search(rb"[\x00-\x09\x0b-\x1f\x7f]", raw), "control characters in the log"
+    lines = [json.loads(line) for line in raw.decode("utf-8").splitlines()]
+    first = lines[0]
+    assert first["device"] and first["revision"]
+    assert {"total_bytes", "full_rank_total_bytes", "categories", "tensors", "flops_per_token"} <= set(first["plan"])
+    options = first["options"]
+    named = set(re.findall(r"--([a-z0-9-]+) ", formats.run_trainer(["--help"]).stdout)) - {"help", "plan"}
+    assert named <= set(options), named - set(options)
+    wanted = {"train": str(data), "steps": 6, "lr": 1e-3, "seed": 5, "rank": 0.25, "projection": "gaussian", "gap": 50,
+              "compress": "qkv,fc,fcproj", "moments": "keep", "resume": False, "seq": 32, "total-batch": 64, "out": str(out)}
+    assert {name: options[name] for name in wanted} == wanted
+    for line in lines[1:]:
+        if "loss" in line:
+            assert set(line) == {"step", "loss", "norm", "lr", "ms", "tokens_per_second"}
+            # 64 tokens a step; ms has 3 decimals, a step takes at least 0.05 ms
+            assert abs(line["tokens_per_second"] * line["ms"] / 64e3 - 1) < 0.02
+        else:
+            assert set(line) <= {"step", "val_loss", "hellaswag", "sample"} and len(line) > 1
+    steps = {key: [line["step"] for line in lines[1:] if key in line] for key in ("loss", "val_loss", "hellaswag", "sample")}
+    assert steps == {"loss": [1, 2, 3, 4, 5, 6], "val_loss": [3, 6], "hellaswag": [3, 6], "sample": [2, 4, 6]}
+    samples = [line["sample"] for line in lines[1:] if "sample" in line]
+    assert all("\ufffd" in sample for sample in samples), "200 random bytes make no good UTF-8"
+    for key in (b'"loss"', b'"norm"', b'"val_loss"'):
+        values = re.findall(key + rb": ([^,}]+)", raw)
+        assert values and all(re.fullmatch(rb"\d+\.\d{6}", value) for value in values), values
+
+
+def test_samples_of_any_bytes(train, shards, tmp_path):
+    """Tokens may stand for bytes that are no UTF-8, or that a terminal acts on: overlong forms, surrogates, beyond U+10FFFF,
+    cut short, control characters. Good ones stay as they are."""
+    bad = [b"\xc0\x80", b"\xc1\xbf", b"\xe0\x9f\xbf", b"\xf0\x8f\xbf\xbf", b"\xed\xa0\x80", b"\xed\xbf\xbf",
+           b"\xf4\x90\x80\x80", b"\xf5\x80\x80\x80", b"\xf8\x88\x80\x80\x80", b"\xff", b"\xfe", b"\x80", b"\xe2\x82",
+           b"\xf0\x9f\x98", b"\x00", b"\x1b[2J", b"\x07", b"\x7f", b"\r"]
+    good = ["a", '"', "\\", "\n", "\t", "/", "é", "߿", "ࠀ", "€", "퟿", "\ue000", "😀", "\U0010ffff", "\\u0041"]
+    pieces = (bad + [piece.encode() for piece in good] * 3)[:VOCAB]
+    pieces += [b" "] * (VOCAB - len(pieces))
+    header = np.zeros(256, "<i4")
+    header[:4] = [20240328, 2, VOCAB, 0]
+    (tmp_path / "tok.bin").write_bytes(header.tobytes() + b"".join(bytes([len(piece)]) + piece for piece in pieces))
+    run = train("--train", shards / "train_0.bin", "--tokenizer", tmp_path / "tok.bin", "-x", 1, "-s", -1, "-g", 3000,
+                "--top-k", 0, "--temperature", 5, text=False)
+    with open(os.path.join(run.out, "log.jsonl"), "rb") as f:
+        raw = f.read()
+    for said in (raw, run.stdout):
+        said = said.decode("utf-8")  # which is strict
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f]", said)
+    sample = json.loads(raw.decode("utf-8").splitlines()[-1])["sample"]
+    assert all(piece in sample for piece in good) and "\ufffd" in sample
+
+
+def test_log_is_written_as_it_goes(train):
+    """A run that is stopped leaves the steps it has done: here one that stops itself."""
+    run = train("-x", 200, "-l", 100, "--clip", 0, status=1)
+    check_one_line(run.stderr, "step ", "not finite")
+    assert 0 < len(run.losses) < 200 and np.isfinite(run.losses).all()
+    assert f"step {len(run.losses) + 1}:" in run.stderr
+
+
+def test_log_is_json_when_the_model_breaks(train):
+    """Validation meets the broken weights before the next step does."""
+    run = train("-x", 200, "-l", 100, "--clip", 0, "-v", 1, status=1)
+    check_one_line(run.stderr, "not finite")
+    with open(os.path.join(run.out, "log.jsonl")) as f:
+        for line in f:
+            json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert "nan" not in run.stdout and "inf" not in run.stdout
+
+
+# ---------------------------------------------------------------------------- shapes
+
+@pytest.mark.parametrize("T", [1, 33, 65, 100])
+def test_lengths_that_are_no_multiple_of_a_tile(T, train, levels, tmp_path):
+    """A token's logits do not depend on what comes later, so a short sequence is the beginning of a long one."""
+    tokens = np.random.Generator(np.random.PCG64(5)).random(131) * VOCAB
+    long, short = tmp_path / "long.bin", tmp_path / "short.bin"
+    formats.write_tokens(long, tokens.astype(int), VOCAB)
+    formats.write_tokens(short, tokens.astype(int)[:T + 1], VOCAB)
+    shape = ["-e", "d2", "--channels", 24, "--heads", 3, "--context", 130, "-b", 1, "-x", 2, "-n", -1, "-l", 1e-2]
+    whole = train(*shape, "--train", long, dump=True).dump
+    for method in METHODS.values():
+        runs = [train(*shape, "--train", short, "-t", T, *method, "-r", level, dump=True) for level in levels]
+        for run in runs:
+            same_run(runs[0], run, 2)
+        dump = run.dump
+        assert np.array_equal(dump["inputs"].reshape(-1), tokens.astype(int)[:T])
+        # products of 24 to 96 terms in fp32; logits are of size 0.3
+        assert np.abs(dump["logits"].reshape(T, VOCAB) - whole["logits"].reshape(130, VOCAB)[:T]).max() < 1e-6
+        assert run.losses[1] < run.losses[0], "two steps on one sequence"
+
+
+def test_unpadded_vocabulary(train, shards, tmp_path):
+    """A model file without padding: the same run as with rows of padding that no token has."""
+    config = dict(context=32, vocab=VOCAB, layers=2, heads=2, channels=16, padded_vocab=VOCAB)
+    params = formats.draw_model(config, 1)
+    padded = dict(params, wte=np.concatenate([params["wte"], np.zeros((28, 16), np.float32)]))
+    formats.write_model(tmp_path / "a.bin", config, params)
+    formats.write_model(tmp_path / "b.bin", dict(config, padded_vocab=128), padded)
+    args = ["--train", shards / "train_*.bin", "-b", 2, "-x", 6, "-n", -1, "-l", 1e-2, "-s", 3]
+    a, b = (train("-e", tmp_path / name, *args) for name in ("a.bin", "b.bin"))
+    assert a.losses == b.losses and a.norms == b.norms
+    assert formats.read_model(a.model(6))[0] == config
+    for name, values in a.params(6).items():
+        assert np.array_equal(values, b.params(6)[name][:len(values)]), name
+    assert not b.params(6)["wte"][VOCAB:].any(), "padding has learnt something"
+
+
+@pytest.mark.parametrize("eps", [0, 1e-30, 1e-8])
+def test_what_is_saved_can_be_loaded(eps, train, text):
+    """Positions that no sequence reaches have no gradient, and with no eps Adam's step is 0/0 there: it must be 0, or the
+    option be refused."""
+    refusal = formats.run_trainer([*TINY, "--train", text, "--eps", eps, "--plan"])
+    if refusal.returncode == 2:
+        return check_refused(refusal, "--eps")
+    run = train("-x", 3, "-n", -1, "--eps", eps, "-t", 16, "-c", 0)
+    assert not np.isnan(run.params(3)["wpe"]).any()
+    again = train("-e", run.model(3), "-b", 2, "-t", 16, "-x", 0, "-v", -1)
+    assert again.evaluations[0]["val_loss"] == run.evaluations[-1]["val_loss"]
+
+
+# ---------------------------------------------------------------------------- data that is too little
+
+@pytest.mark.parametrize("size", [0, 1, 32])
+def test_too_few_tokens(size, tmp_path):
+    (tmp_path / "few.txt").write_text(make_text(size))
+    formats.write_tokens(tmp_path / "few.bin", np.zeros(size, int), VOCAB)
+    for name in ("few.txt", "few.bin"):
+        check_refused(formats.run_trainer([*TINY, "--train", tmp_path / name, "-v", 0]), "--train", name)
