@@ -2552,7 +2552,7 @@ static void save_checkpoint(const Plan& plan, const Config& c, const Options& o,
     std::vector<int64_t> steps = saved_steps(o.out);
     steps.erase(steps.begin(), std::find(steps.begin(), steps.end(), step));  // later ones did not load: they do not count
     for (size_t i = o.keep; o.keep > 0 && i < steps.size(); i++) {
-        for (const char* kind : {"state", "model"}) unlink(checkpoint_path(o.out, kind, steps[i]).c_str());
+        for (const char* kind : {"model", "state"}) unlink(checkpoint_path(o.out, kind, steps[i]).c_str());
     }
 }
 
@@ -3032,7 +3032,8 @@ static void run(int argc, char** argv) {
     cut_data(train, "--train", o.seq);
     train.shuffled = true;
     train.seed = o.seed;
-    if (!val.shards.empty() && o.val_every != 0 && o.val_batches != 0) cut_data(val, "--val", o.seq);
+    if (!val.shards.empty() && o.val_every != 0 && o.val_batches != 0)
+        cut_data(val, o.val.empty() ? "--train, its last tenth" : "--val", o.seq);
     int64_t steps = o.steps >= 0 ? o.steps : std::max<int64_t>(1, train.sequences / (o.total_batch / o.seq));
     if (!o.out.empty()) {
         std::error_code error;
@@ -3055,6 +3056,7 @@ static void run(int argc, char** argv) {
 int main(int argc, char** argv) {
     try {
         run(argc, argv);
+        if (fflush(stdout) != 0 || ferror(stdout)) fail(std::string("standard output: cannot be written: ") + strerror(errno));
         return 0;
     } catch (const Failure& failure) {
         fflush(stdout);

@@ -7,6 +7,7 @@ the median over all rounds. Needs nothing but the built trainer; --llmc names a 
 import argparse
 import array
 import json
+import os
 import random
 import re
 import shutil
@@ -74,6 +75,7 @@ def main():
         sys.exit("bench_cpu.py: ./train_gpt2_compact is not built: make")
     if args.llmc and not (args.llmc / "train_gpt2").exists():
         sys.exit(f"bench_cpu.py: --llmc: {args.llmc} has no train_gpt2; build it there with `make train_gpt2`")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of all alike: where other work runs, spinning threads slow everything
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tokens(folder / "train.bin", 64 * 1024, 1)

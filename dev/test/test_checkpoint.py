@@ -250,10 +250,10 @@ def test_killed_while_saving(text, tmp_path):
             if kind == "model":
                 formats.read_model(out / name)
         last = newest(out)
-        done = formats.run_trainer([*args, "-y", "-x", last], env=environment())
-        assert done.returncode == 0 and done.stderr == "", done
+        done = formats.run_trainer([*args, "-y", "-x", last + 1], env=environment())
+        assert done.returncode == 0 and done.stderr == "" and newest(out) == last + 1, done
         assert last == 0 or f"resumed after step {last}\n" in done.stdout, done
-        assert [s["step"] for s in formats.read_log(out)[1]] == list(range(1, last + 1))
+        assert [s["step"] for s in formats.read_log(out)[1]] == list(range(1, last + 2))
     assert while_saving >= 10, "hardly ever killed while saving: no test of that"
     last = newest(out) + 3
     done = formats.run_trainer([*args, "-y", "-x", last], env=environment())

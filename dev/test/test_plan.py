@@ -209,7 +209,7 @@ def test_plan_needs_no_memory_and_no_data(name):
     begun = time.time()
     p = plan("-e", name, preexec_fn=limit_memory(1 << 30), env=environment())
     assert p["total_bytes"] > 1 << 30
-    assert time.time() - begun < 2  # a hundredth of that on an idle machine
+    assert time.time() - begun < 4  # a hundredth of that on an idle machine
     check_sums(p)
 
 

@@ -68,7 +68,7 @@ def test_accumulation_is_a_larger_batch(method, train):
         dump, want = run.dump, whole.dump
         for name in want:
             if name.startswith("grad."):
-                # 256 tokens' terms of mixed sign summed in fp32: some 10 of its 6e-8, of the greatest element
+                # 256 tokens' terms of mixed sign summed in fp32: some ten times its 6e-8, of the greatest element
                 assert np.abs(dump[name] - want[name]).max() <= 3e-6 * np.abs(want[name]).max(), (name, b)
         # the losses average that out; --eps 1e-3 keeps Adam from scaling up gradients of rounding alone
         assert np.abs(np.subtract(run.losses, whole.losses)).max() <= 3 * LOGGED
@@ -83,7 +83,7 @@ def sequence_losses(train, shards, *args):
 
 
 def test_data_order(train, shards):
-    """(699 + 332 + 1024) tokens make 21 + 10 + 32 = 63 sequences of 32. Each epoch brings each once, in another order,
+    """Shards of 704, 333 and 1025 tokens make 21 + 10 + 32 = 63 sequences of 32. Each epoch brings each once, in another order,
     and a step's sequences are the same for any micro batch, where an epoch ends inside it too."""
     one = sequence_losses(train, shards, "-b", 1, "-x", 3 * 63)
     epochs = [one[i:i + 63] for i in (0, 63, 126)]
@@ -108,6 +108,7 @@ def test_sequences_are_cut_as_described(train, tmp_path):
         wanted = np.stack([tokens[i * 9:i * 9 + 10] for i in range(count)])
         assert sorted(map(tuple, rows)) == sorted(map(tuple, wanted))
         assert np.array_equal(dump["targets"].reshape(count, 9)[:, :-1], dump["inputs"].reshape(count, 9)[:, 1:])
+        assert len(train("--train", path, "-t", 9, "-b", 1).steps) == count  # once through the data
 
 
 def test_steps_default_to_once_through_the_data(train, shards):
@@ -226,8 +227,9 @@ def test_updates_over_three_epochs(projection, moments, train):
                 U = alpha * U @ P[record].T if record in P else U
                 parts.append(W - lr * (U + (decay * W if name in formats.DECAYED else 0)))
             wanted = parts[0] if name in formats.WITHOUT_LAYER else np.stack(parts)
-            # In units of lr: a weight of at most 1 is rounded by 6e-8, that is 6e-6; a gradient's error of some 1e-8 is
-            # divided by eps: 1e-6. Moments of a wrong epoch, or a wrong bias correction, move weights by more than 0.1.
+            # In units of lr: a weight of at most 1 is rounded by 6e-8, that is 6e-6, which is what is measured; a gradient's
+            # error of some 1e-8 is divided by eps: 1e-6. A moment that is not moved, not reset or corrected with a wrong
+            # age makes 0.03 to 0.5.
             error = np.abs(run.params(step + 1)[name] - wanted).max() / lr
             assert error <= 3e-5, f"{name} after step {step + 1} is off by {error:.1e} lr"
         params, model = run.params(step + 1), run.model(step + 1)
@@ -237,8 +239,8 @@ def test_updates_over_three_epochs(projection, moments, train):
 def row_space(change, r):
     """The space that the rows of a weight's change span, which is that of P's columns: (n, r), orthonormal."""
     u, s, vt = np.linalg.svd(change.astype(float))
-    # one fp32 rounding of weights of 0.1 is 4e-9, a step is 1e-2
-    assert s[r] < 1e-4 * s[0] < s[r - 1], f"the step is not of rank {r}: {s}"
+    # one fp32 rounding of weights of 0.1 is 4e-9, a step is 1e-2; 1e-7 measured, and 0.08 for the last that counts
+    assert s[r] < 1e-5 * s[0] < s[r - 1], f"the step is not of rank {r}: {s}"
     return vt[:r].T
 
 
@@ -360,8 +362,8 @@ def test_clipping(train):
         free, held = (runs[clip].params(1)[name].astype(float) - before[name] for clip in (0, 0.01))
         g = -free / (1 - np.abs(free))  # of free = -g / (|g| + 1)
         s = 0.01 / norm
-        # the difference of weights of at most 1, in fp32: 6e-8 against steps of up to 1e-3
-        assert np.abs(held + g * s / (np.abs(g * s) + 1)).max() <= 2e-7 and np.abs(held).max() > 1e-5
+        # weights of up to 0.1 are rounded by 4e-9, in both steps; the held one is 4e-5 to 1e-3
+        assert np.abs(held + g * s / (np.abs(g * s) + 1)).max() <= 2e-8 and np.abs(held).max() > 1e-5
 
 
 def test_weight_decay_is_for_matrices(train):
@@ -380,7 +382,7 @@ def test_weight_decay_is_for_matrices(train):
 # ---------------------------------------------------------------------------- learning
 
 def test_overfit(train):
-    """One batch again and again is soon known by heart; the text as a whole is not. Measured: 0.05 to 0.09 and 2.1."""
+    """One batch again and again is soon known by heart; the text as a whole is not. Measured: 0.022 and 2.7."""
     args = ["-x", 200, "-l", 2e-2, "-u", 10, "--channels", 32]
     for method in METHODS.values():
         assert train(*args, *method, "--overfit").losses[-1] < 0.5
@@ -666,7 +668,7 @@ def test_lengths_that_are_no_multiple_of_a_tile(T, train, levels, tmp_path):
             same_run(runs[0], run, 2)
         dump = run.dump
         assert np.array_equal(dump["inputs"].reshape(-1), tokens.astype(int)[:T])
-        # products of 24 to 96 terms in fp32; logits are of size 0.3
+        # products of 24 to 96 terms in fp32, for logits of up to 0.5: 1e-7 measured
         assert np.abs(dump["logits"].reshape(T, VOCAB) - whole["logits"].reshape(130, VOCAB)[:T]).max() < 1e-6
         assert run.losses[1] < run.losses[0], "two steps on one sequence"
 
