@@ -1,0 +1,89 @@
+"""The CUDA trainer against the CPU trainer: each case of test_gpt2.cu is a test here, in bf16 and in fp32, under dev/nogpu
+with the sanitizers, and on the GPU where there is one. And the text that both trainers share is the same.
+
+Nothing is built. The binaries are those that TEST_GPT2_BF16 and TEST_GPT2_FP32 name, or build/test_gpt2_bf16_sanitized and
+build/test_gpt2_fp32_sanitized, which `make test` builds where the headers of the CUDA toolkit and Boost.Context are; and
+./test_gpt2cu. Where one is missing its tests are skipped, unless it was named.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 900  # a case takes up to 40 s; the rest is for a busy machine
+# The kernels' threads take turns on one processor; more of them gain little here and would wait for each other in the CPU trainer.
+ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+RULER = "// " + "=" * 116
+
+
+def cases():
+    for precision in ("bf16", "fp32"):
+        named = os.environ.get("TEST_GPT2_" + precision.upper())
+        path = Path(named or ROOT / "build" / f"test_gpt2_{precision}_sanitized").resolve()
+        if not path.exists() and not named:
+            reason = f"build/{path.name} is not there: its making needs the headers of the CUDA toolkit, and Boost.Context"
+            yield pytest.param(path, None, id=precision, marks=pytest.mark.skip(reason=reason))
+            continue
+        listed = subprocess.run([path, "--list"], capture_output=True, text=True, timeout=60, check=True)
+        for case in listed.stdout.split():
+            yield pytest.param(path, case, id=f"{precision}-{case}")
+
+
+def run(command, **kw):
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS, **kw)
+    passed = done.returncode == 0 and done.stdout.endswith(" passed, 0 failed\n")
+    if not passed or done.stdout.endswith("\n0 passed, 0 failed\n"):
+        said = done.stdout + done.stderr
+        pytest.fail(f"{command}: exit status {done.returncode}\n{said[-8000:]}", pytrace=False)
+    return done.stdout
+
+
+@pytest.mark.parametrize("path, case", list(cases()))
+def test_case(path, case, tmp_path):
+    """Alone in a process: an error that nogpu or a sanitizer finds ends it, and the other cases still run."""
+    said = run([str(path), case], env={**ENVIRONMENT, "TMPDIR": str(tmp_path)})
+    assert said.endswith("\n1 passed, 0 failed\n")
+
+
+def device():
+    """The name of the GPU, or an empty string."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def test_gpu(tmp_path):
+    """All cases on the GPU itself, in the precision that ./test_gpt2cu was built for."""
+    if not device():
+        pytest.skip("nvidia-smi finds no GPU")
+    if not (ROOT / "test_gpt2cu").exists():
+        pytest.skip("test_gpt2cu is not there: make test_gpt2cu")
+    run([str(ROOT / "test_gpt2cu")], env={**os.environ, "TMPDIR": str(tmp_path)})
+
+
+# ---------------------------------------------------------------------------- what both trainers share
+
+def parts(path):
+    """The sections of a source between its rulers: title to text, the first line under the ruler being the title."""
+    pieces = (ROOT / path).read_text().split(RULER + "\n")
+    titles, texts = pieces[1::2], pieces[2::2]
+    assert len(titles) == len(texts) > 4, f"{path}: its rulers do not come in pairs"
+    return dict(zip(titles, texts))
+
+
+@pytest.mark.parametrize("part", ["host, first part", "host, second part"])
+def test_shared_text(part):
+    """Byte for byte, title included."""
+    cpp, cu = ([(title, text) for title, text in parts(path).items() if part in title]
+               for path in ("train_gpt2_compact.cpp", "train_gpt2_compact.cu"))
+    assert len(cpp) == len(cu) == 1
+    assert cpp[0][0] == cu[0][0]
+    for number, (a, b) in enumerate(zip(cpp[0][1].split("\n"), cu[0][1].split("\n")), 1):
+        assert a == b, f"line {number} of '{part}' differs"
+    assert cpp == cu
+    assert len(cpp[0][1]) > 5000
