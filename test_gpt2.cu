@@ -1,7 +1,7 @@
 // test_gpt2.cu: holds the CUDA trainer to the CPU trainer: tensor by tensor in many configurations, then over training runs.
 //
 //   make test_gpt2cu       for a GPU, make test_gpt2_nogpu for a CPU (dev/nogpu); PRECISION=FP32 for the other precision
-//   ./test_gpt2cu [--list] [--figures] [NAME]    the case called NAME, or all whose names contain it; --figures prints every figure
+//   ./test_gpt2cu [--list] [--figures] [NAME]    the case called NAME, or all whose names contain it; --figures prints all
 //
 // A line for each case: the figure that came nearest to its bound, or beyond it. Both trainers start from the same weights,
 // numbers that bf16 holds, all of them large enough to matter: biases, LayerNorm's weights, padded words too.
@@ -90,7 +90,7 @@ static const double ROW = 5;
 
 // ---- the report
 
-static FILE* report;         // the trainers' own lines on standard output go nowhere
+static FILE* report;  // the trainers' own lines on standard output go nowhere
 static bool show_figures;
 
 struct Worst {
@@ -101,7 +101,7 @@ static Worst worst;
 
 // A figure and its bound; NaN is beyond any.
 static void expect(const std::string& what, double figure, double bound) {
-    double ratio = figure == 0 ? 0 : figure / bound;
+    double ratio = figure == 0 ? 0 : fabs(figure) / bound;
     if (std::isnan(ratio)) ratio = INFINITY;
     if (show_figures || ratio > 1) fprintf(report, "    %-44s %9.2e of %9.2e\n", what.c_str(), figure, bound);
     if (worst.what.empty() || ratio > worst.ratio) worst = {ratio, figure, bound, what};
@@ -188,7 +188,7 @@ struct Gpu {
     gpu::Model s;
     gpu::Plan plan;
     std::vector<void*> memory;
-    explicit Gpu(const Setup& u, bool apart = true) {
+    explicit Gpu(const Setup& u, [[maybe_unused]] bool apart = true) {
         gpu::Options o;
         set_options(o, u);
         plan = gpu::model_plan(s, {u.T + 3, u.V, u.L, u.NH, u.C, u.Vp}, o);
@@ -333,7 +333,8 @@ static void compare_projections(Gpu& g, Cpu& c, const std::string& when) {
                 worst_one = std::max(worst_one, (fabs(got[i] - exact) - free) / unit);
                 if (std::isnan(got[i])) worst_one = NAN;
             }
-            expect(when + gpu::param_rows[gpu::weight_of(which)].name + "." + gpu::str(layer), worst_one, gaussian ? bounds.normal : 0);
+            expect(when + gpu::param_rows[gpu::weight_of(which)].name + "." + gpu::str(layer), worst_one,
+                   gaussian ? bounds.normal : 0);
         }
     }
 }
@@ -362,7 +363,8 @@ static void tensors(const Setup& u) {
             compare_category(g, c, "gradients", u, bounds.gradient);
         }
         if (step % u.gap == 0) compare_projections(g, c, when + "P ");
-        double got = gpu::model_update(g.s, g.plan, step, g.s.options.lr), want = cpu::model_update(c.s, c.plan, step, c.s.options.lr);
+        double got = gpu::model_update(g.s, g.plan, step, g.s.options.lr),
+               want = cpu::model_update(c.s, c.plan, step, c.s.options.lr);
         expect(when + "norm", fabs(got - want) / want, bounds.norm);
     }
     compare_category(g, c, "moments", u, bounds.moment);

@@ -708,11 +708,11 @@ __global__ void __launch_bounds__(256) fold_kernel(Fold fold, const floatX* x) {
 
 enum { ATT = 128, HEAD = 64 };
 
-// grid (T, B NH), block ATT, dynamic shared memory ATT + 2 hs + 32 floats. out (N, C), qkv (N, 3C)
+// grid (B NH, T), block ATT, dynamic shared memory ATT + 2 hs + 32 floats. out (N, C), qkv (N, 3C)
 __global__ void __launch_bounds__(ATT)
     attention_plain_forward(floatX* out, float* lse, const floatX* qkv, int T, int C, int NH) {
     extern __shared__ float shared[];
-    int hs = C / NH, t = blockIdx.x, b = blockIdx.y / NH, h = blockIdx.y % NH, tid = threadIdx.x;
+    int hs = C / NH, t = blockIdx.y, b = blockIdx.x / NH, h = blockIdx.x % NH, tid = threadIdx.x;
     float *p = shared, *q = p + ATT, *o = q + hs, *reduce = o + hs;
     const floatX* base = qkv + size_t(b) * T * 3 * C + h * hs;
     float top = -INFINITY, sum = 0, scale = rsqrtf(float(hs));
@@ -735,7 +735,7 @@ __global__ void __launch_bounds__(ATT)
         __syncthreads();
     }
     for (int d = tid; d < hs; d += ATT) store(out + (size_t(b) * T + t) * C + h * hs + d, o[d] / sum);
-    if (tid == 0) lse[size_t(blockIdx.y) * T + t] = top + logf(sum);
+    if (tid == 0) lse[size_t(blockIdx.x) * T + t] = top + logf(sum);
 }
 
 // dot (B, NH, T) = sum over d of dout out, per head; a warp each, 8 a block
@@ -755,10 +755,10 @@ __global__ void __launch_bounds__(256)
 __global__ void __launch_bounds__(ATT) attention_plain_dq(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse,
                                                           const float* dot, int T, int C, int NH) {
     extern __shared__ float shared[];
-    int hs = C / NH, t = blockIdx.x, b = blockIdx.y / NH, h = blockIdx.y % NH, tid = threadIdx.x;
+    int hs = C / NH, t = blockIdx.y, b = blockIdx.x / NH, h = blockIdx.x % NH, tid = threadIdx.x;
     float *ds = shared, *q = ds + ATT, *dout_t = q + hs, *dq = dout_t + hs;
     const floatX* base = qkv + size_t(b) * T * 3 * C + h * hs;
-    float scale = rsqrtf(float(hs)), log_sum = lse[size_t(blockIdx.y) * T + t], dot_t = dot[size_t(blockIdx.y) * T + t];
+    float scale = rsqrtf(float(hs)), log_sum = lse[size_t(blockIdx.x) * T + t], dot_t = dot[size_t(blockIdx.x) * T + t];
     for (int d = tid; d < hs; d += ATT) {
         q[d] = to_float(base[size_t(t) * 3 * C + d]);
         dout_t[d] = to_float(dout[(size_t(b) * T + t) * C + h * hs + d]);
@@ -784,7 +784,7 @@ __global__ void __launch_bounds__(ATT) attention_plain_dq(floatX* dqkv, const fl
 __global__ void __launch_bounds__(ATT) attention_plain_dkv(floatX* dqkv, const floatX* dout, const floatX* qkv,
                                                            const float* lse, const float* dot, int T, int C, int NH) {
     extern __shared__ float shared[];
-    int hs = C / NH, t = blockIdx.x, b = blockIdx.y / NH, h = blockIdx.y % NH, tid = threadIdx.x;
+    int hs = C / NH, t = blockIdx.y, b = blockIdx.x / NH, h = blockIdx.x % NH, tid = threadIdx.x;
     float *p = shared, *ds = p + ATT, *k = ds + ATT, *v = k + hs, *dk = v + hs, *dv = dk + hs;
     const floatX *base = qkv + size_t(b) * T * 3 * C + h * hs, *dout_b = dout + size_t(b) * T * C + h * hs;
     float scale = rsqrtf(float(hs));
@@ -799,8 +799,8 @@ __global__ void __launch_bounds__(ATT) attention_plain_dkv(floatX* dqkv, const f
         float s = 0, dp = 0;
         for (int d = 0; d < hs && i < T; d++)
             s += k[d] * to_float(base[size_t(i) * 3 * C + d]), dp += v[d] * to_float(dout_b[size_t(i) * C + d]);
-        p[tid] = i < T ? expf(s * scale - lse[size_t(blockIdx.y) * T + i]) : 0.0f;
-        ds[tid] = i < T ? p[tid] * (dp - dot[size_t(blockIdx.y) * T + i]) * scale : 0.0f;
+        p[tid] = i < T ? expf(s * scale - lse[size_t(blockIdx.x) * T + i]) : 0.0f;
+        ds[tid] = i < T ? p[tid] * (dp - dot[size_t(blockIdx.x) * T + i]) * scale : 0.0f;
         __syncthreads();
         int queries = min(int(ATT), T - q0);
         for (int d = tid; d < hs; d += ATT) {
@@ -898,12 +898,12 @@ __device__ inline void write_rows(__nv_bfloat16* to, size_t ld, const float o[8]
     }
 }
 
-// grid (ceil(T / 64), B NH), block 128. out (N, C), lse (B, NH, T), qkv (N, 3C). Reads k and v once for each tile of queries.
-__global__ void __launch_bounds__(FLASH_THREADS)
+// grid (B NH, ceil(T / 64)), block 128. out (N, C), lse (B, NH, T), qkv (N, 3C). Reads k and v once for each tile of queries.
+__global__ void __launch_bounds__(FLASH_THREADS, 4)
     attention_flash_forward(__nv_bfloat16* out, float* lse, const __nv_bfloat16* qkv, int T, int C, int NH) {
     __shared__ __align__(128) Tile tiles[4];  // k and v, two of each; at first also q
-    int b = blockIdx.y / NH, h = blockIdx.y % NH, warp = threadIdx.x / WARP;
-    int q0 = (gridDim.x - 1 - blockIdx.x) * FLASH;  // the longest rows first
+    int b = blockIdx.x / NH, h = blockIdx.x % NH, warp = threadIdx.x / WARP;
+    int q0 = (gridDim.y - 1 - blockIdx.y) * FLASH;  // the longest rows first
     size_t ld = 3 * size_t(C);
     const __nv_bfloat16 *q = qkv + size_t(b) * T * ld + h * HEAD, *k = q + C, *v = k + C;
     float scale = LOG2E / 8.0f, o[8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
@@ -957,7 +957,7 @@ __global__ void __launch_bounds__(FLASH_THREADS)
             for (int i = 2 * half; i < 2 * half + 2; i++) o[j][i] /= sum[half];
         }
         int row = q0 + 16 * warp + row_of(2 * half);
-        if (threadIdx.x % 4 == 0 && row < T) lse[size_t(blockIdx.y) * T + row] = (top[half] + log2f(sum[half])) / LOG2E;
+        if (threadIdx.x % 4 == 0 && row < T) lse[size_t(blockIdx.x) * T + row] = (top[half] + log2f(sum[half])) / LOG2E;
     }
     write_rows(out + size_t(b) * T * C + h * HEAD, C, o, q0 + 16 * warp, T);
 }
@@ -967,8 +967,8 @@ __global__ void __launch_bounds__(FLASH_THREADS)
     attention_flash_dq(__nv_bfloat16* dqkv, const __nv_bfloat16* dout, const __nv_bfloat16* qkv, const float* lse,
                        const float* dot, int T, int C, int NH) {
     __shared__ __align__(128) Tile tiles[4];
-    int b = blockIdx.y / NH, h = blockIdx.y % NH, warp = threadIdx.x / WARP;
-    int q0 = (gridDim.x - 1 - blockIdx.x) * FLASH;
+    int b = blockIdx.x / NH, h = blockIdx.x % NH, warp = threadIdx.x / WARP;
+    int q0 = (gridDim.y - 1 - blockIdx.y) * FLASH;
     size_t ld = 3 * size_t(C), at = size_t(b) * T * ld + h * HEAD;
     const __nv_bfloat16 *q = qkv + at, *k = q + C, *v = k + C;
     float dq[8][4] = {}, log_sum[2], dot_row[2];
@@ -983,8 +983,8 @@ __global__ void __launch_bounds__(FLASH_THREADS)
     __syncthreads();
     for (int half = 0; half < 2; half++) {
         int row = q0 + 16 * warp + row_of(2 * half);
-        log_sum[half] = row < T ? lse[size_t(blockIdx.y) * T + row] * LOG2E : 0;
-        dot_row[half] = row < T ? dot[size_t(blockIdx.y) * T + row] : 0;
+        log_sum[half] = row < T ? lse[size_t(blockIdx.x) * T + row] * LOG2E : 0;
+        dot_row[half] = row < T ? dot[size_t(blockIdx.x) * T + row] : 0;
     }
     load_tile(tiles[0], k, ld, 0, T);
     load_tile(tiles[1], v, ld, 0, T);
@@ -1019,7 +1019,7 @@ __global__ void __launch_bounds__(FLASH_THREADS)
                         const float* dot, int T, int C, int NH) {
     __shared__ __align__(128) Tile tiles[4];
     __shared__ float log_sums[2][FLASH], dots[2][FLASH];
-    int b = blockIdx.y / NH, h = blockIdx.y % NH, warp = threadIdx.x / WARP, k0 = blockIdx.x * FLASH;
+    int b = blockIdx.x / NH, h = blockIdx.x % NH, warp = threadIdx.x / WARP, k0 = blockIdx.y * FLASH;
     size_t ld = 3 * size_t(C), at = size_t(b) * T * ld + h * HEAD;
     const __nv_bfloat16 *q = qkv + at, *k = q + C, *v = k + C, *dout_b = dout + size_t(b) * T * C + h * HEAD;
     float dk[8][4] = {}, dv[8][4] = {};
@@ -1037,8 +1037,8 @@ __global__ void __launch_bounds__(FLASH_THREADS)
         load_tile(tiles[stage + 1], dout_b, C, q0, T);
         int row = threadIdx.x % FLASH;
         float* to = threadIdx.x < FLASH ? log_sums[stage / 2] : dots[stage / 2];
-        to[row] = q0 + row < T ? (threadIdx.x < FLASH ? lse[size_t(blockIdx.y) * T + q0 + row] * LOG2E
-                                                      : dot[size_t(blockIdx.y) * T + q0 + row])
+        to[row] = q0 + row < T ? (threadIdx.x < FLASH ? lse[size_t(blockIdx.x) * T + q0 + row] * LOG2E
+                                                      : dot[size_t(blockIdx.x) * T + q0 + row])
                                : 0;
     };
     load(0, k0);
@@ -1073,11 +1073,11 @@ static void attention_forward(floatX* out, float* lse, const floatX* qkv, int B,
     int hs = C / NH;
 #ifndef PRECISION_FP32
     if (hs == HEAD) {
-        attention_flash_forward<<<dim3(blocks_for(T, FLASH), B * NH), FLASH_THREADS>>>(out, lse, qkv, T, C, NH);
+        attention_flash_forward<<<dim3(B * NH, blocks_for(T, FLASH)), FLASH_THREADS>>>(out, lse, qkv, T, C, NH);
         return LAUNCHED();
     }
 #endif
-    attention_plain_forward<<<dim3(T, B * NH), ATT, (ATT + 2 * hs + 32) * sizeof(float)>>>(out, lse, qkv, T, C, NH);
+    attention_plain_forward<<<dim3(B * NH, T), ATT, (ATT + 2 * hs + 32) * sizeof(float)>>>(out, lse, qkv, T, C, NH);
     LAUNCHED();
 }
 
@@ -1090,16 +1090,16 @@ static void attention_backward(floatX* dqkv, float* dot, const floatX* dout, con
     LAUNCHED();
 #ifndef PRECISION_FP32
     if (hs == HEAD) {
-        dim3 grid(blocks_for(T, FLASH), B * NH);
+        dim3 grid(B * NH, blocks_for(T, FLASH));
         attention_flash_dq<<<grid, FLASH_THREADS>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
         LAUNCHED();
         attention_flash_dkv<<<grid, FLASH_THREADS>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
         return LAUNCHED();
     }
 #endif
-    attention_plain_dq<<<dim3(T, B * NH), ATT, (ATT + 3 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
+    attention_plain_dq<<<dim3(B * NH, T), ATT, (ATT + 3 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
     LAUNCHED();
-    attention_plain_dkv<<<dim3(T, B * NH), ATT, (2 * ATT + 4 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
+    attention_plain_dkv<<<dim3(B * NH, T), ATT, (2 * ATT + 4 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
     LAUNCHED();
 }
 
@@ -1318,6 +1318,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     s = Model{};
     s.config = c;
     s.options = o;
+    if (o.seq > 65535) refuse("--seq: " + str(o.seq) + " is more than the 65535 that the GPU's kernels take");
     if (c.C % 8 != 0 || c.C > 3072)
         refuse("--channels: " + str(c.C) + " is not a multiple of 8 up to 3072, as the GPU's kernels need it");
     for (int i = 0; i < LINEARS; i++) s.linear[i] = linear_shape(c, o, i);
