@@ -1413,12 +1413,16 @@ static bool is_model_file(const std::string& model) {
     return model.find('/') != std::string::npos || std::filesystem::path(model).extension() == ".bin";
 }
 
+// A category's tensors, without the gaps between them that some devices need.
+static void tensors_of(const Plan& plan, const std::string& category, std::vector<Tensor>& found) {
+    std::copy_if(plan.tensors.begin(), plan.tensors.end(), std::back_inserter(found),
+                 [&](const Tensor& t) { return t.category == category && t.type != "byte"; });
+}
+
 // The weights as files know them, in the order of the file: the fp32 master copies where there are any.
 static std::vector<Tensor> weights_of(const Plan& plan) {
-    std::string category = plan.bytes("master") > 0 ? "master" : "parameters";
     std::vector<Tensor> weights;
-    std::copy_if(plan.tensors.begin(), plan.tensors.end(), std::back_inserter(weights),
-                 [&](const Tensor& t) { return t.category == category; });
+    tensors_of(plan, plan.bytes("master") > 0 ? "master" : "parameters", weights);
     return weights;
 }
 
@@ -1790,8 +1794,7 @@ static std::string checkpoint_path(const std::string& dir, const char* kind, int
 // What a state holds: the weights and the moments.
 static std::vector<Tensor> saved_tensors(const Plan& plan) {
     std::vector<Tensor> saved = weights_of(plan);
-    std::copy_if(plan.tensors.begin(), plan.tensors.end(), std::back_inserter(saved),
-                 [](const Tensor& t) { return t.category == "moments"; });
+    tensors_of(plan, "moments", saved);
     return saved;
 }
 
@@ -2157,9 +2160,10 @@ static void write_dump(Model& s, const Plan& plan, const Options& o) {
         out.write(&length, 4), out.write(name.data(), name.size());
         out.write(&dims, 4), out.write(shape.data(), shape.size() * 8);
     };
-    for (const Tensor& t : plan.tensors) {
-        bool grad = t.category == "gradients", act = t.category == "tape", whole = t.category == "parameters";
-        if (!grad && !act && !whole) continue;
+    std::vector<Tensor> dumped;
+    for (const char* category : {"parameters", "gradients", "tape"}) tensors_of(plan, category, dumped);
+    for (const Tensor& t : dumped) {
+        bool act = t.category == "tape", whole = t.category == "parameters";
         std::string name = whole ? "param." + t.name : act ? "act." + t.name : t.name;
         for (const char* single : {"grad.wte", "grad.wpe", "grad.lnfw", "grad.lnfb", "act.lnf", "act.lnf_mean", "act.lnf_rstd"})
             whole |= name == single;
