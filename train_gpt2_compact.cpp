@@ -934,6 +934,14 @@ static void model_set(void* to, const void* host, size_t bytes) { memcpy(to, hos
 static void model_round(Model&) {}
 static double model_peak_flops() { return 0; }
 
+// Seconds since the last call: of the device's own time where it has a clock.
+static double model_clock() {
+    static double before = seconds();
+    double now = seconds(), elapsed = now - before;
+    before = now;
+    return elapsed;
+}
+
 static float* at_layer(float* group, int layer, int64_t stride) { return group ? group + layer * stride : nullptr; }
 
 // Parameter i of one layer in params, grads, m or v.
@@ -2283,7 +2291,8 @@ static void train_model(Model& s, const Plan& plan, const Plan& full, Options& o
     for (int64_t step = std::min(start + 1, steps); step <= steps; step++) {
         std::string line = "step " + str(step) + "/" + str(steps), times, record = "{\"step\": " + str(step);
         if (step > start) {
-            double began = seconds(), loss = 0, lr = learning_rate(o, step - 1, steps);
+            double loss = 0, lr = learning_rate(o, step - 1, steps);
+            model_clock();
             model_begin_step(s, step - 1);
             for (int64_t micro = 0; micro < micros; micro++) {
                 read_batch(train, (o.overfit ? 0 : (step - 1) * rows) + micro * o.batch, o.batch, s);
@@ -2291,7 +2300,7 @@ static void train_model(Model& s, const Plan& plan, const Plan& full, Options& o
                 loss += mean_loss(s, 0, int64_t(o.batch) * o.seq) / micros;
             }
             if (step == start + 1 && !o.dump.empty()) write_dump(s, plan, o);
-            double norm = model_update(s, plan, step - 1, lr), elapsed = seconds() - began, speed = o.total_batch / elapsed;
+            double norm = model_update(s, plan, step - 1, lr), elapsed = model_clock(), speed = o.total_batch / elapsed;
             if (!std::isfinite(loss + norm))
                 fail("step " + str(step) + ": the loss or its gradient is not finite; a lower --lr or more --warmup may help");
             line += text(" | loss %.4f", loss);
