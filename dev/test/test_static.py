@@ -136,8 +136,8 @@ def source_kernels():
     source = SOURCE.read_text()
     numbers = {name: int(value) for name, value in re.findall(r"\b([A-Z_]+) = (\d+)\b", source)}
 
-    def threads(bound):
-        return eval(bound, {"__builtins__": {}}, numbers) if bound else None  # a number, or a product of the source's constants
+    def threads(bound):  # of "threads" or "threads, blocks a multiprocessor"
+        return eval(bound.split(",")[0], {"__builtins__": {}}, numbers) if bound else None  # a number, or a product of the source's constants
     found = re.findall(r"__global__ void\s+(?:__launch_bounds__\(([^)]*)\)\s+)?(\w+)\(", source)
     return {name: threads(bound) for bound, name in found}
 
