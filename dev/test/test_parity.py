@@ -1,8 +1,8 @@
 """The CPU trainer against PyTorch: activations, loss, every gradient, AdamW, and CompAct's part of each.
 
 Most tests compare the trainer's --dump, log and checkpoint with goldens/*.npz, which reference.py computed in double
-precision, and need NumPy alone. The live tests ask reference.py about a model drawn anew each time; they need a
-Python that has PyTorch, and are skipped where there is none. PARITY_SEED=n repeats the live tests of a seed.
+precision, and need NumPy alone. The live tests ask reference.py about models of no golden; they need a
+Python that has PyTorch, and are skipped where there is none. PARITY_SEED=n draws others.
 """
 
 import functools
@@ -374,7 +374,7 @@ def reference(*args):
 
 
 def live_seed():
-    seed = int(os.environ.get("PARITY_SEED") or int.from_bytes(os.urandom(4), "little"))
+    seed = int(os.environ.get("PARITY_SEED") or 1)  # the same for all who test; others by hand, where a failure is looked into
     print(f"PARITY_SEED={seed}")  # pytest shows it when the test fails
     return seed
 
