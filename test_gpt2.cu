@@ -126,7 +126,7 @@ static void expect_close(const std::string& what, const Floats& got, const float
     }
     if (size == 0) return expect(what + ", zeros", sqrt(difference), 0);
     expect(what, sqrt(difference / size), bound);
-    if (gpu::HAS_MASTER) expect(what + ", 1 - cosine", 1 - dot / sqrt(size * got_size), bound * bound / 4);
+    if (gpu::IS_BF16) expect(what + ", 1 - cosine", 1 - dot / sqrt(size * got_size), bound * bound / 4);
     double typical = size / row_size.size();
     for (size_t i = 0; i < row_size.size(); i++)
         worst_row = std::max(worst_row, sqrt(row_difference[i] / std::max(row_size[i], typical)));
@@ -210,7 +210,7 @@ struct Gpu {
             category = t.category;
             CUDA(cudaMemset(data, t.category == "moments" ? 0 : 0xFF, t.bytes()));
         }
-        for (int i = 0; i < gpu::PARAMS && !gpu::HAS_MASTER; i++) s.master[i] = (float*)s.params[i];
+        for (int i = 0; i < gpu::PARAMS && !gpu::IS_BF16; i++) s.master[i] = (float*)s.params[i];
     }
     Gpu(const Gpu&) = delete;
     ~Gpu() {
@@ -255,7 +255,7 @@ static Floats fetch_all(const gpu::Plan& plan, std::initializer_list<const char*
 static std::vector<gpu::Tensor> weights(const Gpu& g) {
     std::vector<gpu::Tensor> out;
     for (const gpu::Tensor& t : g.plan.tensors) {
-        if (t.category == (gpu::HAS_MASTER ? "master" : "parameters") && t.type != "byte") out.push_back(t);
+        if (t.category == (gpu::IS_BF16 ? "master" : "parameters") && t.type != "byte") out.push_back(t);
     }
     return out;
 }
@@ -271,7 +271,7 @@ static void set_cpu_weights(Cpu& c) {
         cpu::draw_normals(c.s.params[i], 0, count, i == cpu::QKVW ? 1.5f * scale : scale, SEED, cpu::stream_of(99, i, 0));
         for (int64_t j = 0; j < count; j++) {
             float x = c.s.params[i][j] + (norm ? 1.0f : 0.0f);
-            c.s.params[i][j] = gpu::HAS_MASTER ? cpu::float_of_bf16(cpu::bf16_of_float(x)) : x;
+            c.s.params[i][j] = gpu::IS_BF16 ? cpu::float_of_bf16(cpu::bf16_of_float(x)) : x;
         }
     }
 }
@@ -328,8 +328,8 @@ static void compare_projections(Gpu& g, Cpu& c, const std::string& when) {
             double worst_one = 0, unit = 1 / sqrt(double(g.s.linear[which].r));
             bool gaussian = g.s.options.projection == gpu::GAUSSIAN;
             for (size_t i = 0; i < got.size(); i++) {
-                double exact = gaussian || !gpu::HAS_MASTER ? want[i] : cpu::float_of_bf16(cpu::bf16_of_float(want[i]));
-                double free = gaussian && gpu::HAS_MASTER ? fabs(exact) / 256 : 0;
+                double exact = gaussian || !gpu::IS_BF16 ? want[i] : cpu::float_of_bf16(cpu::bf16_of_float(want[i]));
+                double free = gaussian && gpu::IS_BF16 ? fabs(exact) / 256 : 0;
                 worst_one = std::max(worst_one, (fabs(got[i] - exact) - free) / unit);
                 if (std::isnan(got[i])) worst_one = NAN;
             }
@@ -378,7 +378,7 @@ static void tensors(const Setup& u) {
         expect_close(t.name + " moved", got, want.data(), got.size(), bounds.moved);
         i++;
     }
-    if (!gpu::HAS_MASTER) return;
+    if (!gpu::IS_BF16) return;
     Floats master = fetch_all(g.plan, {"master"});
     for (float& x : master) x = cpu::float_of_bf16(cpu::bf16_of_float(x));
     expect_equal("the rounded weights", fetch_all(g.plan, {"parameters"}), master);

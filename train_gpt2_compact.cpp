@@ -134,12 +134,18 @@ enum { GAUSSIAN, RADEMACHER, SPARSE };
 enum { KEEP, MOVE, RESET };
 enum { COSINE, LINEAR, CONSTANT, WSD };
 enum { TYPE_FP32, TYPE_BF16 };
+enum { GELU_EXACT, GELU_2BIT };
+enum { TAPE_FULL, TAPE_INT8 };
+enum { MASTER_FP32, MASTER_NONE };
 
 static const char* linear_names = "qkv,attproj,fc,fcproj";
 static const char* projection_names = "gaussian,rademacher,sparse";
 static const char* moments_names = "keep,move,reset";
 static const char* schedule_names = "cosine,linear,constant,wsd";
 static const char* type_names = "fp32,bf16";
+static const char* gelu_names = "exact,2bit";
+static const char* tape_names = "full,int8";
+static const char* master_names = "fp32,none";
 
 struct Options {
     std::string train, val, model = "d12", out, tokenizer, hellaswag, dump, plan;
@@ -150,7 +156,9 @@ struct Options {
     double rank = 0.25;
     int compress = 1 << QKV | 1 << FC | 1 << FCPROJ, projection = GAUSSIAN, gap = 50, moments = KEEP;
     double alpha = 1.0;
-    int recompute = 0;
+    int recompute = 0, gelu = GELU_EXACT, tape = TAPE_FULL, master = MASTER_FP32;
+    bool offload = false;
+    int64_t memory = 0;
     int val_every = 250, val_batches = 20, sample_every = 0, sample_tokens = 128, top_k = 50;
     double temperature = 0.8;
     int checkpoint_every = 0, keep = 2, checkpoint_type = TYPE_FP32, seed = 1337;
@@ -182,12 +190,9 @@ static inline Words philox(uint64_t seed, uint64_t stream, uint64_t index) {
 }
 
 // Streams 0 to LINEARS-1 belong to the projections of the linear layers, the others to what is named here.
-enum { STREAM_INIT = 8, STREAM_SHARDS, STREAM_SEQUENCES, STREAM_SAMPLE };
+enum { STREAM_INIT = 8, STREAM_SHARDS, STREAM_SEQUENCES, STREAM_SAMPLE, STREAM_ROUND };
 
 static uint64_t stream_of(int purpose, uint64_t layer, uint64_t epoch) { return epoch << 32 | layer << 8 | purpose; }
-
-// log and (sin, cos) without branches or calls, so that the compiler can vectorise the loops around them.
-// Polynomials of Cephes (Moshier, 1989), within about 2 ulp of the true value.
 
 static inline float float_of_bits(uint32_t bits) {
     float x;
@@ -200,6 +205,16 @@ static inline uint32_t bits_of_float(float x) {
     memcpy(&bits, &x, 4);
     return bits;
 }
+
+static uint16_t bf16_of_float(float x) {  // to nearest, ties to even
+    uint32_t bits = bits_of_float(x);
+    return x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+static float float_of_bf16(uint16_t x) { return float_of_bits(uint32_t(x) << 16); }
+
+// log and (sin, cos) without branches or calls, so that the compiler can vectorise the loops around them.
+// Polynomials of Cephes (Moshier, 1989), within about 2 ulp of the true value.
 
 static inline float log_simd(float x) {              // x positive and normal
     uint32_t bits = bits_of_float(x) - 0x3F3504F3u;  // of sqrt(1/2): the mantissa then lies in [sqrt(1/2), sqrt(2))
@@ -272,7 +287,8 @@ struct Tensor {
         for (int64_t d : shape) n *= d;
         return n;
     }
-    int64_t bytes() const { return count() * (type == "byte" ? 1 : type == "bf16" ? 2 : 4); }
+    int bits() const { return type == "2bit" ? 2 : type == "int8" || type == "byte" ? 8 : type == "bf16" ? 16 : 32; }
+    int64_t bytes() const { return (count() * bits() + 7) / 8; }
 };
 
 // Matrix-product FLOPs of one training step, for each token of it.
@@ -284,9 +300,10 @@ struct Flops {
 struct Plan {
     std::vector<Tensor> tensors;
     Flops flops;
+    // Of one category; or of all that compute where the trainer runs, which leaves out what waits in the host's memory.
     int64_t bytes(const std::string& category = "") const {
         int64_t sum = 0;
-        for (const Tensor& t : tensors) sum += category.empty() || t.category == category ? t.bytes() : 0;
+        for (const Tensor& t : tensors) sum += (category.empty() ? t.category != "host" : t.category == category) * t.bytes();
         return sum;
     }
     std::vector<std::string> categories() const {
@@ -354,6 +371,60 @@ static Linear linear_shape(const Config& c, const Options& o, int which) {
     return linear;
 }
 
+// ---- the tape: what the forward pass keeps for the backward pass, a row a tensor. What is kept, and how, follows from this
+// table and the options alone: memory, FLOPs and --help too.
+
+enum { RESIDUAL, LN1, QKVR, ATTY, RESIDUAL2, LN2, FCH, FCH_GELU, TAPE_ROWS };
+enum { NEVER = 6, NONE = -1, ATTENTION = LINEARS };
+enum { NO_SCALES, OF_TOKEN, OF_HEADS };
+
+struct TapeRow {
+    const char* name;
+    int width;      // in channels, for each token and layer
+    int gone_from;  // the recomputation level from which the backward pass computes it again
+    int input_of;   // the linear layer that alone needs it, so that z can stand in for it
+    int made_by;    // the product that computes it again; what is made without one costs no FLOPs worth counting
+    int scales;     // with --tape int8: one for a token's whole row, one for each head of it, or no int8
+};
+
+static const TapeRow tape_rows[TAPE_ROWS] = {
+    {"residual", 1, NEVER, NONE, NONE, OF_TOKEN},  // the stream into the block
+    {"ln1", 1, 2, QKV, NONE, NO_SCALES},           //
+    {"qkv", 3, 4, NONE, QKV, OF_HEADS},            //
+    {"atty", 1, 5, NONE, ATTENTION, OF_HEADS},     // attention's output: its own backward pass needs it too
+    {"residual2", 1, 5, NONE, ATTPROJ, OF_TOKEN},  // the stream after attention
+    {"ln2", 1, 2, FC, NONE, NO_SCALES},            //
+    {"fch", 4, 3, NONE, FC, NO_SCALES},            // before GELU
+    {"fch_gelu", 4, 1, FCPROJ, NONE, NO_SCALES},   //
+};
+
+// How the tape keeps a row: not at all, in full, as z = x P, as int8 with scales, or 2 bits of each element.
+enum { GONE, WHOLE, AS_Z, AS_INT8, AS_2BIT };
+
+static int how_kept(int row, const Options& o, const Linear* linears) {
+    const TapeRow& t = tape_rows[row];
+    bool source_gone = row == FCH_GELU && o.gelu == GELU_2BIT;  // 2 bits of fch do not give its GELU again
+    if (o.recompute >= (source_gone ? tape_rows[FCH].gone_from : t.gone_from)) return GONE;
+    if (t.input_of != NONE && linears[t.input_of].compressed()) return AS_Z;
+    if (row == FCH && o.gelu == GELU_2BIT) return AS_2BIT;
+    return t.scales != NO_SCALES && o.tape == TAPE_INT8 ? AS_INT8 : WHOLE;
+}
+
+// The int8 scales of a row for each token.
+static int scales_of(const Config& c, int row) { return tape_rows[row].scales == OF_HEADS ? tape_rows[row].width * c.NH : 1; }
+
+// What each level computes again, in the tape's own words, for --help.
+static std::string levels_help() {
+    std::string out = "0 keeps all";
+    for (int level = 1; level < NEVER; level++) {
+        out += "; " + str(level) + " computes again ";
+        for (int i = 0, found = 0; i < TAPE_ROWS; i++) {
+            if (tape_rows[i].gone_from == level) out += (found++ ? " and " : "") + std::string(tape_rows[i].name);
+        }
+    }
+    return out + ", each also what those before it do";
+}
+
 // Causal attention counts half of T x T; the update's lift is spread over the tokens of an optimizer step.
 static Flops matrix_flops(const Config& c, const Options& o, const Linear* linears) {
     double L = c.L, attention = double(o.seq) * c.C, head = 2.0 * c.V * c.C;
@@ -365,6 +436,11 @@ static Flops matrix_flops(const Config& c, const Options& o, const Linear* linea
         if (!linears[i].compressed() || o.projection == SPARSE) continue;
         f.projection += L * 2 * n * r;
         f.update += L * 2 * m * n * r / o.total_batch;
+    }
+    for (int i = 0; i < TAPE_ROWS; i++) {
+        int by = tape_rows[i].made_by;
+        if (by == NONE || how_kept(i, o, linears) != GONE) continue;
+        f.recompute += L * 2 * (by == ATTENTION ? attention : double(linears[by].m) * linears[by].n);
     }
     return f;
 }
@@ -586,6 +662,52 @@ static void gelu_backward(float* d, const float* x, size_t count) {
     }
 }
 
+// GELU with two bits kept of each x, and a step function for its derivative: the sum of a_i over x > c_i (Approx-BP, arXiv
+// 2406.16282, section 4.2). The forward pass stays exact.
+static const float GELU_CUTS[3] = {-3.1858810036855245f, -0.001178821281161997f, 3.190832613414926f};
+static const float GELU_SLOPES[4] = {0.0f, -0.04922261145617846f, 1.0487405950855512f, 1.0f};
+
+// bits (count / 4 bytes): how many cuts lie below x, four elements a byte, the first in the lowest bits
+static void gelu_bits(uint8_t* bits, const float* x, size_t count) {
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < count / 4; i++) {
+        int byte = 0;
+        for (int k = 0; k < 4; k++) {
+            for (float cut : GELU_CUTS) byte += (x[4 * i + k] > cut) << 2 * k;
+        }
+        bits[i] = uint8_t(byte);
+    }
+}
+
+// d *= the step function, in place
+static void gelu_backward_2bit(float* d, const uint8_t* bits, size_t count) {
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < count; i++) d[i] *= GELU_SLOPES[bits[i / 4] >> i % 4 * 2 & 3];
+}
+
+// ---- int8 with a scale for each group of neighbours (after Mesa, arXiv 2111.11124), for what the tape keeps
+
+// codes, x (groups, width), scales (groups): x = scale * code, where the group's largest |x| has code 127 or -127
+static void quantize(int8_t* codes, float* scales, const float* x, int64_t groups, int width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < groups; i++) {
+        float most = 0;
+        for (int j = 0; j < width; j++) most = std::max(most, fabsf(x[i * width + j]));
+        float scale = scales[i] = most / 127;
+        for (int j = 0; j < width; j++) {
+            float code = scale > 0 ? rintf(x[i * width + j] / scale) : 0.0f;
+            codes[i * width + j] = int8_t(std::max(-127.0f, std::min(127.0f, code)));
+        }
+    }
+}
+
+static void dequantize(float* x, const int8_t* codes, const float* scales, int64_t groups, int width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < groups; i++) {
+        for (int j = 0; j < width; j++) x[i * width + j] = scales[i] * codes[i * width + j];
+    }
+}
+
 // ---- attention: causal, in tiles of TILE queries by TILE keys with an online softmax (FlashAttention-2, arXiv
 // 2307.08691); nothing of size T x T exists. A thread takes one head of one sequence, so no two write the same place.
 
@@ -780,30 +902,21 @@ static void adam_update(float* w, const float* g, float* m, float* v, int64_t co
     for (int64_t i = 0; i < count; i++) w[i] -= a.lr * (adam_direction(a, g[i], m + i, v + i) + a.decay * w[i]);
 }
 
+// Rounds to bf16, up or down at random, so that the mean is w: what stands in for master weights. Element i is moved by 16
+// bits of block i / 8 of a stream.
+static void round_stochastically(float* w, int64_t count, uint64_t seed, uint64_t stream) {
+#pragma omp parallel for schedule(static)
+    for (int64_t block = 0; block < (count + 7) / 8; block++) {
+        Words random = philox(seed, stream, block);
+        const uint32_t words[4] = {random.x, random.y, random.z, random.w};
+        for (int64_t i = 8 * block; i < std::min(count, 8 * block + 8); i++)
+            w[i] = float_of_bits((bits_of_float(w[i]) + (words[i % 8 / 2] >> i % 2 * 16 & 0xFFFF)) & 0xFFFF0000u);
+    }
+}
+
 // ====================================================================================================================
-// the model's memory: what it is made of, and the tape: what the forward pass keeps for the backward pass
+// the model's memory
 // ====================================================================================================================
-
-enum { RESIDUAL, LN1, QKVR, ATTY, RESIDUAL2, LN2, FCH, FCH_GELU, TAPE_ROWS };
-
-struct TapeRow {
-    const char* name;
-    int width;      // in channels, for each token and layer
-    int gone_from;  // the recomputation level from which it is computed again in the backward pass
-    int input_of;   // the linear layer that alone needs it, so that z can stand in for it; or -1
-};
-
-enum { ALWAYS_KEPT = 9 };
-static const TapeRow tape_rows[TAPE_ROWS] = {
-    {"residual", 1, ALWAYS_KEPT, -1},   // the stream into the block
-    {"ln1", 1, 2, QKV},                 //
-    {"qkv", 3, ALWAYS_KEPT, -1},        //
-    {"atty", 1, ALWAYS_KEPT, -1},       // attention's output: its own backward pass needs it too
-    {"residual2", 1, ALWAYS_KEPT, -1},  // the stream after attention
-    {"ln2", 1, 2, FC},                  //
-    {"fch", 4, ALWAYS_KEPT, -1},        // before GELU
-    {"fch_gelu", 4, 1, FCPROJ},         //
-};
 
 struct Model {
     Config config;
@@ -811,16 +924,20 @@ struct Model {
     Linear linear[LINEARS];
     int64_t epoch;  // of the projections
     float *params[PARAMS], *grads[PARAMS], *m[PARAMS], *v[PARAMS];
-    // tape
-    float* tape[TAPE_ROWS];  // (L, N, width C), residual (L+1, N, C); null where a row is not kept
-    float* z[LINEARS];       // (L, N, r) in place of the input of a compressed layer; null where it is not kept
+    // tape; a row is kept in one of these ways, as kept[row] says, or is null in all
+    int kept[TAPE_ROWS];
+    float* tape[TAPE_ROWS];                            // (L, N, width C)
+    float* z[LINEARS];                                 // (L, N, r) in place of the input of a compressed layer
+    void* codes[TAPE_ROWS];                            // (L, N, width C) int8, or 2 bits an element
+    float* scales[TAPE_ROWS];                          // (L, N, scales) of the int8
     float *ln1_mean, *ln1_rstd, *ln2_mean, *ln2_rstd;  // (L, N)
     float* lse;                                        // (L, N, NH) floats, (B, NH, T) in a layer
-    float *lnf, *lnf_mean, *lnf_rstd;                  // (N, C), (N), (N)
+    float *lnf_mean, *lnf_rstd;                        // (N)
     // workspace, reused by every layer
+    float* now[TAPE_ROWS];         // (N, width C) a row of the block at hand, where the tape does not keep it whole
     float* dresidual;              // (N, C) gradient of the stream
-    float* narrow;                 // (N, C) an input that is not on the tape, then its gradient
-    float* wide;                   // (N, 4C) likewise
+    float* wide;                   // (N, 4C) inputs and gradients on their way; at the end of the forward pass the head's input
+    float* spare;                  // (N, C) likewise; (N, 4C) where fch or qkv comes back into it
     float* z_now;                  // (N, r) z where it is not on the tape
     float *p, *p_next, *p_change;  // P (n, r), or (n) signs; the next epoch's; (r, r) the change between them
     int *shift, *shift_next;       // sparse: a rotation for each stripe of r inputs
@@ -835,12 +952,24 @@ enum { CHUNK = 256 };  // tokens whose logits exist at one time
 
 static bool moments_move(const Options& o) { return o.moments == MOVE && o.gap > 0; }
 
+// Whether the tape has z of a layer's input.
+static bool keeps_z(const Model& s, int which) {
+    for (int i = 0; i < TAPE_ROWS; i++) {
+        if (tape_rows[i].input_of == which && s.kept[i] == AS_Z) return true;
+    }
+    return false;
+}
+
+// Whether fch or qkv comes back into `spare`, which otherwise holds one channel's width of a block at most.
+static bool spare_is_wide(const Model& s) { return s.kept[FCH] == GONE || s.kept[QKVR] != WHOLE; }
+
 // Lists every tensor of the run, with the place of its pointer in s. Sets s up but allocates nothing.
 static Plan model_plan(Model& s, const Config& c, const Options& o) {
     Plan plan;
     s = Model{};
     s.config = c;
     s.options = o;
+    if (o.offload) refuse("--offload: is for the GPU's trainer; here all memory is the host's");
     for (int i = 0; i < LINEARS; i++) s.linear[i] = linear_shape(c, o, i);
     int64_t L = c.L, C = c.C, N = int64_t(o.batch) * o.seq;
 
@@ -857,40 +986,46 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
         }
     }
 
-    int64_t z_now = 0;
     for (int i = 0; i < TAPE_ROWS; i++) {
         const TapeRow& row = tape_rows[i];
-        bool kept = o.recompute < row.gone_from;
-        if (kept && row.input_of >= 0 && s.linear[row.input_of].compressed()) {
-            plan_add(plan, "tape", std::string(row.name) + ".z", "fp32", {L, N, s.linear[row.input_of].r}, &s.z[row.input_of]);
-        } else if (kept) {
-            plan_add(plan, "tape", row.name, "fp32", {i == RESIDUAL ? L + 1 : L, N, row.width * C}, &s.tape[i]);
-        }
+        std::string name = row.name;
+        s.kept[i] = how_kept(i, o, s.linear);
+        if (s.kept[i] == WHOLE) plan_add(plan, "tape", name, "fp32", {L, N, row.width * C}, &s.tape[i]);
+        if (s.kept[i] == AS_Z)
+            plan_add(plan, "tape", name + ".z", "fp32", {L, N, s.linear[row.input_of].r}, &s.z[row.input_of]);
+        if (s.kept[i] == AS_2BIT) plan_add(plan, "tape", name + ".2bit", "2bit", {L, N, row.width * C}, &s.codes[i]);
+        if (s.kept[i] != AS_INT8) continue;
+        plan_add(plan, "tape", name + ".int8", "int8", {L, N, row.width * C}, &s.codes[i]);
+        plan_add(plan, "tape", name + ".scale", "fp32", {L, N, scales_of(c, i)}, &s.scales[i]);
     }
     plan_add(plan, "tape", "ln1_mean", "fp32", {L, N}, &s.ln1_mean);
     plan_add(plan, "tape", "ln1_rstd", "fp32", {L, N}, &s.ln1_rstd);
     plan_add(plan, "tape", "ln2_mean", "fp32", {L, N}, &s.ln2_mean);
     plan_add(plan, "tape", "ln2_rstd", "fp32", {L, N}, &s.ln2_rstd);
     plan_add(plan, "tape", "lse", "fp32", {L, N, c.NH}, &s.lse);
-    plan_add(plan, "tape", "lnf", "fp32", {N, C}, &s.lnf);
     plan_add(plan, "tape", "lnf_mean", "fp32", {N}, &s.lnf_mean);
     plan_add(plan, "tape", "lnf_rstd", "fp32", {N}, &s.lnf_rstd);
 
-    int64_t p_count = 0, p_change = 0, stripes = 0;
+    // The stream out of the last block is in no row of the tape. qkv comes back into `spare`, unless the block's other half has
+    // to be computed while it waits.
+    plan_add(plan, "workspace", "stream", "fp32", {N, C}, &s.now[RESIDUAL]);
+    if (s.kept[ATTY] == GONE) plan_add(plan, "workspace", "qkv", "fp32", {N, 3 * C}, &s.now[QKVR]);
+    if (s.kept[ATTY] != WHOLE) plan_add(plan, "workspace", "atty", "fp32", {N, C}, &s.now[ATTY]);
+    if (s.kept[RESIDUAL2] != WHOLE) plan_add(plan, "workspace", "residual2", "fp32", {N, C}, &s.now[RESIDUAL2]);
+    plan_add(plan, "workspace", "dresidual", "fp32", {N, C}, &s.dresidual);
+    plan_add(plan, "workspace", "wide", "fp32", {N, 4 * C}, &s.wide);
+    plan_add(plan, "workspace", "spare", "fp32", {N, spare_is_wide(s) ? 4 * C : C}, &s.spare);
+
+    int64_t z_now = 0, p_count = 0, p_change = 0, stripes = 0;
     for (int i = 0; i < LINEARS; i++) {
         const Linear& l = s.linear[i];
         if (!l.compressed()) continue;
-        bool on_tape =
-            std::any_of(plan.tensors.begin(), plan.tensors.end(), [&](const Tensor& t) { return t.home == &s.z[i]; });
-        if (!on_tape) z_now = std::max<int64_t>(z_now, l.r);
+        if (!keeps_z(s, i)) z_now = std::max<int64_t>(z_now, l.r);
         p_count = std::max<int64_t>(p_count, o.projection == SPARSE ? l.n : int64_t(l.n) * l.r);
         p_change = std::max<int64_t>(p_change, int64_t(l.r) * l.r);
         stripes = std::max<int64_t>(stripes, o.projection == SPARSE ? (l.n + l.r - 1) / l.r : 0);
     }
     bool move = moments_move(o);
-    plan_add(plan, "workspace", "dresidual", "fp32", {N, C}, &s.dresidual);
-    plan_add(plan, "workspace", "narrow", "fp32", {N, C}, &s.narrow);
-    plan_add(plan, "workspace", "wide", "fp32", {N, 4 * C}, &s.wide);
     plan_add(plan, "workspace", "z", "fp32", {N, z_now}, &s.z_now);
     plan_add(plan, "workspace", "projection", "fp32", {p_count}, &s.p);
     plan_add(plan, "workspace", "projection_shift", "int32", {stripes}, &s.shift);
@@ -917,7 +1052,7 @@ static void model_allocate(Model&, const Plan& plan) {
         char* arena = (char*)calloc(plan.bytes(category), 1);
         if (!arena) {
             fail("not enough memory: " + commas(plan.bytes(category)) + " bytes for " + category +
-                 " could not be had; a smaller --batch, --seq or --rank, or --recompute 2, takes less");
+                 " could not be had; a smaller --batch, --seq or --rank, or --recompute 5, takes less");
         }
         for (const Tensor& t : plan.tensors) {
             if (t.category != category) continue;
@@ -928,10 +1063,15 @@ static void model_allocate(Model&, const Plan& plan) {
 }
 
 // What a CUDA device has to do beyond this: bytes between a tensor and the host, which here are one; rounding freshly read
-// weights to the type that computes; the matrix-product rate that --plan's FLOPs are measured against, 0 where it is unknown.
+// weights to the type in which they are kept; the rate that --plan's FLOPs are measured against, 0 where it is unknown.
 static void model_get(void* host, const void* from, size_t bytes) { memcpy(host, from, bytes); }
 static void model_set(void* to, const void* host, size_t bytes) { memcpy(to, host, bytes); }
-static void model_round(Model&) {}
+static void model_round(Model& s) {
+    for (int i = 0; s.options.master == MASTER_NONE && i < PARAMS; i++) {
+        float* w = s.params[i];
+        for (int64_t j = 0; j < param_count(s.config, i); j++) w[j] = float_of_bf16(bf16_of_float(w[j]));
+    }
+}
 static double model_peak_flops() { return 0; }
 
 // Seconds since the last call: of the device's own time where it has a clock.
@@ -1099,54 +1239,97 @@ static void linear_next_epoch(Model& s, int which, int layer) {
 // the model: forward, backward, update
 // ====================================================================================================================
 
-// Row `row` of the tape in a layer; where the tape does not keep it, the place where it is computed for the moment.
+// Row `row` of the tape in a layer; where the tape does not keep it whole, the place where it stands for the moment.
 static float* tape_at(const Model& s, int row, int layer, int N, float* otherwise) {
     return s.tape[row] ? s.tape[row] + int64_t(layer) * N * tape_rows[row].width * s.config.C : otherwise;
 }
 
-static void layernorm_1(Model& s, float* y, int layer, int N) {
-    int64_t at = int64_t(layer) * N;
-    layernorm_forward(y, s.ln1_mean + at, s.ln1_rstd + at, tape_at(s, RESIDUAL, layer, N, nullptr),
-                      param_at(s, s.params, LN1W, layer), param_at(s, s.params, LN1B, layer), N, s.config.C);
+// Where a block's tensors stand while it is worked on. What is not on the tape lies in wide and spare as the forward pass goes:
+// ln1 in wide, qkv in spare, ln2 in the one and fch in the other, fch_gelu in wide; fch kept as bits is turned to GELU in
+// place.
+struct Block {
+    float *residual, *ln1, *qkv, *atty, *residual2, *ln2, *fch, *fch_gelu;
+};
+
+static Block block_at(const Model& s, int layer, int N) {
+    bool bits = s.kept[FCH] == AS_2BIT;
+    return {layer < s.config.L ? tape_at(s, RESIDUAL, layer, N, s.now[RESIDUAL]) : s.now[RESIDUAL],
+            tape_at(s, LN1, layer, N, s.wide),
+            tape_at(s, QKVR, layer, N, s.now[QKVR] ? s.now[QKVR] : s.spare),
+            tape_at(s, ATTY, layer, N, s.now[ATTY]),
+            tape_at(s, RESIDUAL2, layer, N, s.now[RESIDUAL2]),
+            tape_at(s, LN2, layer, N, bits ? s.spare : s.wide),
+            tape_at(s, FCH, layer, N, bits ? s.wide : s.spare),
+            tape_at(s, FCH_GELU, layer, N, s.wide)};
 }
 
-static void layernorm_2(Model& s, float* y, int layer, int N) {
-    int64_t at = int64_t(layer) * N;
-    layernorm_forward(y, s.ln2_mean + at, s.ln2_rstd + at, tape_at(s, RESIDUAL2, layer, N, nullptr),
-                      param_at(s, s.params, LN2W, layer), param_at(s, s.params, LN2B, layer), N, s.config.C);
+// A row (N, width C) that the tape keeps as int8: onto it, and back again.
+static void tape_store(Model& s, int row, int layer, const float* x, int N) {
+    if (s.kept[row] != AS_INT8) return;
+    int64_t width = tape_rows[row].width * int64_t(s.config.C), scales = scales_of(s.config, row);
+    quantize((int8_t*)s.codes[row] + layer * N * width, s.scales[row] + layer * N * scales, x, N * scales, int(width / scales));
 }
 
-// s.inputs (B, T) to s.lnf (B*T, C), the input of the head. When training, fills the tape on the way.
+static void tape_load(Model& s, int row, int layer, float* x, int N) {
+    if (s.kept[row] != AS_INT8) return;
+    int64_t width = tape_rows[row].width * int64_t(s.config.C), scales = scales_of(s.config, row);
+    dequantize(x, (int8_t*)s.codes[row] + layer * N * width, s.scales[row] + layer * N * scales, N * scales,
+               int(width / scales));
+}
+
+static uint8_t* fch_bits(const Model& s, int layer, int N) { return (uint8_t*)s.codes[FCH] + int64_t(layer) * N * s.config.C; }
+
+static void layernorm_1(Model& s, float* y, const float* x, int layer, int N) {
+    int64_t at = int64_t(layer) * N;
+    layernorm_forward(y, s.ln1_mean + at, s.ln1_rstd + at, x, param_at(s, s.params, LN1W, layer),
+                      param_at(s, s.params, LN1B, layer), N, s.config.C);
+}
+
+static void layernorm_2(Model& s, float* y, const float* x, int layer, int N) {
+    int64_t at = int64_t(layer) * N;
+    layernorm_forward(y, s.ln2_mean + at, s.ln2_rstd + at, x, param_at(s, s.params, LN2W, layer),
+                      param_at(s, s.params, LN2B, layer), N, s.config.C);
+}
+
+// The block's first half, residual to residual2. The backward pass runs it again at the last recomputation level.
+static void attention_half(Model& s, const Block& b, int layer, int B, int T, bool training) {
+    int N = B * T, NH = s.config.NH;
+    layernorm_1(s, b.ln1, b.residual, layer, N);
+    linear_forward(s, QKV, layer, b.qkv, b.ln1, nullptr, N, training);
+    attention_forward(b.atty, s.lse + int64_t(layer) * N * NH, b.qkv, s.scratch, B, T, s.config.C, NH);
+    linear_forward(s, ATTPROJ, layer, b.residual2, b.atty, b.residual, N, training);
+}
+
+// s.inputs (B, T) to the head's input (B*T, C), which it leaves in s.wide. When training, fills the tape on the way.
 static void model_forward(Model& s, int B, int T, bool training) {
     const Config& c = s.config;
     int N = B * T;
-    embedding_forward(s.tape[RESIDUAL], s.inputs, s.params[WTE], s.params[WPE], B, T, c.C);
+    embedding_forward(block_at(s, 0, N).residual, s.inputs, s.params[WTE], s.params[WPE], B, T, c.C);
     for (int layer = 0; layer < c.L; layer++) {
-        float *residual = tape_at(s, RESIDUAL, layer, N, nullptr), *residual2 = tape_at(s, RESIDUAL2, layer, N, nullptr);
-        float *qkv = tape_at(s, QKVR, layer, N, nullptr), *atty = tape_at(s, ATTY, layer, N, nullptr);
-        float *fch = tape_at(s, FCH, layer, N, nullptr), *fch_gelu = tape_at(s, FCH_GELU, layer, N, s.wide);
-        float *ln1 = tape_at(s, LN1, layer, N, s.narrow), *ln2 = tape_at(s, LN2, layer, N, s.narrow);
-
-        layernorm_1(s, ln1, layer, N);
-        linear_forward(s, QKV, layer, qkv, ln1, nullptr, N, training);
-        attention_forward(atty, s.lse + int64_t(layer) * N * c.NH, qkv, s.scratch, B, T, c.C, c.NH);
-        linear_forward(s, ATTPROJ, layer, residual2, atty, residual, N, training);
-        layernorm_2(s, ln2, layer, N);
-        linear_forward(s, FC, layer, fch, ln2, nullptr, N, training);
-        gelu_forward(fch_gelu, fch, int64_t(N) * 4 * c.C);
-        linear_forward(s, FCPROJ, layer, tape_at(s, RESIDUAL, layer + 1, N, nullptr), fch_gelu, residual2, N, training);
+        Block b = block_at(s, layer, N);
+        if (training) tape_store(s, RESIDUAL, layer, b.residual, N);
+        attention_half(s, b, layer, B, T, training);
+        if (training) {
+            tape_store(s, QKVR, layer, b.qkv, N);
+            tape_store(s, ATTY, layer, b.atty, N);
+            tape_store(s, RESIDUAL2, layer, b.residual2, N);
+        }
+        layernorm_2(s, b.ln2, b.residual2, layer, N);
+        linear_forward(s, FC, layer, b.fch, b.ln2, nullptr, N, training);
+        if (training && s.kept[FCH] == AS_2BIT) gelu_bits(fch_bits(s, layer, N), b.fch, int64_t(N) * 4 * c.C);
+        gelu_forward(b.fch_gelu, b.fch, int64_t(N) * 4 * c.C);
+        linear_forward(s, FCPROJ, layer, block_at(s, layer + 1, N).residual, b.fch_gelu, b.residual2, N, training);
     }
-    layernorm_forward(s.lnf, s.lnf_mean, s.lnf_rstd, tape_at(s, RESIDUAL, c.L, N, nullptr), s.params[LNFW], s.params[LNFB], N,
-                      c.C);
+    layernorm_forward(s.wide, s.lnf_mean, s.lnf_rstd, s.now[RESIDUAL], s.params[LNFW], s.params[LNFB], N, c.C);
 }
 
-// Logits (rows, V) of tokens first, first+1, ... of the last forward pass. Padded words have none.
+// Logits (rows, V) of tokens first, first+1, ..., straight after a forward pass. Padded words have none.
 static void model_logits(const Model& s, float* logits, int first, int rows) {
-    matmul(logits, s.lnf + int64_t(first) * s.config.C, false, s.params[WTE], true, rows, s.config.V, s.config.C, 1.0f, 0.0f);
+    matmul(logits, s.wide + int64_t(first) * s.config.C, false, s.params[WTE], true, rows, s.config.V, s.config.C, 1.0f, 0.0f);
 }
 
-// The losses of all N tokens, a chunk of tokens at a time. When training, the gradients too, at once: that of s.lnf into
-// s.narrow, and that of wte added to beta times what stands there. scale is 1 / (tokens of the optimizer step).
+// The losses of all N tokens, a chunk of tokens at a time. When training, the gradients too, at once: that of the head's input
+// into s.spare, and that of wte added to beta times what stands there. scale is 1 / (tokens of the optimizer step).
 static void classifier(Model& s, int N, bool training, float scale, float beta) {
     const Config& c = s.config;
     for (int first = 0; first < N; first += CHUNK) {
@@ -1154,8 +1337,8 @@ static void classifier(Model& s, int N, bool training, float scale, float beta) 
         model_logits(s, s.logits, first, rows);
         cross_entropy(s.logits, s.losses + first, s.targets + first, rows, c.V, scale);
         if (!training) continue;
-        matmul(s.narrow + int64_t(first) * c.C, s.logits, false, s.params[WTE], false, rows, c.C, c.V, 1.0f, 0.0f);
-        matmul(s.grads[WTE], s.logits, true, s.lnf + int64_t(first) * c.C, false, c.V, c.C, rows, 1.0f,
+        matmul(s.spare + int64_t(first) * c.C, s.logits, false, s.params[WTE], false, rows, c.C, c.V, 1.0f, 0.0f);
+        matmul(s.grads[WTE], s.logits, true, s.wide + int64_t(first) * c.C, false, c.V, c.C, rows, 1.0f,
                first == 0 ? beta : 1.0f);
     }
 }
@@ -1164,6 +1347,44 @@ static void classifier(Model& s, int N, bool training, float scale, float beta) 
 static void model_evaluate(Model& s, int B, int T) {
     model_forward(s, B, T, false);
     classifier(s, B * T, false, 0.0f, 0.0f);
+}
+
+// The backward pass of one block: s.dresidual holds the gradient of the stream out of it, and then of the stream into it.
+// What the tape does not keep comes back first. The gradient of each layer's input takes the place of that input, once it is
+// read; in s.wide the gradient of qkv (3C) and that of attention's output (C) lie side by side.
+static void block_backward(Model& s, int layer, int B, int T, float beta) {
+    int N = B * T, C = s.config.C, NH = s.config.NH;
+    int64_t at = int64_t(layer) * N, NC = int64_t(N) * C;
+    Block b = block_at(s, layer, N);
+    tape_load(s, RESIDUAL, layer, b.residual, N);
+    tape_load(s, ATTY, layer, b.atty, N);
+    tape_load(s, RESIDUAL2, layer, b.residual2, N);
+    if (s.kept[ATTY] == GONE) attention_half(s, b, layer, B, T, false);
+    if (s.kept[FCH] == GONE) {
+        layernorm_2(s, b.ln2, b.residual2, layer, N);
+        linear_forward(s, FC, layer, b.fch, b.ln2, nullptr, N, false);
+    }
+
+    if (s.kept[FCH_GELU] == GONE) gelu_forward(b.fch_gelu, b.fch, 4 * NC);
+    linear_backward(s, FCPROJ, layer, s.wide, s.dresidual, b.fch_gelu, N, beta);
+    if (s.kept[FCH] == AS_2BIT)
+        gelu_backward_2bit(s.wide, fch_bits(s, layer, N), 4 * NC);
+    else
+        gelu_backward(s.wide, b.fch, 4 * NC);
+    if (s.kept[LN2] == GONE) layernorm_2(s, b.ln2 = s.spare, b.residual2, layer, N);
+    linear_backward(s, FC, layer, s.spare, s.wide, b.ln2, N, beta);
+    layernorm_backward(s.dresidual, param_at(s, s.grads, LN2W, layer), param_at(s, s.grads, LN2B, layer), s.spare, b.residual2,
+                       s.ln2_mean + at, s.ln2_rstd + at, param_at(s, s.params, LN2W, layer), N, C, 1.0f);
+
+    float* datty = s.wide + 3 * NC;
+    linear_backward(s, ATTPROJ, layer, datty, s.dresidual, b.atty, N, beta);
+    tape_load(s, QKVR, layer, b.qkv, N);
+    if (s.kept[LN1] == GONE) layernorm_1(s, b.ln1 = s.spare + (spare_is_wide(s) ? 3 * NC : 0), b.residual, layer, N);
+    if (s.kept[QKVR] == GONE && !s.now[QKVR]) linear_forward(s, QKV, layer, b.qkv, b.ln1, nullptr, N, false);
+    attention_backward(s.wide, datty, b.qkv, b.atty, s.lse + at * NH, s.scratch, B, T, C, NH);
+    linear_backward(s, QKV, layer, s.spare, s.wide, b.ln1, N, beta);
+    layernorm_backward(s.dresidual, param_at(s, s.grads, LN1W, layer), param_at(s, s.grads, LN1B, layer), s.spare, b.residual,
+                       s.ln1_mean + at, s.ln1_rstd + at, param_at(s, s.params, LN1W, layer), N, C, 1.0f);
 }
 
 // Forward and backward pass of one micro batch: losses, and gradients times scale, added to those of the step's earlier
@@ -1178,30 +1399,9 @@ static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
     }
     model_forward(s, B, T, true);
     classifier(s, N, true, scale, beta);
-    layernorm_backward(s.dresidual, s.grads[LNFW], s.grads[LNFB], s.narrow, tape_at(s, RESIDUAL, c.L, N, nullptr), s.lnf_mean,
-                       s.lnf_rstd, s.params[LNFW], N, c.C, 0.0f);
-    for (int layer = c.L - 1; layer >= 0; layer--) {
-        float *residual = tape_at(s, RESIDUAL, layer, N, nullptr), *residual2 = tape_at(s, RESIDUAL2, layer, N, nullptr);
-        float *qkv = tape_at(s, QKVR, layer, N, nullptr), *atty = tape_at(s, ATTY, layer, N, nullptr);
-        float* fch = tape_at(s, FCH, layer, N, nullptr);
-        float *ln1 = tape_at(s, LN1, layer, N, nullptr), *ln2 = tape_at(s, LN2, layer, N, nullptr);
-        float* fch_gelu = tape_at(s, FCH_GELU, layer, N, nullptr);
-        int64_t at = int64_t(layer) * N;
-
-        if (!fch_gelu && !s.z[FCPROJ]) gelu_forward(fch_gelu = s.wide, fch, int64_t(N) * 4 * c.C);
-        linear_backward(s, FCPROJ, layer, s.wide, s.dresidual, fch_gelu, N, beta);
-        gelu_backward(s.wide, fch, int64_t(N) * 4 * c.C);
-        if (!ln2 && !s.z[FC]) layernorm_2(s, ln2 = s.narrow, layer, N);
-        linear_backward(s, FC, layer, s.narrow, s.wide, ln2, N, beta);
-        layernorm_backward(s.dresidual, param_at(s, s.grads, LN2W, layer), param_at(s, s.grads, LN2B, layer), s.narrow,
-                           residual2, s.ln2_mean + at, s.ln2_rstd + at, param_at(s, s.params, LN2W, layer), N, c.C, 1.0f);
-        linear_backward(s, ATTPROJ, layer, s.narrow, s.dresidual, atty, N, beta);
-        attention_backward(s.wide, s.narrow, qkv, atty, s.lse + at * c.NH, s.scratch, B, T, c.C, c.NH);
-        if (!ln1 && !s.z[QKV]) layernorm_1(s, ln1 = s.narrow, layer, N);
-        linear_backward(s, QKV, layer, s.narrow, s.wide, ln1, N, beta);
-        layernorm_backward(s.dresidual, param_at(s, s.grads, LN1W, layer), param_at(s, s.grads, LN1B, layer), s.narrow,
-                           residual, s.ln1_mean + at, s.ln1_rstd + at, param_at(s, s.params, LN1W, layer), N, c.C, 1.0f);
-    }
+    layernorm_backward(s.dresidual, s.grads[LNFW], s.grads[LNFB], s.spare, s.now[RESIDUAL], s.lnf_mean, s.lnf_rstd,
+                       s.params[LNFW], N, c.C, 0.0f);
+    for (int layer = c.L - 1; layer >= 0; layer--) block_backward(s, layer, B, T, beta);
     embedding_backward(s.grads[WTE], s.grads[WPE], s.dresidual, s.inputs, B, T, c.C);
 }
 
@@ -1266,8 +1466,9 @@ static double model_update(Model& s, const Plan& plan, int64_t step, double lr) 
         for (int layer = 0; which >= 0 && layer < s.config.L; layer++) {
             linear_update(s, which, layer, s.linear[which].compressed() ? compressed : exact);
         }
-        if (which >= 0) continue;
-        adam_update(s.params[i], s.grads[i], s.m[i], s.v[i], param_count(s.config, i), exact);
+        int64_t count = param_count(s.config, i);
+        if (which < 0) adam_update(s.params[i], s.grads[i], s.m[i], s.v[i], count, exact);
+        if (o.master == MASTER_NONE) round_stochastically(s.params[i], count, o.seed, stream_of(STREAM_ROUND, i, step));
     }
     return norm;
 }
@@ -1386,32 +1587,28 @@ struct Writer {
     }
 };
 
-static uint16_t bf16_of_float(float x) {  // to nearest, ties to even
-    uint32_t bits = bits_of_float(x);
-    return x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-static float float_of_bf16(uint16_t x) { return float_of_bits(uint32_t(x) << 16); }
-
 // Elements [first, first + count) of a tensor as floats, piece by piece: `use` reads each piece, or fills it when it is to
-// be stored.
+// be stored, which fp32 and bf16 can be. 2bit begins and ends with whole bytes.
 static void visit(const Tensor& t, int64_t first, int64_t count, bool store,
                   const std::function<void(float*, int64_t at, int64_t n)>& use) {
     const int64_t MOST = 1 << 18;
-    bool bf16 = t.type == "bf16";
-    int64_t width = bf16 ? 2 : 4;
     std::vector<float> piece(std::min(MOST, count));
-    std::vector<uint16_t> half(bf16 ? piece.size() : 0);
+    std::vector<uint8_t> raw(piece.size() * t.bits() / 8);
+    uint16_t* half = (uint16_t*)raw.data();
     char* data;
     memcpy(&data, t.home, sizeof(data));
     for (int64_t at = first, n; at < first + count; at += n) {
         n = std::min(MOST, first + count - at);
-        void* raw = bf16 ? (void*)half.data() : piece.data();
-        if (!store) model_get(raw, data + at * width, n * width);
-        if (!store && bf16) std::transform(half.begin(), half.begin() + n, piece.begin(), float_of_bf16);
+        char* from = data + at * t.bits() / 8;
+        if (!store) model_get(raw.data(), from, n * t.bits() / 8);
+        if (t.type == "fp32" && !store) memcpy(piece.data(), raw.data(), n * 4);
+        if (t.type == "bf16" && !store) std::transform(half, half + n, piece.begin(), float_of_bf16);
+        if (t.type == "int8") std::transform(raw.begin(), raw.begin() + n, piece.begin(), [](uint8_t x) { return int8_t(x); });
+        for (int64_t i = 0; t.type == "2bit" && i < n; i++) piece[i] = float(raw[i / 4] >> i % 4 * 2 & 3);
         use(piece.data(), at, n);
-        if (store && bf16) std::transform(piece.begin(), piece.begin() + n, half.begin(), bf16_of_float);
-        if (store) model_set(data + at * width, raw, n * width);
+        if (t.type == "bf16" && store) std::transform(piece.begin(), piece.begin() + n, half, bf16_of_float);
+        if (t.type == "fp32" && store) memcpy(raw.data(), piece.data(), n * 4);
+        if (store) model_set(from, raw.data(), n * t.bits() / 8);
     }
 }
 
@@ -1852,7 +2049,7 @@ static int64_t read_state(const Plan& plan, const Identity& identity, const std:
         if (was != row.second) refuse(row.first + ": " + path + " was saved with " + was + ", not " + row.second);
     }
     int64_t size = HEADER_BYTES + lines.size() + 8;
-    for (const Tensor& t : saved_tensors(plan)) size += t.bytes();
+    for (const Tensor& t : saved_tensors(plan)) size += t.count() * 4;
     if (lines != identity_lines(identity) || in.size != size)
         refuse(path + ": is of another make: its contents do not fit its flags");
     for (const Tensor& t : saved_tensors(plan)) {
@@ -1901,14 +2098,14 @@ static int64_t resume(const Plan& plan, const Identity& identity, const std::str
 
 // ---- options: a row each; parsing, --help, the log and the plan's JSON all follow from this table
 
-enum { KIND_TEXT, KIND_INT, KIND_REAL, KIND_RANK, KIND_FLAG, KIND_CHOICE, KIND_SET, KIND_PLAN };
+enum { KIND_TEXT, KIND_INT, KIND_REAL, KIND_RANK, KIND_BYTES, KIND_FLAG, KIND_CHOICE, KIND_SET, KIND_PLAN };
 
 struct OptionRow {
     char letter;
     const char *name, *argument;
     int kind;
     void* value;
-    const char* help;
+    std::string help;
     double low = 0, high = 0;
     const char* names = "";  // of choices
 };
@@ -1945,7 +2142,12 @@ static std::vector<OptionRow> option_table(Options& o) {
         {0, "gap", "T", KIND_INT, &o.gap, "steps between new projections; 0: never", 0, MANY},
         {0, "alpha", "A", KIND_REAL, &o.alpha, "scale of a compressed layer's step", 0, MANY},
         {0, "moments", "M", KIND_CHOICE, &o.moments, "Adam's, at a new projection: ", 0, 0, moments_names},
-        {'r', "recompute", "N", KIND_INT, &o.recompute, "0 keeps all, 1 computes GELU again, 2 LayerNorm too", 0, 2},
+        {'r', "recompute", "N", KIND_INT, &o.recompute, levels_help(), 0, NEVER - 1},
+        {0, "gelu", "G", KIND_CHOICE, &o.gelu, "2bit keeps 2 bits of each of fch, for a derivative in steps: ", 0, 0, gelu_names},
+        {0, "tape", "T", KIND_CHOICE, &o.tape, "int8 keeps residual, qkv, atty and residual2 in 8 bits: ", 0, 0, tape_names},
+        {0, "master", "M", KIND_CHOICE, &o.master, "none keeps weights in bf16 alone, rounded at random: ", 0, 0, master_names},
+        {0, "offload", "", KIND_FLAG, &o.offload, "the tape waits in the host's memory (GPU)"},
+        {0, "memory", "SIZE", KIND_BYTES, &o.memory, "such as 24GB: choose -r, from the one given up, and -b to fit; 0: as given"},
         {0, "plan", "", KIND_PLAN, &o.plan, "print the memory plan and stop; --plan=json for programs"},
         {'v', "val-every", "N", KIND_INT, &o.val_every, "evaluate every N steps and at the end; 0: never, -1: at the end", -1, MANY},
         {'m', "val-batches", "N", KIND_INT, &o.val_batches, "validation batches; -1: all", -1, MANY},
@@ -1978,6 +2180,7 @@ static std::string names_of(const char* names, int mask) {
 
 static std::string option_value(const OptionRow& row) {
     if (row.kind == KIND_INT) return str(*(int*)row.value);
+    if (row.kind == KIND_BYTES) return str(*(int64_t*)row.value);
     if (row.kind == KIND_REAL || row.kind == KIND_RANK) return text("%.9g", *(double*)row.value);
     if (row.kind == KIND_FLAG) return *(bool*)row.value ? "true" : "false";
     if (row.kind == KIND_CHOICE) return names_of(row.names, 1 << *(int*)row.value);
@@ -1997,9 +2200,27 @@ static double number(const OptionRow& row, const std::string& value) {
     return x;
 }
 
+// A size such as 24GB (10^9), 24GiB (2^30), 500 MB or 1e9.
+static int64_t bytes_of(const std::string& given, const std::string& value) {
+    char* end;
+    double x = strtod(value.c_str(), &end), unit = 1;
+    std::string rest = end + strspn(end, " "), letters = "KMGT";
+    size_t power = rest.empty() ? std::string::npos : letters.find(char(toupper(rest[0])));
+    if (power != std::string::npos) {
+        bool binary = rest.size() > 1 && tolower(rest[1]) == 'i';
+        unit = pow(binary ? 1024 : 1000, power + 1.0);
+        rest.erase(0, binary ? 2 : 1);
+    }
+    bool digits = value.find_first_of("0123456789") <= value.find_first_not_of(".0123456789");
+    if (!digits || (!rest.empty() && rest != "B" && rest != "b") || !(x * unit >= 0 && x * unit < 1e18))
+        refuse(given + " is not a size such as 24GB, 24GiB or 500MB");
+    return int64_t(x * unit);
+}
+
 static void set_option(const OptionRow& row, const std::string& value) {
     std::string name = std::string("--") + row.name, given = name + ": '" + value + "'";
     if (row.kind == KIND_FLAG) *(bool*)row.value = true;
+    if (row.kind == KIND_BYTES) *(int64_t*)row.value = bytes_of(given, value);
     if (row.kind == KIND_INT) *(int*)row.value = int(number(row, value));
     if (row.kind == KIND_REAL || row.kind == KIND_RANK) *(double*)row.value = number(row, value);
     if (row.kind == KIND_TEXT || row.kind == KIND_PLAN) *(std::string*)row.value = value;
@@ -2011,11 +2232,12 @@ static void set_option(const OptionRow& row, const std::string& value) {
         refuse(given + " is not known; --plan and --plan=json are");
     if (row.kind != KIND_CHOICE && row.kind != KIND_SET) return;
     int mask = 0;
-    for (size_t at = 0, comma; at <= value.size() && value != "none"; at = comma + 1) {
-        comma = row.kind == KIND_SET ? std::min(value.find(',', at), value.size()) : value.size();
+    bool set = row.kind == KIND_SET;
+    for (size_t at = 0, comma; at <= value.size() && !(set && value == "none"); at = comma + 1) {
+        comma = set ? std::min(value.find(',', at), value.size()) : value.size();
         std::string piece = value.substr(at, comma - at);
         int i = 0;
-        while (i < 8 && (piece == "none" || names_of(row.names, 1 << i) != piece)) i++;
+        while (i < 8 && ((set && piece == "none") || names_of(row.names, 1 << i) != piece)) i++;
         mask |= 1 << i;
         if (row.kind == KIND_CHOICE) *(int*)row.value = i;
     }
@@ -2060,7 +2282,7 @@ static void print_help() {
     for (const OptionRow& row : option_table(defaults)) {
         std::string left = (row.letter ? text("  -%c, --", row.letter) : "      --") + row.name + " " + row.argument,
                     value = option_value(row);
-        printf("%-28s %s%s%s\n", left.c_str(), row.help, row.names,
+        printf("%-28s %s%s%s\n", left.c_str(), row.help.c_str(), row.names,
                row.kind == KIND_FLAG || value.empty() ? "" : (" (" + value + ")").c_str());
     }
     printf("\nBad input ends with one line and status 2.\n");
@@ -2091,15 +2313,50 @@ static Config choose_config(const Options& o, int V) {
     return c;
 }
 
+// For --memory: the least recomputation, from the level given, at which -b sequences fit, and there as many as do; where -b
+// fits at no level, the level that takes the most. With --total-batch, -b divides its sequences.
+static void fit_memory(Options& o, const Config& c) {
+    int64_t rows = o.total_batch / o.seq, least = 0;
+    int last = o.gelu == GELU_2BIT ? tape_rows[FCH].gone_from - 1 : NEVER - 1, wish = o.batch;
+    auto bytes = [&](int level, int64_t batch) {
+        Model s;
+        Options other = o;
+        other.recompute = level, other.batch = int(batch);
+        if (o.total_batch == 0) other.total_batch = int(batch * o.seq);
+        return model_plan(s, c, other).bytes();
+    };
+    auto most = [&](int level) {
+        int64_t fits = 0, above = (rows ? rows : (1 << 30) / o.seq) + 1;
+        while (above - fits > 1) (bytes(level, (fits + above) / 2) <= o.memory ? fits : above) = (fits + above) / 2;
+        while (rows && fits > 0 && rows % fits != 0) fits--;
+        return int(fits);
+    };
+    if (rows) wish = int(std::min<int64_t>(wish, rows));
+    while (rows && rows % wish != 0) wish--;
+    o.batch = 0;
+    for (int level = o.recompute, first = level; level <= last && o.batch < wish; level++) {
+        int fits = most(level), one = level == first;
+        if (fits > o.batch) o.batch = fits, o.recompute = level;
+        least = one ? bytes(level, 1) : std::min(least, bytes(level, 1));
+    }
+    if (o.batch == 0)
+        refuse("--memory: " + commas(o.memory) + " bytes do not suffice: a single sequence takes " + commas(least) +
+               " or more");
+}
+
 // Fills in what follows from the model, and looks for contradictions.
 static void settle_options(Options& o, const Config& c) {
     if (o.seq == 0) o.seq = c.context;
     if (o.seq > c.context) refuse("--seq: " + str(o.seq) + " is more than the model's context of " + str(c.context));
+    if (o.memory > 0 && o.total_batch % o.seq == 0) fit_memory(o, c);
     int64_t micro = int64_t(o.batch) * o.seq;
     if (micro > 1 << 30) refuse("--batch: " + str(o.batch) + " sequences of " + str(o.seq) + " are more than 2^30 tokens");
     if (o.total_batch == 0) o.total_batch = int(micro);
     if (o.total_batch % micro != 0)
         refuse("--total-batch: " + str(o.total_batch) + " is no multiple of --batch times --seq, " + str(micro));
+    if (o.gelu == GELU_2BIT && o.recompute >= tape_rows[FCH].gone_from)
+        refuse("--gelu: 2bit keeps bits of what --recompute " + str(o.recompute) + " computes again; choose one of them");
+    if (o.offload && !o.dump.empty()) refuse("--dump: reads the whole tape; leave --offload away");
     if (o.resume && o.out.empty()) refuse("--resume: needs --out, the folder with the checkpoints");
     if (o.checkpoint_every != 0 && o.out.empty()) refuse("--checkpoint-every: needs --out, a folder for the checkpoints");
 }
@@ -2109,7 +2366,8 @@ static void settle_options(Options& o, const Config& c) {
 static std::string options_json(Options& o) {
     std::string out;
     for (const OptionRow& row : option_table(o)) {
-        bool bare = row.kind == KIND_INT || row.kind == KIND_REAL || row.kind == KIND_RANK || row.kind == KIND_FLAG;
+        bool bare = row.kind == KIND_INT || row.kind == KIND_REAL || row.kind == KIND_RANK || row.kind == KIND_BYTES ||
+                    row.kind == KIND_FLAG;
         if (row.value == &o.plan || row.value == &o.help) continue;
         out += (out.empty() ? "{" : ", ") + json_string(row.name) + ": " +
                (bare ? option_value(row) : json_string(option_value(row)));
@@ -2124,14 +2382,38 @@ static std::string shape_text(const Tensor& t, const char* between) {
     return out;
 }
 
-static std::string plan_json(const Plan& plan, int64_t full_rank_bytes) {
-    const Flops& f = plan.flops;
-    std::string comma, out = "\"total_bytes\": " + str(plan.bytes());
-    out += ", \"full_rank_total_bytes\": " + str(full_rank_bytes) + ", \"categories\": {";
+// The plan of a run beside those that it is measured against.
+struct Plans {
+    Plan run, full_rank, level_2;  // the same flags at full rank; full rank at --recompute 2 and nothing else: llm.c's best
+};
+
+static Plans make_plans(Model& s, const Config& c, const Options& o) {
+    Options full = o;
+    full.rank = 1.0;
+    Options level_2 = full;
+    level_2.recompute = 2, level_2.gelu = GELU_EXACT, level_2.tape = TAPE_FULL, level_2.master = MASTER_FP32;
+    level_2.offload = false;
+    Plans plans;
+    plans.full_rank = model_plan(s, c, full);
+    plans.level_2 = model_plan(s, c, level_2);
+    plans.run = model_plan(s, c, o);  // the last one sets s up
+    return plans;
+}
+
+static std::string flops_json(const Flops& f) {
+    return text(
+        "{\"forward\": %.0f, \"backward\": %.0f, \"recompute\": %.0f, \"projection\": %.0f, \"update\": %.0f, \"total\": %.0f}",
+        f.forward, f.backward, f.recompute, f.projection, f.update, f.total());
+}
+
+static std::string plan_json(const Plans& plans) {
+    const Plan& plan = plans.run;
+    std::string comma, out = "\"total_bytes\": " + str(plan.bytes()) + ", \"host_bytes\": " + str(plan.bytes("host"));
+    out += ", \"full_rank_total_bytes\": " + str(plans.full_rank.bytes()) +
+           ", \"full_rank_level_2\": {\"total_bytes\": " + str(plans.level_2.bytes()) +
+           ", \"flops_per_token\": " + flops_json(plans.level_2.flops) + "}, \"categories\": {";
     for (const std::string& c : plan.categories()) out += comma + json_string(c) + ": " + str(plan.bytes(c)), comma = ", ";
-    out += text("}, \"flops_per_token\": {\"forward\": %.0f, \"backward\": %.0f, \"recompute\": %.0f, ", f.forward, f.backward,
-                f.recompute);
-    out += text("\"projection\": %.0f, \"update\": %.0f, \"total\": %.0f}, \"tensors\": [", f.projection, f.update, f.total());
+    out += "}, \"flops_per_token\": " + flops_json(plan.flops) + ", \"tensors\": [";
     comma = "";
     for (const Tensor& t : plan.tensors) {
         out += comma + "{\"name\": " + json_string(t.name) + ", \"category\": " + json_string(t.category) + ", \"shape\": [" +
@@ -2141,20 +2423,39 @@ static std::string plan_json(const Plan& plan, int64_t full_rank_bytes) {
     return out + "]";
 }
 
-static void print_plan(const Plan& plan, const Plan& full, bool tensors) {
+static void print_plan(const Plans& plans, const Options& o, bool tensors) {
     auto mib = [](int64_t bytes) { return commas(bytes >> 20) + text(".%d MiB", int((bytes & 0xFFFFF) * 10 >> 20)); };
-    for (const Tensor& t : plan.tensors) {
+    for (const Tensor& t : plans.run.tensors) {
         if (!tensors) break;
         printf("  %-12s %-22s %-24s %-6s %16s\n", t.category.c_str(), t.name.c_str(), shape_text(t, " x ").c_str(),
                t.type.c_str(), mib(t.bytes()).c_str());
     }
-    printf("%s%-14s %16s %16s\n", tensors ? "\n" : "", "memory", "this run", "full rank");
-    for (const std::string& c : plan.categories())
-        printf("  %-12s %16s %16s\n", c.c_str(), mib(plan.bytes(c)).c_str(), mib(full.bytes(c)).c_str());
-    printf("  %-12s %16s %16s   %.0f %%\n", "total", mib(plan.bytes()).c_str(), mib(full.bytes()).c_str(),
-           100.0 * plan.bytes() / full.bytes());
-    printf("  %-12s %14.4g   %14.4g     %.0f %%\n", "FLOPs/token", plan.flops.total(), full.flops.total(),
-           100 * plan.flops.total() / full.flops.total());
+    if (tensors) printf("\n");
+    if (o.memory > 0) printf("of %s bytes: chose --recompute %d, -b %d\n", commas(o.memory).c_str(), o.recompute, o.batch);
+    const Plan* columns[] = {&plans.run, &plans.full_rank, &plans.level_2};
+    auto row = [&](const std::string& name, const std::function<std::string(const Plan&)>& cell) {
+        printf("  %-12s", name.c_str());
+        for (const Plan* plan : columns) printf(" %16s", cell(*plan).c_str());
+        printf("\n");
+    };
+    printf("%-14s %16s %16s %16s\n", "memory", "this run", "full rank", "full rank, -r 2");
+    std::vector<std::string> names;
+    for (const Plan* plan : columns) {
+        for (const std::string& c : plan->categories()) {
+            if (std::find(names.begin(), names.end(), c) == names.end()) names.push_back(c);
+        }
+    }
+    for (const std::string& c : names) row(c, [&](const Plan& p) { return mib(p.bytes(c)); });
+    row("total", [&](const Plan& p) { return mib(p.bytes()); });
+    row("", [&](const Plan& p) { return text("%.0f %%", 100.0 * p.bytes() / plans.level_2.bytes()); });
+    printf("matrix products, FLOPs a token\n");
+    row("forward", [](const Plan& p) { return text("%.4g", p.flops.forward); });
+    row("backward", [](const Plan& p) { return text("%.4g", p.flops.backward); });
+    row("recompute", [](const Plan& p) { return text("%.4g", p.flops.recompute); });
+    row("projection", [](const Plan& p) { return text("%.4g", p.flops.projection); });
+    row("update", [](const Plan& p) { return text("%.4g", p.flops.update); });
+    row("total", [](const Plan& p) { return text("%.4g", p.flops.total()); });
+    row("", [&](const Plan& p) { return text("%.0f %%", 100 * p.flops.total() / plans.level_2.flops.total()); });
 }
 
 // The step just accumulated, before its update: parameters, gradients, projections, and of its last micro batch the tape,
@@ -2168,18 +2469,22 @@ static void write_dump(Model& s, const Plan& plan, const Options& o) {
         out.write(&length, 4), out.write(name.data(), name.size());
         out.write(&dims, 4), out.write(shape.data(), shape.size() * 8);
     };
+    auto dump = [&](const std::string& name, const Tensor& t, bool whole, std::vector<int64_t> shape) {
+        int64_t each = 1;
+        for (int64_t d : shape) each *= d;
+        for (int64_t i = 0; i < (whole ? 1 : t.shape[0]); i++) {
+            record(whole ? name : name + "." + str(i), shape);
+            visit(t, i * each, each, false, [&](const float* from, int64_t, int64_t n) { out.write(from, n * 4); });
+        }
+    };
     std::vector<Tensor> dumped;
     for (const char* category : {"parameters", "gradients", "tape"}) tensors_of(plan, category, dumped);
     for (const Tensor& t : dumped) {
         bool act = t.category == "tape", whole = t.category == "parameters";
         std::string name = whole ? "param." + t.name : act ? "act." + t.name : t.name;
-        for (const char* single : {"grad.wte", "grad.wpe", "grad.lnfw", "grad.lnfb", "act.lnf", "act.lnf_mean", "act.lnf_rstd"})
+        for (const char* single : {"grad.wte", "grad.wpe", "grad.lnfw", "grad.lnfb", "act.lnf_mean", "act.lnf_rstd"})
             whole |= name == single;
-        int64_t records = whole ? 1 : t.shape[0], each = t.count() / records;
-        for (int64_t i = 0; i < records; i++) {
-            record(whole ? name : name + "." + str(i), std::vector<int64_t>(t.shape.begin() + !whole, t.shape.end()));
-            visit(t, i * each, each, false, [&](const float* from, int64_t, int64_t n) { out.write(from, n * 4); });
-        }
+        dump(name, t, whole, std::vector<int64_t>(t.shape.begin() + !whole, t.shape.end()));
     }
     for (int which = 0; which < LINEARS; which++) {
         for (int layer = 0; s.linear[which].compressed() && layer < c.L; layer++) {
@@ -2196,6 +2501,11 @@ static void write_dump(Model& s, const Plan& plan, const Options& o) {
     record("inputs", {o.batch, o.seq}), out.write(row.data(), N * 4);
     std::copy(s.targets, s.targets + N, row.begin());
     record("targets", {o.batch, o.seq}), out.write(row.data(), N * 4);
+    model_evaluate(s, o.batch, o.seq);  // again: the backward pass has used the places of what follows
+    for (const Tensor& t : plan.tensors) {
+        if (t.name == "stream") dump("act.residual." + str(c.L), t, true, {N, c.C});
+        if (t.name == "wide") dump("act.lnf", t, true, {N, c.C});
+    }
     record("logits", {o.batch, o.seq, c.V});
     for (int64_t i = 0; i < N; i++) {
         model_logits(s, row.data(), int(i), 1);
@@ -2246,8 +2556,9 @@ static void describe(const Options& o, const Config& c, const Data& train, const
 }
 
 // The training loop. The loss of step n (from 1) is that of its batch, before its update.
-static void train_model(Model& s, const Plan& plan, const Plan& full, Options& o, Data& train, Data& val, int64_t steps) {
+static void train_model(Model& s, const Plans& plans, Options& o, Data& train, Data& val, int64_t steps) {
     const Config& c = s.config;
+    const Plan& plan = plans.run;
     std::vector<Example> hellaswag;
     if (!o.hellaswag.empty()) hellaswag = read_hellaswag(o.hellaswag, c.V);
     std::string beside = o.train.substr(0, o.train.find_last_of('/') + 1) + "tokenizer.bin";
@@ -2256,7 +2567,8 @@ static void train_model(Model& s, const Plan& plan, const Plan& full, Options& o
     Identity identity = {
         {"--channels", str(c.C)}, {"--heads", str(c.NH)}, {"--layers", str(c.L)}, {"--context", str(c.context)}};
     for (const OptionRow& row : option_table(o)) {
-        for (const char* name : {"seq", "total-batch", "rank", "compress", "projection", "gap", "moments", "seed"}) {
+        for (const char* name :
+             {"seq", "total-batch", "rank", "compress", "projection", "gap", "moments", "gelu", "tape", "master", "seed"}) {
             if (row.name == std::string(name)) identity.push_back({std::string("--") + name, option_value(row)});
         }
     }
@@ -2274,7 +2586,7 @@ static void train_model(Model& s, const Plan& plan, const Plan& full, Options& o
     if (!o.out.empty()) {
         log = open_log(o.out + "/log.jsonl", start,
                        "{\"revision\": " + json_string(REVISION) + ", \"device\": " + json_string(model_device()) +
-                           ", \"options\": " + options_json(o) + ", \"plan\": {" + plan_json(plan, full.bytes()) + "}}");
+                           ", \"options\": " + options_json(o) + ", \"plan\": {" + plan_json(plans) + "}}");
     }
     auto write_log = [&](const std::string& line) {
         if (o.out.empty()) return;
@@ -2347,11 +2659,9 @@ static void run(int argc, char** argv) {
     settle_options(o, c);
 
     static Model s;  // its memory lives as long as the program
-    Options full_options = o;
-    full_options.rank = 1.0;
-    Plan full = model_plan(s, c, full_options), plan = model_plan(s, c, o);
-    if (o.plan == "json") printf("{%s, \"options\": %s}\n", plan_json(plan, full.bytes()).c_str(), options_json(o).c_str());
-    if (o.plan == "text") print_plan(plan, full, true);
+    Plans plans = make_plans(s, c, o);
+    if (o.plan == "json") printf("{%s, \"options\": %s}\n", plan_json(plans).c_str(), options_json(o).c_str());
+    if (o.plan == "text") print_plan(plans, o, true);
     if (!o.plan.empty()) return;
 
     val.V = train.V;
@@ -2378,9 +2688,9 @@ static void run(int argc, char** argv) {
         }
     }
     describe(o, c, train, val, steps);
-    print_plan(plan, full, false);
+    print_plan(plans, o, false);
     fflush(stdout);
-    train_model(s, plan, full, o, train, val, steps);
+    train_model(s, plans, o, train, val, steps);
 }
 
 #ifndef TESTING

@@ -135,12 +135,18 @@ enum { GAUSSIAN, RADEMACHER, SPARSE };
 enum { KEEP, MOVE, RESET };
 enum { COSINE, LINEAR, CONSTANT, WSD };
 enum { TYPE_FP32, TYPE_BF16 };
+enum { GELU_EXACT, GELU_2BIT };
+enum { TAPE_FULL, TAPE_INT8 };
+enum { MASTER_FP32, MASTER_NONE };
 
 static const char* linear_names = "qkv,attproj,fc,fcproj";
 static const char* projection_names = "gaussian,rademacher,sparse";
 static const char* moments_names = "keep,move,reset";
 static const char* schedule_names = "cosine,linear,constant,wsd";
 static const char* type_names = "fp32,bf16";
+static const char* gelu_names = "exact,2bit";
+static const char* tape_names = "full,int8";
+static const char* master_names = "fp32,none";
 
 struct Options {
     std::string train, val, model = "d12", out, tokenizer, hellaswag, dump, plan;
@@ -151,7 +157,9 @@ struct Options {
     double rank = 0.25;
     int compress = 1 << QKV | 1 << FC | 1 << FCPROJ, projection = GAUSSIAN, gap = 50, moments = KEEP;
     double alpha = 1.0;
-    int recompute = 0;
+    int recompute = 0, gelu = GELU_EXACT, tape = TAPE_FULL, master = MASTER_FP32;
+    bool offload = false;
+    int64_t memory = 0;
     int val_every = 250, val_batches = 20, sample_every = 0, sample_tokens = 128, top_k = 50;
     double temperature = 0.8;
     int checkpoint_every = 0, keep = 2, checkpoint_type = TYPE_FP32, seed = 1337;
@@ -183,12 +191,9 @@ static inline Words philox(uint64_t seed, uint64_t stream, uint64_t index) {
 }
 
 // Streams 0 to LINEARS-1 belong to the projections of the linear layers, the others to what is named here.
-enum { STREAM_INIT = 8, STREAM_SHARDS, STREAM_SEQUENCES, STREAM_SAMPLE };
+enum { STREAM_INIT = 8, STREAM_SHARDS, STREAM_SEQUENCES, STREAM_SAMPLE, STREAM_ROUND };
 
 static uint64_t stream_of(int purpose, uint64_t layer, uint64_t epoch) { return epoch << 32 | layer << 8 | purpose; }
-
-// log and (sin, cos) without branches or calls, so that the compiler can vectorise the loops around them.
-// Polynomials of Cephes (Moshier, 1989), within about 2 ulp of the true value.
 
 static inline float float_of_bits(uint32_t bits) {
     float x;
@@ -201,6 +206,16 @@ static inline uint32_t bits_of_float(float x) {
     memcpy(&bits, &x, 4);
     return bits;
 }
+
+static uint16_t bf16_of_float(float x) {  // to nearest, ties to even
+    uint32_t bits = bits_of_float(x);
+    return x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+static float float_of_bf16(uint16_t x) { return float_of_bits(uint32_t(x) << 16); }
+
+// log and (sin, cos) without branches or calls, so that the compiler can vectorise the loops around them.
+// Polynomials of Cephes (Moshier, 1989), within about 2 ulp of the true value.
 
 static inline float log_simd(float x) {              // x positive and normal
     uint32_t bits = bits_of_float(x) - 0x3F3504F3u;  // of sqrt(1/2): the mantissa then lies in [sqrt(1/2), sqrt(2))
@@ -273,7 +288,8 @@ struct Tensor {
         for (int64_t d : shape) n *= d;
         return n;
     }
-    int64_t bytes() const { return count() * (type == "byte" ? 1 : type == "bf16" ? 2 : 4); }
+    int bits() const { return type == "2bit" ? 2 : type == "int8" || type == "byte" ? 8 : type == "bf16" ? 16 : 32; }
+    int64_t bytes() const { return (count() * bits() + 7) / 8; }
 };
 
 // Matrix-product FLOPs of one training step, for each token of it.
@@ -285,9 +301,10 @@ struct Flops {
 struct Plan {
     std::vector<Tensor> tensors;
     Flops flops;
+    // Of one category; or of all that compute where the trainer runs, which leaves out what waits in the host's memory.
     int64_t bytes(const std::string& category = "") const {
         int64_t sum = 0;
-        for (const Tensor& t : tensors) sum += category.empty() || t.category == category ? t.bytes() : 0;
+        for (const Tensor& t : tensors) sum += (category.empty() ? t.category != "host" : t.category == category) * t.bytes();
         return sum;
     }
     std::vector<std::string> categories() const {
@@ -355,6 +372,60 @@ static Linear linear_shape(const Config& c, const Options& o, int which) {
     return linear;
 }
 
+// ---- the tape: what the forward pass keeps for the backward pass, a row a tensor. What is kept, and how, follows from this
+// table and the options alone: memory, FLOPs and --help too.
+
+enum { RESIDUAL, LN1, QKVR, ATTY, RESIDUAL2, LN2, FCH, FCH_GELU, TAPE_ROWS };
+enum { NEVER = 6, NONE = -1, ATTENTION = LINEARS };
+enum { NO_SCALES, OF_TOKEN, OF_HEADS };
+
+struct TapeRow {
+    const char* name;
+    int width;      // in channels, for each token and layer
+    int gone_from;  // the recomputation level from which the backward pass computes it again
+    int input_of;   // the linear layer that alone needs it, so that z can stand in for it
+    int made_by;    // the product that computes it again; what is made without one costs no FLOPs worth counting
+    int scales;     // with --tape int8: one for a token's whole row, one for each head of it, or no int8
+};
+
+static const TapeRow tape_rows[TAPE_ROWS] = {
+    {"residual", 1, NEVER, NONE, NONE, OF_TOKEN},  // the stream into the block
+    {"ln1", 1, 2, QKV, NONE, NO_SCALES},           //
+    {"qkv", 3, 4, NONE, QKV, OF_HEADS},            //
+    {"atty", 1, 5, NONE, ATTENTION, OF_HEADS},     // attention's output: its own backward pass needs it too
+    {"residual2", 1, 5, NONE, ATTPROJ, OF_TOKEN},  // the stream after attention
+    {"ln2", 1, 2, FC, NONE, NO_SCALES},            //
+    {"fch", 4, 3, NONE, FC, NO_SCALES},            // before GELU
+    {"fch_gelu", 4, 1, FCPROJ, NONE, NO_SCALES},   //
+};
+
+// How the tape keeps a row: not at all, in full, as z = x P, as int8 with scales, or 2 bits of each element.
+enum { GONE, WHOLE, AS_Z, AS_INT8, AS_2BIT };
+
+static int how_kept(int row, const Options& o, const Linear* linears) {
+    const TapeRow& t = tape_rows[row];
+    bool source_gone = row == FCH_GELU && o.gelu == GELU_2BIT;  // 2 bits of fch do not give its GELU again
+    if (o.recompute >= (source_gone ? tape_rows[FCH].gone_from : t.gone_from)) return GONE;
+    if (t.input_of != NONE && linears[t.input_of].compressed()) return AS_Z;
+    if (row == FCH && o.gelu == GELU_2BIT) return AS_2BIT;
+    return t.scales != NO_SCALES && o.tape == TAPE_INT8 ? AS_INT8 : WHOLE;
+}
+
+// The int8 scales of a row for each token.
+static int scales_of(const Config& c, int row) { return tape_rows[row].scales == OF_HEADS ? tape_rows[row].width * c.NH : 1; }
+
+// What each level computes again, in the tape's own words, for --help.
+static std::string levels_help() {
+    std::string out = "0 keeps all";
+    for (int level = 1; level < NEVER; level++) {
+        out += "; " + str(level) + " computes again ";
+        for (int i = 0, found = 0; i < TAPE_ROWS; i++) {
+            if (tape_rows[i].gone_from == level) out += (found++ ? " and " : "") + std::string(tape_rows[i].name);
+        }
+    }
+    return out + ", each also what those before it do";
+}
+
 // Causal attention counts half of T x T; the update's lift is spread over the tokens of an optimizer step.
 static Flops matrix_flops(const Config& c, const Options& o, const Linear* linears) {
     double L = c.L, attention = double(o.seq) * c.C, head = 2.0 * c.V * c.C;
@@ -366,6 +437,11 @@ static Flops matrix_flops(const Config& c, const Options& o, const Linear* linea
         if (!linears[i].compressed() || o.projection == SPARSE) continue;
         f.projection += L * 2 * n * r;
         f.update += L * 2 * m * n * r / o.total_batch;
+    }
+    for (int i = 0; i < TAPE_ROWS; i++) {
+        int by = tape_rows[i].made_by;
+        if (by == NONE || how_kept(i, o, linears) != GONE) continue;
+        f.recompute += L * 2 * (by == ATTENTION ? attention : double(linears[by].m) * linears[by].n);
     }
     return f;
 }
@@ -382,7 +458,7 @@ static Flops matrix_flops(const Config& c, const Options& o, const Linear* linea
 static void check(cudaError_t status, const char* file, int line) {
     if (status == cudaSuccess) return;
     const char* hint =
-        status == cudaErrorMemoryAllocation         ? "a smaller --batch, --seq or --rank, or --recompute 2, takes less memory"
+        status == cudaErrorMemoryAllocation         ? "a smaller --batch, --seq or --rank, or --recompute 5, takes less memory"
         : status == cudaErrorNoKernelImageForDevice ? "build for this device: make GPU_COMPUTE_CAPABILITY=NN"
         : status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver ? "is a GPU there, and its driver new enough?"
                                                                                : "compute-sanitizer finds the place";
@@ -407,7 +483,7 @@ typedef __nv_bfloat16 floatX;
 static const char* const TYPE_X = "bf16";
 static const cudaDataType_t CUDA_X = CUDA_R_16BF;
 #endif
-static const bool HAS_MASTER = sizeof(floatX) == 2;
+static const bool IS_BF16 = sizeof(floatX) == 2;
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -437,6 +513,11 @@ __device__ inline void store_pack(floatX* to, const Pack& pack) {
 enum { QUAD = 4 };
 
 __device__ inline float4 load_quad(const float* from) { return *reinterpret_cast<const float4*>(from); }
+__device__ inline float4 load_quad(const __nv_bfloat16* from) {
+    int2 bits = *reinterpret_cast<const int2*>(from);
+    return {__uint_as_float(uint32_t(bits.x) << 16), __uint_as_float(bits.x & 0xFFFF0000u),
+            __uint_as_float(uint32_t(bits.y) << 16), __uint_as_float(bits.y & 0xFFFF0000u)};  // bf16 is fp32's upper half
+}
 __device__ inline void store_quad(float* to, float4 x) { *reinterpret_cast<float4*>(to) = x; }
 __device__ inline void store_quad(__nv_bfloat16* to, float4 x) {
     __nv_bfloat162 two[2] = {__floats2bfloat162_rn(x.x, x.y), __floats2bfloat162_rn(x.z, x.w)};
@@ -465,6 +546,13 @@ __device__ inline float block_reduce(float x, float* shared, bool maximum) {
     __syncthreads();
     x = lane < warps ? shared[lane] : maximum ? -INFINITY : 0.0f;
     return maximum ? warp_max(x) : warp_sum(x);
+}
+
+// Block `index` of a stream of random words, by cuRAND's Philox.
+__device__ inline uint4 philox_block(uint64_t seed, uint64_t stream, uint64_t index) {
+    curandStatePhilox4_32_10_t state;
+    curand_init(seed, stream, 4 * index, &state);
+    return curand4(&state);
 }
 
 static int blocks_for(int64_t count, int each) { return int((count + each - 1) / each); }
@@ -669,19 +757,37 @@ __global__ void __launch_bounds__(128)
 
 static const float GELU_SCALE = 0.797884561f;
 
-// A block a row of n = 4C. Reads x; writes y and, folded, z.
-__global__ void __launch_bounds__(256) gelu_forward_kernel(floatX* y, const floatX* x, Fold fold, int n) {
+// GELU with two bits kept of each x, and a step function for its derivative: the sum of a_i over x > c_i (Approx-BP, arXiv
+// 2406.16282, section 4.2). The forward pass stays exact.
+__device__ static const float GELU_CUTS[3] = {-3.1858810036855245f, -0.001178821281161997f, 3.190832613414926f};
+__device__ static const float GELU_SLOPES[4] = {0.0f, -0.04922261145617846f, 1.0487405950855512f, 1.0f};
+
+// A block a row of n = 4C. Reads x; writes y, which may be x; folded, z; and bits (n / 4 bytes a row) where they are wanted:
+// how many cuts lie below x, four elements a byte, the first in the lowest bits.
+__global__ void __launch_bounds__(256) gelu_forward_kernel(floatX* y, uint8_t* bits, const floatX* x, Fold fold, int n) {
     size_t at = size_t(blockIdx.x) * n;
     for (int j = threadIdx.x * PACK; j < n; j += blockDim.x * PACK) {
         Pack p = load_pack(x + at + j);
+        uint32_t cuts = 0;
         for (int k = 0; k < PACK; k++) {
             float v = to_float(p.x[k]), u = GELU_SCALE * (v + 0.044715f * v * v * v);
+            for (int i = 0; i < 3; i++) cuts += uint32_t(v > GELU_CUTS[i]) << 2 * k;
             store(&p.x[k], v / (1.0f + __expf(-2.0f * u)));
         }
         store_pack(y + at + j, p);
+        for (int k = 0; bits && k < PACK; k += 4) bits[(at + j + k) / 4] = uint8_t(cuts >> 2 * k);
     }
     __syncthreads();
     if (fold.z) fold_row(fold, blockIdx.x, y + at, threadIdx.x, blockDim.x);
+}
+
+// d *= the step function, in place; a thread a pack
+__global__ void gelu_backward_2bit_kernel(floatX* d, const uint8_t* bits, size_t count) {
+    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * PACK;
+    if (at >= count) return;
+    Pack pd = load_pack(d + at);
+    for (int k = 0; k < PACK; k++) store(&pd.x[k], to_float(pd.x[k]) * GELU_SLOPES[bits[(at + k) / 4] >> k % 4 * 2 & 3]);
+    store_pack(d + at, pd);
 }
 
 // d *= gelu'(x), in place; a thread a pack
@@ -700,6 +806,35 @@ __global__ void gelu_backward_kernel(floatX* d, const floatX* x, size_t count) {
 // z = fold of rows x (N, n) that are there already; a block a row
 __global__ void __launch_bounds__(256) fold_kernel(Fold fold, const floatX* x) {
     fold_row(fold, blockIdx.x, x + size_t(blockIdx.x) * fold.n, threadIdx.x, blockDim.x);
+}
+
+// ---- int8 with a scale for each group of neighbours (after Mesa, arXiv 2111.11124), for what the tape keeps
+
+// codes, x (groups, width), scales (groups): x = scale * code, where the group's largest |x| has code 127 or -127. A warp a
+// group, 4 a block. Reads x twice, the second time from the cache.
+__global__ void __launch_bounds__(128)
+    quantize_kernel(int8_t* codes, floatX* scales, const floatX* x, int64_t groups, int width) {
+    int64_t i = int64_t(blockIdx.x) * 4 + threadIdx.x / WARP;
+    int lane = threadIdx.x % WARP;
+    if (i >= groups) return;
+    float most = 0;
+    for (int j = lane; j < width; j += WARP) most = fmaxf(most, fabsf(to_float(x[i * width + j])));
+    floatX rounded;
+    store(&rounded, warp_max(most) / 127);
+    float scale = to_float(rounded);
+    if (lane == 0) scales[i] = rounded;
+    for (int j = lane; j < width; j += WARP) {
+        float code = scale > 0 ? rintf(to_float(x[i * width + j]) / scale) : 0.0f;
+        codes[i * width + j] = int8_t(fmaxf(-127.0f, fminf(127.0f, code)));
+    }
+}
+
+__global__ void __launch_bounds__(128)
+    dequantize_kernel(floatX* x, const int8_t* codes, const floatX* scales, int64_t groups, int width) {
+    int64_t i = int64_t(blockIdx.x) * 4 + threadIdx.x / WARP;
+    if (i >= groups) return;
+    float scale = to_float(scales[i]);
+    for (int j = threadIdx.x % WARP; j < width; j += WARP) store(x + i * width + j, scale * codes[i * width + j]);
 }
 
 // ---- attention for any type and head size, plain: tiles of ATT keys (or queries) with an online softmax, a block for each
@@ -1225,50 +1360,53 @@ __device__ inline float4 adam_direction(const Adam& a, const float* g, float* m,
     return u;
 }
 
-// Four weights: keep w - step u, in fp32 and rounded. master may be w itself.
-__device__ inline void move_weights(floatX* w, float* master, float4 u, float keep, float step) {
-    float4 x = load_quad(master);
-    x = {keep * x.x - step * u.x, keep * x.y - step * u.y, keep * x.z - step * u.z, keep * x.w - step * u.w};
-    store_quad(master, x);
-    if (HAS_MASTER) store_quad(w, x);
+// A parameter's share of one layer, as the optimizer moves it. master: fp32 copies, w itself in fp32, or null where there are
+// none. stochastic: the result is rounded to bf16, up or down at random, so that its mean is exact; element i is then moved by
+// 16 bits of block (first + i) / 8 of a stream.
+struct Weights {
+    floatX* w;
+    float* master;
+    bool stochastic;
+    uint64_t seed, stream;
+    int64_t first;
+};
+
+__device__ inline float round_stochastically(float x, uint32_t random) {
+    return __uint_as_float((__float_as_uint(x) + (random & 0xFFFF)) & 0xFFFF0000u);
 }
 
-__global__ void adam_kernel(floatX* w, float* master, const float* g, float* m, float* v, size_t count, Adam a) {
+// Weights i to i + 3: keep w - step u.
+__device__ inline void move_weights(const Weights& to, size_t i, float4 u, float keep, float step) {
+    float4 x = to.master ? load_quad(to.master + i) : load_quad(to.w + i);
+    x = {keep * x.x - step * u.x, keep * x.y - step * u.y, keep * x.z - step * u.z, keep * x.w - step * u.w};
+    if (to.stochastic) {
+        uint4 random = philox_block(to.seed, to.stream, (to.first + i) / 8);
+        uint32_t low = i % 8 ? random.z : random.x, high = i % 8 ? random.w : random.y;
+        x = {round_stochastically(x.x, low), round_stochastically(x.y, low >> 16), round_stochastically(x.z, high),
+             round_stochastically(x.w, high >> 16)};
+    }
+    if (to.master) store_quad(to.master + i, x);
+    if (IS_BF16) store_quad(to.w + i, x);
+}
+
+__global__ void adam_kernel(Weights to, const float* g, float* m, float* v, size_t count, Adam a) {
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
+    if (i < count) move_weights(to, i, adam_direction(a, g + i, m + i, v + i), 1.0f - a.lr * a.decay, a.lr);
+}
+
+// w = the rounding of master, to bf16 in any case where `narrow`
+__global__ void round_kernel(floatX* w, const float* master, size_t count, bool narrow) {
     size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
     if (i >= count) return;
-    move_weights(w + i, master + i, adam_direction(a, g + i, m + i, v + i), 1.0f - a.lr * a.decay, a.lr);
-}
-
-// w = the rounding of master
-__global__ void round_kernel(floatX* w, const float* master, size_t count) {
-    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
-    if (i < count) store_quad(w + i, load_quad(master + i));
+    float4 x = load_quad(master + i);
+    auto rounded = [](float y) { return __bfloat162float(__float2bfloat16_rn(y)); };
+    if (narrow) x = {rounded(x.x), rounded(x.y), rounded(x.z), rounded(x.w)};
+    store_quad(w + i, x);
 }
 
 // ====================================================================================================================
-// the model's memory: what it is made of, and the tape: what the forward pass keeps for the backward pass
+// the model's memory
 // ====================================================================================================================
-
-enum { RESIDUAL, LN1, QKVR, ATTY, RESIDUAL2, LN2, FCH, FCH_GELU, TAPE_ROWS };
-
-struct TapeRow {
-    const char* name;
-    int width;      // in channels, for each token and layer
-    int gone_from;  // the recomputation level from which it is computed again in the backward pass
-    int input_of;   // the linear layer that alone needs it, so that z can stand in for it; or -1
-};
-
-enum { ALWAYS_KEPT = 9 };
-static const TapeRow tape_rows[TAPE_ROWS] = {
-    {"residual", 1, ALWAYS_KEPT, -1},   // the stream into the block
-    {"ln1", 1, 2, QKV},                 //
-    {"qkv", 3, ALWAYS_KEPT, -1},        //
-    {"atty", 1, ALWAYS_KEPT, -1},       // attention's output: its own backward pass needs it too
-    {"residual2", 1, ALWAYS_KEPT, -1},  // the stream after attention
-    {"ln2", 1, 2, FC},                  //
-    {"fch", 4, ALWAYS_KEPT, -1},        // before GELU
-    {"fch_gelu", 4, 1, FCPROJ},         //
-};
 
 struct Model {
     Config config;
@@ -1278,22 +1416,35 @@ struct Model {
     floatX* params[PARAMS];
     float *master[PARAMS], *grads[PARAMS], *m[PARAMS],
         *v[PARAMS];  // master: fp32 copies of the weights, the weights themselves in fp32
-    // tape
-    floatX* tape[TAPE_ROWS];  // (L, N, width C), residual (L+1, N, C); null where a row is not kept
-    floatX* z[LINEARS];       // (L, N, r) in place of the input of a compressed layer; null where it is not kept
+    // tape; a row is kept in one of these ways, as kept[row] says, or is null in all. Of L layers, or of those at hand:
+    // `slots`.
+    int kept[TAPE_ROWS], slots;
+    floatX* tape[TAPE_ROWS];                           // (slots, N, width C)
+    floatX* z[LINEARS];                                // (slots, N, r) in place of the input of a compressed layer
+    void* codes[TAPE_ROWS];                            // (slots, N, width C) int8, or 2 bits an element
+    floatX* scales[TAPE_ROWS];                         // (slots, N, scales) of the int8
     float *ln1_mean, *ln1_rstd, *ln2_mean, *ln2_rstd;  // (L, N)
     float* lse;                                        // (L, N, NH) floats, (B, NH, T) in a layer
-    floatX* lnf;                                       // (N, C)
     float *lnf_mean, *lnf_rstd;                        // (N)
+    // the tape's other layers in the host's memory: each tensor's home, its copy (L - slots, ...), its bytes in a layer
+    struct {
+        void *home, *host;
+        int64_t bytes;
+    } offloaded[2 * TAPE_ROWS];
+    int offloads;
+    cudaStream_t copies;
+    cudaEvent_t computed[2], copied[2];  // for each slot
     // workspace, reused by every layer
-    floatX* dresidual;  // (N, C) gradient of the stream
-    floatX* narrow;     // (N, C) an input that is not on the tape, then its gradient; a projection on its way into the stream
-    floatX* wide;       // (N, 4C) likewise
-    floatX* z_now;      // (N, r) z where it is not on the tape
+    floatX* now[TAPE_ROWS];   // (N, width C) a row of the block at hand, where the tape does not keep it whole
+    floatX* dresidual;        // (N, C) gradient of the stream
+    floatX* wide;             // (N, 4C) inputs and gradients on their way; at the end of the forward pass the head's input
+    floatX* spare;            // (N, C) likewise; (N, 4C) where fch or qkv comes back into it
+    floatX* z_now;            // (N, r) z where it is not on the tape
     floatX *p, *p_next, *u;   // P (n, r); the next epoch's; Adam's direction (m, r) on its way to the lift
     float *sign, *sign_next;  // sparse: (n) signs
     int *shift, *shift_next;  // sparse: a rotation for each stripe of r inputs
     float* p_change;          // (r, r) P_old^T P_new
+    float* lifted;            // (m, n) a dense step on its way to weights without master copies
     floatX* logits;           // (CHUNK, logits_width)
     float *partial, *dot;     // (SLABS, 4C) sums of columns; (N, NH)
     float *norm_partial, *norm;
@@ -1312,7 +1463,19 @@ static int logits_width(const Config& c) { return (c.Vp + 7) / 8 * 8; }  // so t
 
 static bool moments_move(const Options& o) { return o.moments == MOVE && o.gap > 0; }
 
-// Lists every tensor of the run in the device's memory, with the place of its pointer in s. Sets s up but allocates nothing.
+// Whether the tape has z of a layer's input.
+static bool keeps_z(const Model& s, int which) {
+    for (int i = 0; i < TAPE_ROWS; i++) {
+        if (tape_rows[i].input_of == which && s.kept[i] == AS_Z) return true;
+    }
+    return false;
+}
+
+// Whether fch or qkv comes back into `spare`, which otherwise holds one channel's width of a block at most.
+static bool spare_is_wide(const Model& s) { return s.kept[FCH] == GONE || s.kept[QKVR] != WHOLE; }
+
+// Lists every tensor of the run, in the device's memory but for category "host", with the place of its pointer in s. Sets s up
+// but allocates nothing.
 static Plan model_plan(Model& s, const Config& c, const Options& o) {
     Plan plan;
     s = Model{};
@@ -1332,7 +1495,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     };
 
     for (int i = 0; i < PARAMS; i++) add("parameters", param_rows[i].name, TYPE_X, param_shape(c, i), &s.params[i]);
-    for (int i = 0; i < PARAMS && HAS_MASTER; i++) {
+    for (int i = 0; i < PARAMS && IS_BF16 && o.master == MASTER_FP32; i++) {
         add("master", std::string("master.") + param_rows[i].name, "fp32", param_shape(c, i), &s.master[i]);
     }
     const struct {
@@ -1347,31 +1510,50 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
         }
     }
 
+    s.slots = o.offload ? std::min(2, c.L) : c.L;
+    auto keep = [&](const std::string& name, const char* type, int64_t width, void* home) {
+        add("tape", name, type, {s.slots, N, width}, home);
+        auto& offloaded = s.offloaded[s.offloads];
+        Tensor away = {"host", "host." + name, type, {L - s.slots, N, width}, &offloaded.host};
+        if (away.count() == 0) return;
+        offloaded.home = home, offloaded.bytes = away.bytes() / (L - s.slots);
+        plan.tensors.push_back(away);
+        s.offloads++;
+    };
     for (int i = 0; i < TAPE_ROWS; i++) {
         const TapeRow& row = tape_rows[i];
-        bool kept = o.recompute < row.gone_from;
-        if (kept && row.input_of >= 0 && s.linear[row.input_of].compressed()) {
-            add("tape", std::string(row.name) + ".z", TYPE_X, {L, N, s.linear[row.input_of].r}, &s.z[row.input_of]);
-        } else if (kept) {
-            add("tape", row.name, TYPE_X, {i == RESIDUAL ? L + 1 : L, N, row.width * C}, &s.tape[i]);
-        }
+        std::string name = row.name;
+        s.kept[i] = how_kept(i, o, s.linear);
+        if (s.kept[i] == WHOLE) keep(name, TYPE_X, row.width * C, &s.tape[i]);
+        if (s.kept[i] == AS_Z) keep(name + ".z", TYPE_X, s.linear[row.input_of].r, &s.z[row.input_of]);
+        if (s.kept[i] == AS_2BIT) keep(name + ".2bit", "2bit", row.width * C, &s.codes[i]);
+        if (s.kept[i] != AS_INT8) continue;
+        keep(name + ".int8", "int8", row.width * C, &s.codes[i]);
+        keep(name + ".scale", TYPE_X, scales_of(c, i), &s.scales[i]);
     }
     add("tape", "ln1_mean", "fp32", {L, N}, &s.ln1_mean);
     add("tape", "ln1_rstd", "fp32", {L, N}, &s.ln1_rstd);
     add("tape", "ln2_mean", "fp32", {L, N}, &s.ln2_mean);
     add("tape", "ln2_rstd", "fp32", {L, N}, &s.ln2_rstd);
     add("tape", "lse", "fp32", {L, N, c.NH}, &s.lse);
-    add("tape", "lnf", TYPE_X, {N, C}, &s.lnf);
     add("tape", "lnf_mean", "fp32", {N}, &s.lnf_mean);
     add("tape", "lnf_rstd", "fp32", {N}, &s.lnf_rstd);
 
-    int64_t z_now = 0, dense = 0, p_change = 0, u = 0, signs = 0, stripes = 0, move = moments_move(o);
+    // The stream out of the last block is in no row of the tape. qkv comes back into `spare`, unless the block's other half has
+    // to be computed while it waits.
+    add("workspace", "stream", TYPE_X, {N, C}, &s.now[RESIDUAL]);
+    if (s.kept[ATTY] == GONE) add("workspace", "qkv", TYPE_X, {N, 3 * C}, &s.now[QKVR]);
+    if (s.kept[ATTY] != WHOLE) add("workspace", "atty", TYPE_X, {N, C}, &s.now[ATTY]);
+    if (s.kept[RESIDUAL2] != WHOLE) add("workspace", "residual2", TYPE_X, {N, C}, &s.now[RESIDUAL2]);
+    add("workspace", "dresidual", TYPE_X, {N, C}, &s.dresidual);
+    add("workspace", "wide", TYPE_X, {N, 4 * C}, &s.wide);
+    add("workspace", "spare", TYPE_X, {N, spare_is_wide(s) ? 4 * C : C}, &s.spare);
+
+    int64_t z_now = 0, dense = 0, p_change = 0, u = 0, lifted = 0, signs = 0, stripes = 0, move = moments_move(o);
     for (int i = 0; i < LINEARS; i++) {
         const Linear& l = s.linear[i];
         if (!l.compressed()) continue;
-        bool on_tape =
-            std::any_of(plan.tensors.begin(), plan.tensors.end(), [&](const Tensor& t) { return t.home == &s.z[i]; });
-        if (!on_tape) z_now = std::max<int64_t>(z_now, l.r);
+        if (!keeps_z(s, i)) z_now = std::max<int64_t>(z_now, l.r);
         p_change = std::max<int64_t>(p_change, int64_t(l.r) * l.r);
         if (o.projection == SPARSE) {
             signs = std::max<int64_t>(signs, l.n);
@@ -1379,15 +1561,14 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
         } else {
             dense = std::max<int64_t>(dense, int64_t(l.n) * l.r);
             u = std::max<int64_t>(u, int64_t(l.m) * l.r);
+            if (o.master == MASTER_NONE) lifted = std::max<int64_t>(lifted, int64_t(l.m) * l.n);
         }
     }
-    add("workspace", "dresidual", TYPE_X, {N, C}, &s.dresidual);
-    add("workspace", "narrow", TYPE_X, {N, C}, &s.narrow);
-    add("workspace", "wide", TYPE_X, {N, 4 * C}, &s.wide);
     add("workspace", "z", TYPE_X, {N, z_now}, &s.z_now);
     add("workspace", "projection", TYPE_X, {dense}, &s.p);
     add("workspace", "projection_next", TYPE_X, {move * dense}, &s.p_next);
     add("workspace", "update", TYPE_X, {u}, &s.u);
+    add("workspace", "lifted", "fp32", {lifted}, &s.lifted);
     add("workspace", "projection_sign", "fp32", {signs}, &s.sign);
     add("workspace", "projection_sign_next", "fp32", {move * signs}, &s.sign_next);
     add("workspace", "projection_shift", "int32", {stripes}, &s.shift);
@@ -1408,8 +1589,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     return plan;
 }
 
-// One arena for each category. Zeros: gradients of padded words, which nothing writes, and
-// moments start from them.
+// One arena for each category. Zeros: gradients of padded words, which nothing writes, and moments start from them.
 static void model_allocate(Model& s, const Plan& plan) {
     size_t free_bytes, total_bytes;
     CUDA(cublasCreate(&cublas));
@@ -1425,12 +1605,16 @@ static void model_allocate(Model& s, const Plan& plan) {
             }
         }
         fail("not enough memory: the plan takes " + commas(plan.bytes()) + " bytes, " + commas(free_bytes) +
-             " are free, and -b 1 does not fit either; a smaller --seq or --rank, or --recompute 2, takes less");
+             " are free, and -b 1 does not fit either; a smaller --seq or --rank, or --recompute 5, takes less");
     }
     for (const std::string& category : plan.categories()) {
         char* arena;
-        CUDA(cudaMalloc((void**)&arena, plan.bytes(category)));
-        CUDA(cudaMemset(arena, 0, plan.bytes(category)));
+        if (category == "host") {
+            CUDA(cudaMallocHost((void**)&arena, plan.bytes(category)));
+        } else {
+            CUDA(cudaMalloc((void**)&arena, plan.bytes(category)));
+            CUDA(cudaMemset(arena, 0, plan.bytes(category)));
+        }
         for (const Tensor& t : plan.tensors) {
             if (t.category != category) continue;
             memcpy(t.home, &arena, sizeof(arena));
@@ -1439,7 +1623,12 @@ static void model_allocate(Model& s, const Plan& plan) {
     }
     printf("device memory: the plan's %s bytes, of %s that were free; the libraries took %s before\n",
            commas(plan.bytes()).c_str(), commas(free_bytes).c_str(), commas(total_bytes - free_bytes).c_str());
-    for (int i = 0; i < PARAMS && !HAS_MASTER; i++) s.master[i] = (float*)s.params[i];
+    for (int i = 0; i < PARAMS && !IS_BF16; i++) s.master[i] = (float*)s.params[i];
+    for (int i = 0; i < 2 && s.options.offload; i++) {
+        CUDA(cudaEventCreateWithFlags(&s.computed[i], cudaEventDisableTiming));
+        CUDA(cudaEventCreateWithFlags(&s.copied[i], cudaEventDisableTiming));
+    }
+    if (s.options.offload) CUDA(cudaStreamCreateWithFlags(&s.copies, cudaStreamNonBlocking));
     size_t N = size_t(s.options.batch) * s.options.seq;
     CUDA(cudaMallocHost((void**)&s.inputs, N * sizeof(int)));
     CUDA(cudaMallocHost((void**)&s.targets, N * sizeof(int)));
@@ -1465,11 +1654,12 @@ static double model_clock() {
     return milliseconds / 1e3;
 }
 
-// After the weights have been read into their fp32 copies: rounds them.
+// After the weights have been read into their fp32 copies, where there are any: rounds them to the type in which they are kept.
 static void model_round(Model& s) {
-    for (int i = 0; i < PARAMS && HAS_MASTER; i++) {
+    bool narrow = s.options.master == MASTER_NONE;
+    for (int i = 0; i < PARAMS && s.master[i] && (IS_BF16 || narrow); i++) {
         size_t count = param_count(s.config, i);
-        round_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(s.params[i], s.master[i], count);
+        round_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(s.params[i], s.master[i], count, narrow);
         LAUNCHED();
     }
 }
@@ -1505,12 +1695,6 @@ __global__ void gaussian_kernel(floatX* p, int64_t count, float scale, uint64_t 
     curand_init(seed, stream, i, &state);
     float4 x = curand_normal4(&state);
     store_quad(p + i, {scale * x.x, scale * x.y, scale * x.z, scale * x.w});
-}
-
-__device__ inline uint4 philox_block(uint64_t seed, uint64_t stream, uint64_t index) {
-    curandStatePhilox4_32_10_t state;
-    curand_init(seed, stream, 4 * index, &state);
-    return curand4(&state);
 }
 
 // Signs i, i+1, ... by the low bits of the result: bit i % 128 of block i / 128, 1 for minus.
@@ -1580,7 +1764,12 @@ __global__ void bias_kernel(floatX* y, const floatX* b, int m) {
 }
 
 static floatX* tape_z(const Model& s, int which, int layer, int N) {
-    return at_layer(s.z[which], layer, int64_t(N) * s.linear[which].r);
+    return at_layer(s.z[which], layer % s.slots, int64_t(N) * s.linear[which].r);
+}
+
+// For an input that is computed again: folded into z_now where that is all that the backward pass wants of it.
+static Fold fold_now(Model& s, int which, int layer) {
+    return s.linear[which].compressed() && !s.z[which] ? fold_into(s, which, layer, s.z_now) : Fold{};
 }
 
 // y (N, m) = x W^T, plus b where with_bias (else whoever takes y adds it). When training, keeps z if the tape has a place for
@@ -1605,8 +1794,8 @@ static void linear_backward(Model& s, int which, int layer, floatX* dx, const fl
     int w = weight_of(which);
     const floatX* kept = x;
     if (l.compressed()) {
-        kept = tape_z(s, which, layer, N);
-        if (!kept) make_z(s, which, layer, s.z_now, x, N), kept = s.z_now;
+        kept = s.z[which] ? tape_z(s, which, layer, N) : s.z_now;
+        if (!s.z[which] && x) make_z(s, which, layer, s.z_now, x, N);
     }
     matmul(s.grads[w] + grad_offset(s, w, layer), CUDA_R_32F, dy, true, kept, false, CUDA_X, l.m, l.r, N, 1.0f, beta);
     sum_columns(s.grads[w + 1] + grad_offset(s, w + 1, layer), s.partial, dy, nullptr, nullptr, nullptr, N, l.m);
@@ -1621,9 +1810,8 @@ __global__ void direction_kernel(floatX* u, const float* g, float* m, float* v, 
 
 // The sparse update in one kernel, a block a row of W (m, n): Adam's direction of the row (r) in shared memory, then the signed
 // gather W = (1 - lr wd) W - lr alpha U P^T. A row of odd rank r may begin anywhere, so its moments are read one by one.
-__global__ void __launch_bounds__(256)
-    sparse_update_kernel(floatX* w, float* master, const float* g, float* m, float* v, const float* sign, const int* shift,
-                         int n, int r, Adam a, float alpha) {
+__global__ void __launch_bounds__(256) sparse_update_kernel(Weights to, const float* g, float* m, float* v, const float* sign,
+                                                            const int* shift, int n, int r, Adam a, float alpha) {
     extern __shared__ float u[];
     for (int j = threadIdx.x; j < r; j += blockDim.x) {
         size_t i = size_t(blockIdx.x) * r + j;
@@ -1638,34 +1826,55 @@ __global__ void __launch_bounds__(256)
             step[e] *= u[column < r ? column : column - r];
         }
         size_t i = size_t(blockIdx.x) * n + k;
-        move_weights(w + i, master + i, {step[0], step[1], step[2], step[3]}, 1.0f - a.lr * a.decay, a.lr * alpha);
+        move_weights(to, i, {step[0], step[1], step[2], step[3]}, 1.0f - a.lr * a.decay, a.lr * alpha);
     }
 }
 
+// W = keep W - step * lifted
+__global__ void lift_kernel(Weights to, const float* lifted, size_t count, float keep, float step) {
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
+    if (i < count) move_weights(to, i, load_quad(lifted + i), keep, step);
+}
+
+// A parameter from its element `first` on, for optimizer step `step`.
+static Weights weights_at(const Model& s, int i, int64_t first, int64_t step) {
+    return {s.params[i] + first,
+            s.master[i] ? s.master[i] + first : nullptr,
+            s.options.master == MASTER_NONE,
+            uint64_t(s.options.seed),
+            stream_of(STREAM_ROUND, i, step),
+            first};
+}
+
 // W -= lr (alpha U P^T + wd W) with U = Adam's direction in the compressed space; at full rank W -= lr (U + wd W).
-static void linear_update(Model& s, int which, int layer, const Adam& a) {
+static void linear_update(Model& s, int which, int layer, const Adam& a, int64_t step) {
     const Linear& l = s.linear[which];
     int i = weight_of(which);
-    floatX* w = s.params[i] + param_offset(s, i, layer);
-    float *master = s.master[i] + param_offset(s, i, layer), *g = s.grads[i] + grad_offset(s, i, layer);
-    float *m = s.m[i] + grad_offset(s, i, layer), *v = s.v[i] + grad_offset(s, i, layer);
+    Weights to = weights_at(s, i, param_offset(s, i, layer), step);
+    float *g = s.grads[i] + grad_offset(s, i, layer), *m = s.m[i] + grad_offset(s, i, layer),
+          *v = s.v[i] + grad_offset(s, i, layer);
     size_t small = size_t(l.m) * l.r, whole = size_t(l.m) * l.n;
+    float keep = 1.0f - a.lr * a.decay, scale = a.lr * float(s.options.alpha);
     if (!l.compressed()) {
-        adam_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(w, master, g, m, v, whole, a);
+        adam_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(to, g, m, v, whole, a);
         return LAUNCHED();
     }
     draw_now(s, which, layer);
     if (s.options.projection == SPARSE) {
-        sparse_update_kernel<<<l.m, 256, l.r * sizeof(float)>>>(w, master, g, m, v, s.sign, s.shift, l.n, l.r, a,
+        sparse_update_kernel<<<l.m, 256, l.r * sizeof(float)>>>(to, g, m, v, s.sign, s.shift, l.n, l.r, a,
                                                                 float(s.options.alpha));
         return LAUNCHED();
     }
     direction_kernel<<<blocks_for(small, 256 * QUAD), 256>>>(s.u, g, m, v, small, a);
     LAUNCHED();
-    matmul(master, CUDA_R_32F, s.u, false, s.p, true, CUDA_X, l.m, l.n, l.r, -a.lr * float(s.options.alpha),
-           1.0f - a.lr * a.decay);
-    if (!HAS_MASTER) return;
-    round_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(w, master, whole);
+    if (to.stochastic) {
+        matmul(s.lifted, CUDA_R_32F, s.u, false, s.p, true, CUDA_X, l.m, l.n, l.r, 1.0f, 0.0f);
+        lift_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(to, s.lifted, whole, keep, scale);
+        return LAUNCHED();
+    }
+    matmul(to.master, CUDA_R_32F, s.u, false, s.p, true, CUDA_X, l.m, l.n, l.r, -scale, keep);
+    if (!IS_BF16) return;
+    round_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(to.w, to.master, whole, false);
     LAUNCHED();
 }
 
@@ -1712,9 +1921,75 @@ static void linear_next_epoch(Model& s, int which, int layer) {
 // the model: forward, backward, update
 // ====================================================================================================================
 
-// Row `row` of the tape in a layer; where the tape does not keep it, the place where it is computed for the moment.
+// Row `row` of the tape in a layer; where the tape does not keep it whole, the place where it stands for the moment.
 static floatX* tape_at(const Model& s, int row, int layer, int N, floatX* otherwise) {
-    return s.tape[row] ? s.tape[row] + int64_t(layer) * N * tape_rows[row].width * s.config.C : otherwise;
+    return s.tape[row] ? s.tape[row] + int64_t(layer % s.slots) * N * tape_rows[row].width * s.config.C : otherwise;
+}
+
+// Where a block's tensors stand while it is worked on. What is not on the tape lies in wide and spare as the forward pass goes:
+// ln1 in wide, qkv in spare, ln2 in the one and fch in the other, fch_gelu in wide; fch kept as bits is turned to GELU in
+// place. delta is what a projection adds to the stream: attention's stands where ln2 will, the other one in spare.
+struct Block {
+    floatX *residual, *ln1, *qkv, *atty, *delta, *residual2, *ln2, *fch, *fch_gelu;
+};
+
+static Block block_at(const Model& s, int layer, int N) {
+    bool bits = s.kept[FCH] == AS_2BIT;
+    return {layer < s.config.L ? tape_at(s, RESIDUAL, layer, N, s.now[RESIDUAL]) : s.now[RESIDUAL],
+            tape_at(s, LN1, layer, N, s.wide),
+            tape_at(s, QKVR, layer, N, s.now[QKVR] ? s.now[QKVR] : s.spare),
+            tape_at(s, ATTY, layer, N, s.now[ATTY]),
+            bits ? s.spare : s.wide,
+            tape_at(s, RESIDUAL2, layer, N, s.now[RESIDUAL2]),
+            tape_at(s, LN2, layer, N, bits ? s.spare : s.wide),
+            tape_at(s, FCH, layer, N, bits ? s.wide : s.spare),
+            tape_at(s, FCH_GELU, layer, N, s.wide)};
+}
+
+// A row (N, width C) that the tape keeps as int8: onto it, and back again.
+static void tape_store(Model& s, int row, int layer, const floatX* x, int N) {
+    if (s.kept[row] != AS_INT8) return;
+    int64_t width = tape_rows[row].width * int64_t(s.config.C), scales = scales_of(s.config, row),
+            at = layer % s.slots * int64_t(N);
+    quantize_kernel<<<blocks_for(N * scales, 4), 128>>>((int8_t*)s.codes[row] + at * width, s.scales[row] + at * scales, x,
+                                                        N * scales, int(width / scales));
+    LAUNCHED();
+}
+
+static void tape_load(Model& s, int row, int layer, floatX* x, int N) {
+    if (s.kept[row] != AS_INT8) return;
+    int64_t width = tape_rows[row].width * int64_t(s.config.C), scales = scales_of(s.config, row),
+            at = layer % s.slots * int64_t(N);
+    dequantize_kernel<<<blocks_for(N * scales, 4), 128>>>(x, (int8_t*)s.codes[row] + at * width, s.scales[row] + at * scales,
+                                                          N * scales, int(width / scales));
+    LAUNCHED();
+}
+
+static uint8_t* fch_bits(const Model& s, int layer, int N) {
+    return s.kept[FCH] == AS_2BIT ? (uint8_t*)s.codes[FCH] + layer % s.slots * int64_t(N) * s.config.C : nullptr;
+}
+
+// --offload: two layers' tapes are on the device, layer l's in slot l % 2; those of the last two stay. The others go to the
+// host's memory behind the next layers' forward pass and come back behind the backward pass of the layer two above (after
+// MEMO, arXiv 2407.12117). The stream of copies waits for the slot's work, and the work on a slot for its copies.
+static void wait_for_slot(Model& s, int layer) {
+    if (s.offloads > 0) CUDA(cudaStreamWaitEvent(nullptr, s.copied[layer % 2], 0));
+}
+
+// After work on slot layer % 2: `layer` goes to the host, or comes back to the slot.
+static void copy_tape(Model& s, int layer, bool back) {
+    if (s.offloads == 0 || layer < 0 || layer >= s.config.L - s.slots) return;
+    CUDA(cudaEventRecord(s.computed[layer % 2]));
+    CUDA(cudaStreamWaitEvent(s.copies, s.computed[layer % 2], 0));
+    for (int i = 0; i < s.offloads; i++) {
+        char* slot;
+        memcpy(&slot, s.offloaded[i].home, sizeof(slot));
+        slot += layer % 2 * s.offloaded[i].bytes;
+        char* host = (char*)s.offloaded[i].host + layer * s.offloaded[i].bytes;
+        CUDA(cudaMemcpyAsync(back ? slot : host, back ? host : slot, s.offloaded[i].bytes,
+                             back ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, s.copies));
+    }
+    CUDA(cudaEventRecord(s.copied[layer % 2], s.copies));
 }
 
 // sum = x + delta + bias where delta is given; y = LayerNorm of it with parameters w, w + 1 of a layer, folded on the way.
@@ -1737,58 +2012,78 @@ static void layernorm_backward(Model& s, floatX* dx, const floatX* dy, const flo
     sum_columns(s.grads[w + 1] + at, s.partial, dy, nullptr, nullptr, nullptr, N, C);
 }
 
-static void gelu_forward(floatX* y, const floatX* x, Fold fold, int N, int n) {
-    gelu_forward_kernel<<<N, 256>>>(y, x, fold, n);
+static void layernorm_1(const Model& s, const Block& b, floatX* y, int layer, const floatX* x, const floatX* delta,
+                        const floatX* bias, Fold fold, int N) {
+    int64_t at = int64_t(layer) * N;
+    layernorm_forward(s, y, b.residual, s.ln1_mean + at, s.ln1_rstd + at, x, delta, bias, LN1W, layer, fold, N);
+}
+
+static void layernorm_2(const Model& s, const Block& b, floatX* y, int layer, const floatX* x, const floatX* delta,
+                        const floatX* bias, Fold fold, int N) {
+    int64_t at = int64_t(layer) * N;
+    layernorm_forward(s, y, b.residual2, s.ln2_mean + at, s.ln2_rstd + at, x, delta, bias, LN2W, layer, fold, N);
+}
+
+static void gelu_forward(floatX* y, uint8_t* bits, const floatX* x, Fold fold, int N, int n) {
+    gelu_forward_kernel<<<N, 256>>>(y, bits, x, fold, n);
     LAUNCHED();
 }
 
-// s.inputs (B, T) to s.lnf (B*T, C), the input of the head. When training, fills the tape on the way.
+// The block's first half: stream + delta + bias is the residual, or stream alone where delta is null; then all up to ln2. The
+// backward pass runs it again, from the residual, at the last recomputation level.
+static void attention_half(Model& s, const Block& b, int layer, int B, int T, const floatX* stream, const floatX* delta,
+                           const floatX* bias, bool training) {
+    int N = B * T, C = s.config.C, NH = s.config.NH;
+    auto fold = [&](int which) { return training ? fold_into(s, which, layer, tape_z(s, which, layer, N)) : Fold{}; };
+    layernorm_1(s, b, b.ln1, layer, stream, delta, bias, fold(QKV), N);
+    linear_forward(s, QKV, layer, b.qkv, b.ln1, N, true, training);
+    attention_forward(b.atty, s.lse + int64_t(layer) * N * NH, b.qkv, B, T, C, NH);
+    if (training) {
+        tape_store(s, RESIDUAL, layer, b.residual, N);
+        tape_store(s, QKVR, layer, b.qkv, N);
+        tape_store(s, ATTY, layer, b.atty, N);
+    }
+    linear_forward(s, ATTPROJ, layer, b.delta, b.atty, N, false, training);
+    layernorm_2(s, b, b.ln2, layer, b.residual, b.delta, s.params[ATTPROJB] + param_offset(s, ATTPROJB, layer), fold(FC), N);
+    if (training) tape_store(s, RESIDUAL2, layer, b.residual2, N);
+}
+
+// s.inputs (B, T) to the head's input (B*T, C), which it leaves in s.wide. When training, fills the tape on the way.
 static void model_forward(Model& s, int B, int T, bool training) {
     const Config& c = s.config;
     int N = B * T;
     CUDA(cudaMemcpyAsync(s.d_inputs, s.inputs, N * sizeof(int), cudaMemcpyHostToDevice));
-    embedding_forward_kernel<<<N, 128>>>(s.tape[RESIDUAL], s.d_inputs, s.params[WTE], s.params[WPE], T, c.C);
+    const floatX *stream = block_at(s, 0, N).residual, *delta = nullptr, *bias = nullptr;  // what comes in next is their sum
+    embedding_forward_kernel<<<N, 128>>>((floatX*)stream, s.d_inputs, s.params[WTE], s.params[WPE], T, c.C);
     LAUNCHED();
-    const floatX *delta = nullptr, *bias = nullptr,
-                 *stream = s.tape[RESIDUAL];  // what comes into the stream next: stream + delta + bias
     for (int layer = 0; layer < c.L; layer++) {
-        int64_t at = int64_t(layer) * N;
-        floatX *residual = tape_at(s, RESIDUAL, layer, N, nullptr), *residual2 = tape_at(s, RESIDUAL2, layer, N, nullptr);
-        floatX *qkv = tape_at(s, QKVR, layer, N, nullptr), *atty = tape_at(s, ATTY, layer, N, nullptr);
-        floatX *fch = tape_at(s, FCH, layer, N, nullptr), *fch_gelu = tape_at(s, FCH_GELU, layer, N, s.wide);
-        floatX *ln1 = tape_at(s, LN1, layer, N, s.narrow), *ln2 = tape_at(s, LN2, layer, N, s.narrow);
-        auto fold = [&](int which) { return training ? fold_into(s, which, layer, tape_z(s, which, layer, N)) : Fold{}; };
-
-        layernorm_forward(s, ln1, residual, s.ln1_mean + at, s.ln1_rstd + at, stream, delta, bias, LN1W, layer, fold(QKV), N);
-        linear_forward(s, QKV, layer, qkv, ln1, N, true, training);
-        attention_forward(atty, s.lse + at * c.NH, qkv, B, T, c.C, c.NH);
-        linear_forward(s, ATTPROJ, layer, s.narrow, atty, N, false, training);
-        bias = s.params[ATTPROJB] + param_offset(s, ATTPROJB, layer);
-        layernorm_forward(s, ln2, residual2, s.ln2_mean + at, s.ln2_rstd + at, residual, s.narrow, bias, LN2W, layer, fold(FC),
-                          N);
-        linear_forward(s, FC, layer, fch, ln2, N, true, training);
-        gelu_forward(fch_gelu, fch, fold(FCPROJ), N, 4 * c.C);
-        linear_forward(s, FCPROJ, layer, s.narrow, fch_gelu, N, false, training);
-        stream = residual2, delta = s.narrow, bias = s.params[FCPROJB] + param_offset(s, FCPROJB, layer);
+        Block b = block_at(s, layer, N);
+        if (training && layer >= s.slots) wait_for_slot(s, layer);
+        attention_half(s, b, layer, B, T, stream, delta, bias, training);
+        linear_forward(s, FC, layer, b.fch, b.ln2, N, true, training);
+        Fold fold = training ? fold_into(s, FCPROJ, layer, tape_z(s, FCPROJ, layer, N)) : Fold{};
+        gelu_forward(b.fch_gelu, training ? fch_bits(s, layer, N) : nullptr, b.fch, fold, N, 4 * c.C);
+        linear_forward(s, FCPROJ, layer, s.spare, b.fch_gelu, N, false, training);
+        stream = b.residual2, delta = s.spare, bias = s.params[FCPROJB] + param_offset(s, FCPROJB, layer);
+        if (training) copy_tape(s, layer, false);
     }
-    layernorm_forward(s, s.lnf, tape_at(s, RESIDUAL, c.L, N, nullptr), s.lnf_mean, s.lnf_rstd, stream, delta, bias, LNFW, 0,
-                      Fold{}, N);
+    layernorm_forward(s, s.wide, s.now[RESIDUAL], s.lnf_mean, s.lnf_rstd, stream, delta, bias, LNFW, 0, Fold{}, N);
 }
 
-// The losses of all N tokens, a chunk of tokens at a time. When training, the gradients too, at once: that of s.lnf into
-// s.narrow, and that of wte added to beta times what stands there. scale is 1 / (tokens of the optimizer step).
+// The losses of all N tokens, a chunk of tokens at a time. When training, the gradients too, at once: that of the head's input
+// into s.spare, and that of wte added to beta times what stands there. scale is 1 / (tokens of the optimizer step).
 static void classifier(Model& s, int N, bool training, float scale, float beta) {
     const Config& c = s.config;
     int ld = logits_width(c);
     CUDA(cudaMemcpyAsync(s.d_targets, s.targets, N * sizeof(int), cudaMemcpyHostToDevice));
     for (int first = 0; first < N; first += CHUNK) {
         int rows = std::min<int>(CHUNK, N - first);
-        const floatX* lnf = s.lnf + int64_t(first) * c.C;
+        const floatX* lnf = s.wide + int64_t(first) * c.C;
         matmul(s.logits, CUDA_X, lnf, false, s.params[WTE], true, CUDA_X, rows, c.Vp, c.C, 1.0f, 0.0f, 0, ld);
         cross_entropy_kernel<<<rows, 512>>>(s.logits, s.d_losses + first, s.d_targets + first, c.V, ld, scale, training);
         LAUNCHED();
         if (!training) continue;
-        floatX* dlnf = s.narrow + int64_t(first) * c.C;
+        floatX* dlnf = s.spare + int64_t(first) * c.C;
         matmul(dlnf, CUDA_X, s.logits, false, s.params[WTE], false, CUDA_X, rows, c.C, c.Vp, 1.0f, 0.0f, ld);
         matmul(s.grads[WTE], CUDA_R_32F, s.logits, true, lnf, false, CUDA_X, c.Vp, c.C, rows, 1.0f, first == 0 ? beta : 1.0f,
                ld);
@@ -1797,12 +2092,12 @@ static void classifier(Model& s, int N, bool training, float scale, float beta) 
     if (!training) CUDA(cudaDeviceSynchronize());
 }
 
-// Logits (rows, V) of tokens first, first+1, ... of the last forward pass, to the host. Padded words have none.
+// Logits (rows, V) of tokens first, first+1, ..., straight after a forward pass, to the host. Padded words have none.
 static void model_logits(const Model& s, float* logits, int first, int rows) {
     const Config& c = s.config;
     std::vector<floatX> raw(c.V);
     for (int row = 0; row < rows; row++) {
-        matmul(s.logits, CUDA_X, s.lnf + int64_t(first + row) * c.C, false, s.params[WTE], true, CUDA_X, 1, c.Vp, c.C, 1.0f,
+        matmul(s.logits, CUDA_X, s.wide + int64_t(first + row) * c.C, false, s.params[WTE], true, CUDA_X, 1, c.Vp, c.C, 1.0f,
                0.0f);
         model_get(raw.data(), s.logits, c.V * sizeof(floatX));
         for (int i = 0; i < c.V; i++) logits[int64_t(row) * c.V + i] = float(raw[i]);
@@ -1835,6 +2130,52 @@ static void embedding_backward(Model& s, int B, int T) {
     LAUNCHED();
 }
 
+// The backward pass of one block: s.dresidual holds the gradient of the stream out of it, and then of the stream into it.
+// What the tape does not keep comes back first; where only its fold is wanted, that is made on the way. The gradient of each
+// layer's input takes the place of that input, once it is read; in s.wide the gradient of qkv (3C) and that of attention's
+// output (C) lie side by side.
+static void block_backward(Model& s, int layer, int B, int T, float beta) {
+    int N = B * T, C = s.config.C, NH = s.config.NH;
+    int64_t at = int64_t(layer) * N, NC = int64_t(N) * C;
+    Block b = block_at(s, layer, N);
+    auto unless_folded = [](const floatX* x, const Fold& fold) { return fold.z ? nullptr : x; };
+    Fold fold = {};
+    tape_load(s, RESIDUAL, layer, b.residual, N);
+    tape_load(s, ATTY, layer, b.atty, N);
+    tape_load(s, RESIDUAL2, layer, b.residual2, N);
+    if (s.kept[ATTY] == GONE)
+        attention_half(s, b, layer, B, T, b.residual, nullptr, nullptr, false);
+    else if (s.kept[FCH] == GONE)
+        layernorm_2(s, b, b.ln2, layer, b.residual2, nullptr, nullptr, Fold{}, N);
+    if (s.kept[FCH] == GONE) linear_forward(s, FC, layer, b.fch, b.ln2, N, true, false);
+
+    if (s.kept[FCH_GELU] == GONE) gelu_forward(b.fch_gelu, nullptr, b.fch, fold = fold_now(s, FCPROJ, layer), N, 4 * C);
+    linear_backward(s, FCPROJ, layer, s.wide, s.dresidual, unless_folded(b.fch_gelu, fold), N, beta);
+    if (s.kept[FCH] == AS_2BIT)
+        gelu_backward_2bit_kernel<<<blocks_for(4 * NC, 256 * PACK), 256>>>(s.wide, fch_bits(s, layer, N), 4 * NC);
+    else
+        gelu_backward_kernel<<<blocks_for(4 * NC, 256 * PACK), 256>>>(s.wide, b.fch, 4 * NC);
+    LAUNCHED();
+    fold = Fold{};
+    if (s.kept[LN2] == GONE)
+        layernorm_2(s, b, b.ln2 = s.spare, layer, b.residual2, nullptr, nullptr, fold = fold_now(s, FC, layer), N);
+    linear_backward(s, FC, layer, s.spare, s.wide, unless_folded(b.ln2, fold), N, beta);
+    layernorm_backward(s, s.dresidual, s.spare, b.residual2, s.ln2_mean + at, s.ln2_rstd + at, LN2W, layer, N, true);
+
+    floatX* datty = s.wide + 3 * NC;
+    linear_backward(s, ATTPROJ, layer, datty, s.dresidual, b.atty, N, beta);
+    tape_load(s, QKVR, layer, b.qkv, N);
+    fold = Fold{};
+    if (s.kept[LN1] == GONE) {
+        b.ln1 = s.spare + (spare_is_wide(s) ? 3 * NC : 0);
+        layernorm_1(s, b, b.ln1, layer, b.residual, nullptr, nullptr, fold = fold_now(s, QKV, layer), N);
+    }
+    if (s.kept[QKVR] == GONE && !s.now[QKVR]) linear_forward(s, QKV, layer, b.qkv, b.ln1, N, true, false);
+    attention_backward(s.wide, s.dot, datty, b.qkv, b.atty, s.lse + at * NH, B, T, C, NH);
+    linear_backward(s, QKV, layer, s.spare, s.wide, unless_folded(b.ln1, fold), N, beta);
+    layernorm_backward(s, s.dresidual, s.spare, b.residual, s.ln1_mean + at, s.ln1_rstd + at, LN1W, layer, N, true);
+}
+
 // Forward and backward pass of one micro batch: losses, and gradients times scale, added to those of the step's earlier
 // micro batches unless this is the first. The gradient of the residual stream flows down in s.dresidual.
 static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
@@ -1846,35 +2187,11 @@ static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
     }
     model_forward(s, B, T, true);
     classifier(s, N, true, scale, beta);
-    layernorm_backward(s, s.dresidual, s.narrow, tape_at(s, RESIDUAL, c.L, N, nullptr), s.lnf_mean, s.lnf_rstd, LNFW, 0, N,
-                       false);
+    layernorm_backward(s, s.dresidual, s.spare, s.now[RESIDUAL], s.lnf_mean, s.lnf_rstd, LNFW, 0, N, false);
     for (int layer = c.L - 1; layer >= 0; layer--) {
-        floatX *residual = tape_at(s, RESIDUAL, layer, N, nullptr), *residual2 = tape_at(s, RESIDUAL2, layer, N, nullptr);
-        floatX *qkv = tape_at(s, QKVR, layer, N, nullptr), *atty = tape_at(s, ATTY, layer, N, nullptr);
-        floatX *fch = tape_at(s, FCH, layer, N, nullptr), *fch_gelu = tape_at(s, FCH_GELU, layer, N, nullptr);
-        floatX *ln1 = tape_at(s, LN1, layer, N, nullptr), *ln2 = tape_at(s, LN2, layer, N, nullptr);
-        int64_t at = int64_t(layer) * N;
-
-        if (!fch_gelu && !s.z[FCPROJ]) gelu_forward(fch_gelu = s.wide, fch, Fold{}, N, 4 * c.C);
-        linear_backward(s, FCPROJ, layer, s.wide, s.dresidual, fch_gelu, N, beta);
-        gelu_backward_kernel<<<blocks_for(int64_t(N) * 4 * c.C, 256 * PACK), 256>>>(s.wide, fch, size_t(N) * 4 * c.C);
-        LAUNCHED();
-        if (!ln2 && !s.z[FC]) {
-            ln2 = s.narrow;
-            layernorm_forward(s, ln2, nullptr, s.ln2_mean + at, s.ln2_rstd + at, residual2, nullptr, nullptr, LN2W, layer,
-                              Fold{}, N);
-        }
-        linear_backward(s, FC, layer, s.narrow, s.wide, ln2, N, beta);
-        layernorm_backward(s, s.dresidual, s.narrow, residual2, s.ln2_mean + at, s.ln2_rstd + at, LN2W, layer, N, true);
-        linear_backward(s, ATTPROJ, layer, s.narrow, s.dresidual, atty, N, beta);
-        attention_backward(s.wide, s.dot, s.narrow, qkv, atty, s.lse + at * c.NH, B, T, c.C, c.NH);
-        if (!ln1 && !s.z[QKV]) {
-            ln1 = s.narrow;
-            layernorm_forward(s, ln1, nullptr, s.ln1_mean + at, s.ln1_rstd + at, residual, nullptr, nullptr, LN1W, layer,
-                              Fold{}, N);
-        }
-        linear_backward(s, QKV, layer, s.narrow, s.wide, ln1, N, beta);
-        layernorm_backward(s, s.dresidual, s.narrow, residual, s.ln1_mean + at, s.ln1_rstd + at, LN1W, layer, N, true);
+        if (layer < c.L - s.slots) wait_for_slot(s, layer);
+        block_backward(s, layer, B, T, beta);
+        copy_tape(s, layer - s.slots, true);
     }
     embedding_backward(s, B, T);
     CUDA(cudaDeviceSynchronize());
@@ -1919,11 +2236,12 @@ static double model_update(Model& s, const Plan& plan, int64_t step, double lr) 
         int which = param_rows[i].linear;
         exact.decay = param_rows[i].columns > 0 ? float(o.weight_decay) : 0.0f;  // matrices decay, vectors do not
         for (int layer = 0; which >= 0 && layer < s.config.L; layer++) {
-            linear_update(s, which, layer, s.linear[which].compressed() ? compressed : exact);
+            linear_update(s, which, layer, s.linear[which].compressed() ? compressed : exact, step);
         }
         if (which >= 0) continue;
         size_t count = param_count(s.config, i);
-        adam_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(s.params[i], s.master[i], s.grads[i], s.m[i], s.v[i], count, exact);
+        adam_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(weights_at(s, i, 0, step), s.grads[i], s.m[i], s.v[i], count,
+                                                            exact);
         LAUNCHED();
     }
     float norm;
@@ -1977,7 +2295,7 @@ static double model_peak_flops() {
     for (auto& row : devices) {
         const char *at = strstr(device.name, row.name), *after = at + (at ? strlen(row.name) : 0);
         if (!at || strstr(device.name, "MIG") || (row.name[0] == 'R' && *after)) continue;  // RTX 4090 D, 4090 Laptop
-        return HAS_MASTER ? row.bf16 : row.fp32;
+        return IS_BF16 ? row.bf16 : row.fp32;
     }
     const size_t SIZE = 4096, TIMES = 8;
     floatX* memory;
@@ -2074,32 +2392,28 @@ struct Writer {
     }
 };
 
-static uint16_t bf16_of_float(float x) {  // to nearest, ties to even
-    uint32_t bits = bits_of_float(x);
-    return x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-static float float_of_bf16(uint16_t x) { return float_of_bits(uint32_t(x) << 16); }
-
 // Elements [first, first + count) of a tensor as floats, piece by piece: `use` reads each piece, or fills it when it is to
-// be stored.
+// be stored, which fp32 and bf16 can be. 2bit begins and ends with whole bytes.
 static void visit(const Tensor& t, int64_t first, int64_t count, bool store,
                   const std::function<void(float*, int64_t at, int64_t n)>& use) {
     const int64_t MOST = 1 << 18;
-    bool bf16 = t.type == "bf16";
-    int64_t width = bf16 ? 2 : 4;
     std::vector<float> piece(std::min(MOST, count));
-    std::vector<uint16_t> half(bf16 ? piece.size() : 0);
+    std::vector<uint8_t> raw(piece.size() * t.bits() / 8);
+    uint16_t* half = (uint16_t*)raw.data();
     char* data;
     memcpy(&data, t.home, sizeof(data));
     for (int64_t at = first, n; at < first + count; at += n) {
         n = std::min(MOST, first + count - at);
-        void* raw = bf16 ? (void*)half.data() : piece.data();
-        if (!store) model_get(raw, data + at * width, n * width);
-        if (!store && bf16) std::transform(half.begin(), half.begin() + n, piece.begin(), float_of_bf16);
+        char* from = data + at * t.bits() / 8;
+        if (!store) model_get(raw.data(), from, n * t.bits() / 8);
+        if (t.type == "fp32" && !store) memcpy(piece.data(), raw.data(), n * 4);
+        if (t.type == "bf16" && !store) std::transform(half, half + n, piece.begin(), float_of_bf16);
+        if (t.type == "int8") std::transform(raw.begin(), raw.begin() + n, piece.begin(), [](uint8_t x) { return int8_t(x); });
+        for (int64_t i = 0; t.type == "2bit" && i < n; i++) piece[i] = float(raw[i / 4] >> i % 4 * 2 & 3);
         use(piece.data(), at, n);
-        if (store && bf16) std::transform(piece.begin(), piece.begin() + n, half.begin(), bf16_of_float);
-        if (store) model_set(data + at * width, raw, n * width);
+        if (t.type == "bf16" && store) std::transform(piece.begin(), piece.begin() + n, half, bf16_of_float);
+        if (t.type == "fp32" && store) memcpy(raw.data(), piece.data(), n * 4);
+        if (store) model_set(from, raw.data(), n * t.bits() / 8);
     }
 }
 
@@ -2540,7 +2854,7 @@ static int64_t read_state(const Plan& plan, const Identity& identity, const std:
         if (was != row.second) refuse(row.first + ": " + path + " was saved with " + was + ", not " + row.second);
     }
     int64_t size = HEADER_BYTES + lines.size() + 8;
-    for (const Tensor& t : saved_tensors(plan)) size += t.bytes();
+    for (const Tensor& t : saved_tensors(plan)) size += t.count() * 4;
     if (lines != identity_lines(identity) || in.size != size)
         refuse(path + ": is of another make: its contents do not fit its flags");
     for (const Tensor& t : saved_tensors(plan)) {
@@ -2589,14 +2903,14 @@ static int64_t resume(const Plan& plan, const Identity& identity, const std::str
 
 // ---- options: a row each; parsing, --help, the log and the plan's JSON all follow from this table
 
-enum { KIND_TEXT, KIND_INT, KIND_REAL, KIND_RANK, KIND_FLAG, KIND_CHOICE, KIND_SET, KIND_PLAN };
+enum { KIND_TEXT, KIND_INT, KIND_REAL, KIND_RANK, KIND_BYTES, KIND_FLAG, KIND_CHOICE, KIND_SET, KIND_PLAN };
 
 struct OptionRow {
     char letter;
     const char *name, *argument;
     int kind;
     void* value;
-    const char* help;
+    std::string help;
     double low = 0, high = 0;
     const char* names = "";  // of choices
 };
@@ -2633,7 +2947,12 @@ static std::vector<OptionRow> option_table(Options& o) {
         {0, "gap", "T", KIND_INT, &o.gap, "steps between new projections; 0: never", 0, MANY},
         {0, "alpha", "A", KIND_REAL, &o.alpha, "scale of a compressed layer's step", 0, MANY},
         {0, "moments", "M", KIND_CHOICE, &o.moments, "Adam's, at a new projection: ", 0, 0, moments_names},
-        {'r', "recompute", "N", KIND_INT, &o.recompute, "0 keeps all, 1 computes GELU again, 2 LayerNorm too", 0, 2},
+        {'r', "recompute", "N", KIND_INT, &o.recompute, levels_help(), 0, NEVER - 1},
+        {0, "gelu", "G", KIND_CHOICE, &o.gelu, "2bit keeps 2 bits of each of fch, for a derivative in steps: ", 0, 0, gelu_names},
+        {0, "tape", "T", KIND_CHOICE, &o.tape, "int8 keeps residual, qkv, atty and residual2 in 8 bits: ", 0, 0, tape_names},
+        {0, "master", "M", KIND_CHOICE, &o.master, "none keeps weights in bf16 alone, rounded at random: ", 0, 0, master_names},
+        {0, "offload", "", KIND_FLAG, &o.offload, "the tape waits in the host's memory (GPU)"},
+        {0, "memory", "SIZE", KIND_BYTES, &o.memory, "such as 24GB: choose -r, from the one given up, and -b to fit; 0: as given"},
         {0, "plan", "", KIND_PLAN, &o.plan, "print the memory plan and stop; --plan=json for programs"},
         {'v', "val-every", "N", KIND_INT, &o.val_every, "evaluate every N steps and at the end; 0: never, -1: at the end", -1, MANY},
         {'m', "val-batches", "N", KIND_INT, &o.val_batches, "validation batches; -1: all", -1, MANY},
@@ -2666,6 +2985,7 @@ static std::string names_of(const char* names, int mask) {
 
 static std::string option_value(const OptionRow& row) {
     if (row.kind == KIND_INT) return str(*(int*)row.value);
+    if (row.kind == KIND_BYTES) return str(*(int64_t*)row.value);
     if (row.kind == KIND_REAL || row.kind == KIND_RANK) return text("%.9g", *(double*)row.value);
     if (row.kind == KIND_FLAG) return *(bool*)row.value ? "true" : "false";
     if (row.kind == KIND_CHOICE) return names_of(row.names, 1 << *(int*)row.value);
@@ -2685,9 +3005,27 @@ static double number(const OptionRow& row, const std::string& value) {
     return x;
 }
 
+// A size such as 24GB (10^9), 24GiB (2^30), 500 MB or 1e9.
+static int64_t bytes_of(const std::string& given, const std::string& value) {
+    char* end;
+    double x = strtod(value.c_str(), &end), unit = 1;
+    std::string rest = end + strspn(end, " "), letters = "KMGT";
+    size_t power = rest.empty() ? std::string::npos : letters.find(char(toupper(rest[0])));
+    if (power != std::string::npos) {
+        bool binary = rest.size() > 1 && tolower(rest[1]) == 'i';
+        unit = pow(binary ? 1024 : 1000, power + 1.0);
+        rest.erase(0, binary ? 2 : 1);
+    }
+    bool digits = value.find_first_of("0123456789") <= value.find_first_not_of(".0123456789");
+    if (!digits || (!rest.empty() && rest != "B" && rest != "b") || !(x * unit >= 0 && x * unit < 1e18))
+        refuse(given + " is not a size such as 24GB, 24GiB or 500MB");
+    return int64_t(x * unit);
+}
+
 static void set_option(const OptionRow& row, const std::string& value) {
     std::string name = std::string("--") + row.name, given = name + ": '" + value + "'";
     if (row.kind == KIND_FLAG) *(bool*)row.value = true;
+    if (row.kind == KIND_BYTES) *(int64_t*)row.value = bytes_of(given, value);
     if (row.kind == KIND_INT) *(int*)row.value = int(number(row, value));
     if (row.kind == KIND_REAL || row.kind == KIND_RANK) *(double*)row.value = number(row, value);
     if (row.kind == KIND_TEXT || row.kind == KIND_PLAN) *(std::string*)row.value = value;
@@ -2699,11 +3037,12 @@ static void set_option(const OptionRow& row, const std::string& value) {
         refuse(given + " is not known; --plan and --plan=json are");
     if (row.kind != KIND_CHOICE && row.kind != KIND_SET) return;
     int mask = 0;
-    for (size_t at = 0, comma; at <= value.size() && value != "none"; at = comma + 1) {
-        comma = row.kind == KIND_SET ? std::min(value.find(',', at), value.size()) : value.size();
+    bool set = row.kind == KIND_SET;
+    for (size_t at = 0, comma; at <= value.size() && !(set && value == "none"); at = comma + 1) {
+        comma = set ? std::min(value.find(',', at), value.size()) : value.size();
         std::string piece = value.substr(at, comma - at);
         int i = 0;
-        while (i < 8 && (piece == "none" || names_of(row.names, 1 << i) != piece)) i++;
+        while (i < 8 && ((set && piece == "none") || names_of(row.names, 1 << i) != piece)) i++;
         mask |= 1 << i;
         if (row.kind == KIND_CHOICE) *(int*)row.value = i;
     }
@@ -2748,7 +3087,7 @@ static void print_help() {
     for (const OptionRow& row : option_table(defaults)) {
         std::string left = (row.letter ? text("  -%c, --", row.letter) : "      --") + row.name + " " + row.argument,
                     value = option_value(row);
-        printf("%-28s %s%s%s\n", left.c_str(), row.help, row.names,
+        printf("%-28s %s%s%s\n", left.c_str(), row.help.c_str(), row.names,
                row.kind == KIND_FLAG || value.empty() ? "" : (" (" + value + ")").c_str());
     }
     printf("\nBad input ends with one line and status 2.\n");
@@ -2779,15 +3118,50 @@ static Config choose_config(const Options& o, int V) {
     return c;
 }
 
+// For --memory: the least recomputation, from the level given, at which -b sequences fit, and there as many as do; where -b
+// fits at no level, the level that takes the most. With --total-batch, -b divides its sequences.
+static void fit_memory(Options& o, const Config& c) {
+    int64_t rows = o.total_batch / o.seq, least = 0;
+    int last = o.gelu == GELU_2BIT ? tape_rows[FCH].gone_from - 1 : NEVER - 1, wish = o.batch;
+    auto bytes = [&](int level, int64_t batch) {
+        Model s;
+        Options other = o;
+        other.recompute = level, other.batch = int(batch);
+        if (o.total_batch == 0) other.total_batch = int(batch * o.seq);
+        return model_plan(s, c, other).bytes();
+    };
+    auto most = [&](int level) {
+        int64_t fits = 0, above = (rows ? rows : (1 << 30) / o.seq) + 1;
+        while (above - fits > 1) (bytes(level, (fits + above) / 2) <= o.memory ? fits : above) = (fits + above) / 2;
+        while (rows && fits > 0 && rows % fits != 0) fits--;
+        return int(fits);
+    };
+    if (rows) wish = int(std::min<int64_t>(wish, rows));
+    while (rows && rows % wish != 0) wish--;
+    o.batch = 0;
+    for (int level = o.recompute, first = level; level <= last && o.batch < wish; level++) {
+        int fits = most(level), one = level == first;
+        if (fits > o.batch) o.batch = fits, o.recompute = level;
+        least = one ? bytes(level, 1) : std::min(least, bytes(level, 1));
+    }
+    if (o.batch == 0)
+        refuse("--memory: " + commas(o.memory) + " bytes do not suffice: a single sequence takes " + commas(least) +
+               " or more");
+}
+
 // Fills in what follows from the model, and looks for contradictions.
 static void settle_options(Options& o, const Config& c) {
     if (o.seq == 0) o.seq = c.context;
     if (o.seq > c.context) refuse("--seq: " + str(o.seq) + " is more than the model's context of " + str(c.context));
+    if (o.memory > 0 && o.total_batch % o.seq == 0) fit_memory(o, c);
     int64_t micro = int64_t(o.batch) * o.seq;
     if (micro > 1 << 30) refuse("--batch: " + str(o.batch) + " sequences of " + str(o.seq) + " are more than 2^30 tokens");
     if (o.total_batch == 0) o.total_batch = int(micro);
     if (o.total_batch % micro != 0)
         refuse("--total-batch: " + str(o.total_batch) + " is no multiple of --batch times --seq, " + str(micro));
+    if (o.gelu == GELU_2BIT && o.recompute >= tape_rows[FCH].gone_from)
+        refuse("--gelu: 2bit keeps bits of what --recompute " + str(o.recompute) + " computes again; choose one of them");
+    if (o.offload && !o.dump.empty()) refuse("--dump: reads the whole tape; leave --offload away");
     if (o.resume && o.out.empty()) refuse("--resume: needs --out, the folder with the checkpoints");
     if (o.checkpoint_every != 0 && o.out.empty()) refuse("--checkpoint-every: needs --out, a folder for the checkpoints");
 }
@@ -2797,7 +3171,8 @@ static void settle_options(Options& o, const Config& c) {
 static std::string options_json(Options& o) {
     std::string out;
     for (const OptionRow& row : option_table(o)) {
-        bool bare = row.kind == KIND_INT || row.kind == KIND_REAL || row.kind == KIND_RANK || row.kind == KIND_FLAG;
+        bool bare = row.kind == KIND_INT || row.kind == KIND_REAL || row.kind == KIND_RANK || row.kind == KIND_BYTES ||
+                    row.kind == KIND_FLAG;
         if (row.value == &o.plan || row.value == &o.help) continue;
         out += (out.empty() ? "{" : ", ") + json_string(row.name) + ": " +
                (bare ? option_value(row) : json_string(option_value(row)));
@@ -2812,14 +3187,38 @@ static std::string shape_text(const Tensor& t, const char* between) {
     return out;
 }
 
-static std::string plan_json(const Plan& plan, int64_t full_rank_bytes) {
-    const Flops& f = plan.flops;
-    std::string comma, out = "\"total_bytes\": " + str(plan.bytes());
-    out += ", \"full_rank_total_bytes\": " + str(full_rank_bytes) + ", \"categories\": {";
+// The plan of a run beside those that it is measured against.
+struct Plans {
+    Plan run, full_rank, level_2;  // the same flags at full rank; full rank at --recompute 2 and nothing else: llm.c's best
+};
+
+static Plans make_plans(Model& s, const Config& c, const Options& o) {
+    Options full = o;
+    full.rank = 1.0;
+    Options level_2 = full;
+    level_2.recompute = 2, level_2.gelu = GELU_EXACT, level_2.tape = TAPE_FULL, level_2.master = MASTER_FP32;
+    level_2.offload = false;
+    Plans plans;
+    plans.full_rank = model_plan(s, c, full);
+    plans.level_2 = model_plan(s, c, level_2);
+    plans.run = model_plan(s, c, o);  // the last one sets s up
+    return plans;
+}
+
+static std::string flops_json(const Flops& f) {
+    return text(
+        "{\"forward\": %.0f, \"backward\": %.0f, \"recompute\": %.0f, \"projection\": %.0f, \"update\": %.0f, \"total\": %.0f}",
+        f.forward, f.backward, f.recompute, f.projection, f.update, f.total());
+}
+
+static std::string plan_json(const Plans& plans) {
+    const Plan& plan = plans.run;
+    std::string comma, out = "\"total_bytes\": " + str(plan.bytes()) + ", \"host_bytes\": " + str(plan.bytes("host"));
+    out += ", \"full_rank_total_bytes\": " + str(plans.full_rank.bytes()) +
+           ", \"full_rank_level_2\": {\"total_bytes\": " + str(plans.level_2.bytes()) +
+           ", \"flops_per_token\": " + flops_json(plans.level_2.flops) + "}, \"categories\": {";
     for (const std::string& c : plan.categories()) out += comma + json_string(c) + ": " + str(plan.bytes(c)), comma = ", ";
-    out += text("}, \"flops_per_token\": {\"forward\": %.0f, \"backward\": %.0f, \"recompute\": %.0f, ", f.forward, f.backward,
-                f.recompute);
-    out += text("\"projection\": %.0f, \"update\": %.0f, \"total\": %.0f}, \"tensors\": [", f.projection, f.update, f.total());
+    out += "}, \"flops_per_token\": " + flops_json(plan.flops) + ", \"tensors\": [";
     comma = "";
     for (const Tensor& t : plan.tensors) {
         out += comma + "{\"name\": " + json_string(t.name) + ", \"category\": " + json_string(t.category) + ", \"shape\": [" +
@@ -2829,20 +3228,39 @@ static std::string plan_json(const Plan& plan, int64_t full_rank_bytes) {
     return out + "]";
 }
 
-static void print_plan(const Plan& plan, const Plan& full, bool tensors) {
+static void print_plan(const Plans& plans, const Options& o, bool tensors) {
     auto mib = [](int64_t bytes) { return commas(bytes >> 20) + text(".%d MiB", int((bytes & 0xFFFFF) * 10 >> 20)); };
-    for (const Tensor& t : plan.tensors) {
+    for (const Tensor& t : plans.run.tensors) {
         if (!tensors) break;
         printf("  %-12s %-22s %-24s %-6s %16s\n", t.category.c_str(), t.name.c_str(), shape_text(t, " x ").c_str(),
                t.type.c_str(), mib(t.bytes()).c_str());
     }
-    printf("%s%-14s %16s %16s\n", tensors ? "\n" : "", "memory", "this run", "full rank");
-    for (const std::string& c : plan.categories())
-        printf("  %-12s %16s %16s\n", c.c_str(), mib(plan.bytes(c)).c_str(), mib(full.bytes(c)).c_str());
-    printf("  %-12s %16s %16s   %.0f %%\n", "total", mib(plan.bytes()).c_str(), mib(full.bytes()).c_str(),
-           100.0 * plan.bytes() / full.bytes());
-    printf("  %-12s %14.4g   %14.4g     %.0f %%\n", "FLOPs/token", plan.flops.total(), full.flops.total(),
-           100 * plan.flops.total() / full.flops.total());
+    if (tensors) printf("\n");
+    if (o.memory > 0) printf("of %s bytes: chose --recompute %d, -b %d\n", commas(o.memory).c_str(), o.recompute, o.batch);
+    const Plan* columns[] = {&plans.run, &plans.full_rank, &plans.level_2};
+    auto row = [&](const std::string& name, const std::function<std::string(const Plan&)>& cell) {
+        printf("  %-12s", name.c_str());
+        for (const Plan* plan : columns) printf(" %16s", cell(*plan).c_str());
+        printf("\n");
+    };
+    printf("%-14s %16s %16s %16s\n", "memory", "this run", "full rank", "full rank, -r 2");
+    std::vector<std::string> names;
+    for (const Plan* plan : columns) {
+        for (const std::string& c : plan->categories()) {
+            if (std::find(names.begin(), names.end(), c) == names.end()) names.push_back(c);
+        }
+    }
+    for (const std::string& c : names) row(c, [&](const Plan& p) { return mib(p.bytes(c)); });
+    row("total", [&](const Plan& p) { return mib(p.bytes()); });
+    row("", [&](const Plan& p) { return text("%.0f %%", 100.0 * p.bytes() / plans.level_2.bytes()); });
+    printf("matrix products, FLOPs a token\n");
+    row("forward", [](const Plan& p) { return text("%.4g", p.flops.forward); });
+    row("backward", [](const Plan& p) { return text("%.4g", p.flops.backward); });
+    row("recompute", [](const Plan& p) { return text("%.4g", p.flops.recompute); });
+    row("projection", [](const Plan& p) { return text("%.4g", p.flops.projection); });
+    row("update", [](const Plan& p) { return text("%.4g", p.flops.update); });
+    row("total", [](const Plan& p) { return text("%.4g", p.flops.total()); });
+    row("", [&](const Plan& p) { return text("%.0f %%", 100 * p.flops.total() / plans.level_2.flops.total()); });
 }
 
 // The step just accumulated, before its update: parameters, gradients, projections, and of its last micro batch the tape,
@@ -2856,18 +3274,22 @@ static void write_dump(Model& s, const Plan& plan, const Options& o) {
         out.write(&length, 4), out.write(name.data(), name.size());
         out.write(&dims, 4), out.write(shape.data(), shape.size() * 8);
     };
+    auto dump = [&](const std::string& name, const Tensor& t, bool whole, std::vector<int64_t> shape) {
+        int64_t each = 1;
+        for (int64_t d : shape) each *= d;
+        for (int64_t i = 0; i < (whole ? 1 : t.shape[0]); i++) {
+            record(whole ? name : name + "." + str(i), shape);
+            visit(t, i * each, each, false, [&](const float* from, int64_t, int64_t n) { out.write(from, n * 4); });
+        }
+    };
     std::vector<Tensor> dumped;
     for (const char* category : {"parameters", "gradients", "tape"}) tensors_of(plan, category, dumped);
     for (const Tensor& t : dumped) {
         bool act = t.category == "tape", whole = t.category == "parameters";
         std::string name = whole ? "param." + t.name : act ? "act." + t.name : t.name;
-        for (const char* single : {"grad.wte", "grad.wpe", "grad.lnfw", "grad.lnfb", "act.lnf", "act.lnf_mean", "act.lnf_rstd"})
+        for (const char* single : {"grad.wte", "grad.wpe", "grad.lnfw", "grad.lnfb", "act.lnf_mean", "act.lnf_rstd"})
             whole |= name == single;
-        int64_t records = whole ? 1 : t.shape[0], each = t.count() / records;
-        for (int64_t i = 0; i < records; i++) {
-            record(whole ? name : name + "." + str(i), std::vector<int64_t>(t.shape.begin() + !whole, t.shape.end()));
-            visit(t, i * each, each, false, [&](const float* from, int64_t, int64_t n) { out.write(from, n * 4); });
-        }
+        dump(name, t, whole, std::vector<int64_t>(t.shape.begin() + !whole, t.shape.end()));
     }
     for (int which = 0; which < LINEARS; which++) {
         for (int layer = 0; s.linear[which].compressed() && layer < c.L; layer++) {
@@ -2884,6 +3306,11 @@ static void write_dump(Model& s, const Plan& plan, const Options& o) {
     record("inputs", {o.batch, o.seq}), out.write(row.data(), N * 4);
     std::copy(s.targets, s.targets + N, row.begin());
     record("targets", {o.batch, o.seq}), out.write(row.data(), N * 4);
+    model_evaluate(s, o.batch, o.seq);  // again: the backward pass has used the places of what follows
+    for (const Tensor& t : plan.tensors) {
+        if (t.name == "stream") dump("act.residual." + str(c.L), t, true, {N, c.C});
+        if (t.name == "wide") dump("act.lnf", t, true, {N, c.C});
+    }
     record("logits", {o.batch, o.seq, c.V});
     for (int64_t i = 0; i < N; i++) {
         model_logits(s, row.data(), int(i), 1);
@@ -2934,8 +3361,9 @@ static void describe(const Options& o, const Config& c, const Data& train, const
 }
 
 // The training loop. The loss of step n (from 1) is that of its batch, before its update.
-static void train_model(Model& s, const Plan& plan, const Plan& full, Options& o, Data& train, Data& val, int64_t steps) {
+static void train_model(Model& s, const Plans& plans, Options& o, Data& train, Data& val, int64_t steps) {
     const Config& c = s.config;
+    const Plan& plan = plans.run;
     std::vector<Example> hellaswag;
     if (!o.hellaswag.empty()) hellaswag = read_hellaswag(o.hellaswag, c.V);
     std::string beside = o.train.substr(0, o.train.find_last_of('/') + 1) + "tokenizer.bin";
@@ -2944,7 +3372,8 @@ static void train_model(Model& s, const Plan& plan, const Plan& full, Options& o
     Identity identity = {
         {"--channels", str(c.C)}, {"--heads", str(c.NH)}, {"--layers", str(c.L)}, {"--context", str(c.context)}};
     for (const OptionRow& row : option_table(o)) {
-        for (const char* name : {"seq", "total-batch", "rank", "compress", "projection", "gap", "moments", "seed"}) {
+        for (const char* name :
+             {"seq", "total-batch", "rank", "compress", "projection", "gap", "moments", "gelu", "tape", "master", "seed"}) {
             if (row.name == std::string(name)) identity.push_back({std::string("--") + name, option_value(row)});
         }
     }
@@ -2962,7 +3391,7 @@ static void train_model(Model& s, const Plan& plan, const Plan& full, Options& o
     if (!o.out.empty()) {
         log = open_log(o.out + "/log.jsonl", start,
                        "{\"revision\": " + json_string(REVISION) + ", \"device\": " + json_string(model_device()) +
-                           ", \"options\": " + options_json(o) + ", \"plan\": {" + plan_json(plan, full.bytes()) + "}}");
+                           ", \"options\": " + options_json(o) + ", \"plan\": {" + plan_json(plans) + "}}");
     }
     auto write_log = [&](const std::string& line) {
         if (o.out.empty()) return;
@@ -3035,11 +3464,9 @@ static void run(int argc, char** argv) {
     settle_options(o, c);
 
     static Model s;  // its memory lives as long as the program
-    Options full_options = o;
-    full_options.rank = 1.0;
-    Plan full = model_plan(s, c, full_options), plan = model_plan(s, c, o);
-    if (o.plan == "json") printf("{%s, \"options\": %s}\n", plan_json(plan, full.bytes()).c_str(), options_json(o).c_str());
-    if (o.plan == "text") print_plan(plan, full, true);
+    Plans plans = make_plans(s, c, o);
+    if (o.plan == "json") printf("{%s, \"options\": %s}\n", plan_json(plans).c_str(), options_json(o).c_str());
+    if (o.plan == "text") print_plan(plans, o, true);
     if (!o.plan.empty()) return;
 
     val.V = train.V;
@@ -3066,9 +3493,9 @@ static void run(int argc, char** argv) {
         }
     }
     describe(o, c, train, val, steps);
-    print_plan(plan, full, false);
+    print_plan(plans, o, false);
     fflush(stdout);
-    train_model(s, plan, full, o, train, val, steps);
+    train_model(s, plans, o, train, val, steps);
 }
 
 #ifndef TESTING
