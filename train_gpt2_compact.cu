@@ -1597,15 +1597,16 @@ static void model_allocate(Model& s, const Plan& plan) {
     if (plan.bytes() > int64_t(free_bytes)) {
         Options o = s.options;
         int64_t accumulated = o.total_batch / o.seq;
+        std::string choose = "; --memory " + str(int64_t(free_bytes) / 1000000) + "MB chooses --recompute and -b";
         for (Model other; o.batch > 1;) {
             for (o.batch--; accumulated % o.batch != 0;) o.batch--;
             if (model_plan(other, s.config, o).bytes() < int64_t(free_bytes)) {
                 fail("not enough memory: the plan takes " + commas(plan.bytes()) + " bytes, " + commas(free_bytes) +
-                     " are free; -b " + str(o.batch) + " -d " + str(o.total_batch) + " would fit");
+                     " are free; -b " + str(o.batch) + " -d " + str(o.total_batch) + " would fit" + choose);
             }
         }
         fail("not enough memory: the plan takes " + commas(plan.bytes()) + " bytes, " + commas(free_bytes) +
-             " are free, and -b 1 does not fit either; a smaller --seq or --rank, or --recompute 5, takes less");
+             " are free, and -b 1 does not fit either; a smaller --seq or --rank takes less" + choose);
     }
     for (const std::string& category : plan.categories()) {
         char* arena;
