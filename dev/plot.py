@@ -1,0 +1,232 @@
+#!/usr/bin/env python3
+"""
+Draws the loss of runs of the trainer against their steps: training loss smoothed, with the raw curve faint behind it,
+and validation loss. Each DIR holds a run's log.jsonl (the trainer's --out); a run that is still going, or was cut off,
+is drawn as far as it came. The legend names the options in which the runs differ.
+
+example: plot.py runs/full runs/quarter --out loss.png
+"""
+
+import json
+import os
+import sys
+from fractions import Fraction
+from types import SimpleNamespace
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(ROOT, "data_prep"))
+try:
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+    from common import Parser, Problem, run
+except ImportError as missing:
+    print(f"{os.path.basename(sys.argv[0])}: the Python package {missing.name} is missing: pip install -r dev/requirements.txt", file=sys.stderr)
+    sys.exit(2)
+
+# Okabe and Ito's colours, which the colour-blind tell apart, without their yellow, which is faint on white.
+COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+DASHES = ["-", "--", "-.", ":"]
+
+MOST_RAW = 12  # runs whose unsmoothed curves are drawn too; those of more would hide everything
+COMPRESSION = ["compress", "projection", "gap", "alpha", "moments"]  # options without a meaning at full rank
+NO_MATTER = ["out", "plan", "tokenizer", "resume", "dump"]  # options that do not change what is learnt
+
+# ---------------------------------------------------------------------------- logs
+
+
+def read_log(folder):
+    """DIR/log.jsonl: the first line's options, plan, device and revision; arrays steps, losses, speeds (tokens/s), ms, of each step,
+    and val_steps, val_losses of each evaluation."""
+    path = os.path.join(folder, "log.jsonl")
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = file.read().splitlines()
+    except OSError as error:
+        raise Problem(f"{path}: cannot be read: {error.strerror}; a run's --out folder is wanted") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines) or number == 1:
+                raise Problem(f"{path}: line {number} is not JSON: not a log of the trainer, or damaged") from None
+    try:
+        head, records = records[0], records[1:]
+        steps = [record for record in records if "loss" in record]
+        evaluations = [record for record in records if "val_loss" in record]
+        return SimpleNamespace(
+            folder=folder, options=dict(head["options"]), plan=dict(head["plan"]), device=head["device"], revision=head["revision"],
+            steps=np.array([record["step"] for record in steps], int), losses=np.array([record["loss"] for record in steps], float),
+            speeds=np.array([record["tokens_per_second"] for record in steps], float), ms=np.array([record["ms"] for record in steps], float),
+            val_steps=np.array([record["step"] for record in evaluations], int),
+            val_losses=np.array([record["val_loss"] for record in evaluations], float))
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise Problem(f"{path}: is not a log of the trainer, whose first line holds the options and the plan") from None
+
+
+def smooth(values, reach):
+    """The mean of up to `reach` values before, and as many after. At the beginning, which is steep, both sides are cut alike."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    before = np.minimum(reach, at)
+    after = np.minimum(before, len(values) - 1 - at)
+    return (sums[at + after + 1] - sums[at - before]) / (before + after + 1)
+
+# ---------------------------------------------------------------------------- what a run is called
+
+
+def is_full_rank(options):
+    return float(options["rank"]) == 1 or options["compress"] == "none"
+
+
+def rank_text(rank):
+    """0.25 -> 1/4; a whole rank as it is."""
+    return str(Fraction(float(rank)).limit_denominator(1000))
+
+
+def words(options, name):
+    """One option of a run, as the legend says it."""
+    value = options.get(name)
+    if name == "rank":
+        return "full rank" if is_full_rank(options) else f"rank {rank_text(value)}"
+    if value is None or (name in COMPRESSION and is_full_rank(options)):
+        return ""
+    if isinstance(value, bool) or value == "":
+        return name if value else f"no {name}"
+    return str(value) if name == "projection" else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+
+
+def labels(many, leave_out=()):
+    """For each of many runs' options: the rank and whatever else differs among them. Empty where nothing does."""
+    names = [name for options in many for name in options if name not in NO_MATTER and name not in leave_out]
+    names = sorted(dict.fromkeys(names), key=lambda name: (name != "rank", name != "projection"))  # these two first
+    differing = [name for name in names if len({words(options, name) for options in many} - {""}) > 1]
+    return [", ".join(filter(None, (words(options, name) for name in differing))) for options in many]
+
+# ---------------------------------------------------------------------------- pictures
+
+
+def save(figure, path):
+    """Writes a PNG, whole or not at all."""
+    unfinished = path + ".part"
+    try:
+        figure.savefig(unfinished, format="png", dpi=150)
+        os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+
+
+def new_figure(columns, entries):
+    """A figure with room beside its axes for a legend of these entries."""
+    width = 0.6 + 4.7 * columns + 0.07 * max(map(len, entries))  # inches; a letter of the legend is 0.07 wide
+    figure = Figure(figsize=(width, max(4.2, 0.8 + 0.21 * len(entries))), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, sharex=True)[0]
+    for axis in axes:
+        axis.grid(True, color="0.9", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def look(number, kind=None):
+    """How a line is drawn. Number 0 is black; after it come six colours, each with a marker. `kind` sets apart, by marker and dashes,
+    what has one colour; without it, numbers above six go on with the same colours and other dashes."""
+    colour, turn = (1 + (number - 1) % 6, (number - 1) // 6) if number else (0, 0)
+    marker, dashes = (colour, turn) if kind is None else (kind, kind)
+    return {"color": COLOURS[colour], "marker": MARKERS[marker % 7], "linestyle": DASHES[dashes % 4], "linewidth": 1.4, "markersize": 5}
+
+
+def draw_curves(logs, names, looks, path):
+    """Loss against step, training on the left, validation on the right. Runs of one name have one line in the legend."""
+    figure, (train, val) = new_figure(2, set(names))
+    train.set(title="Training loss, smoothed", xlabel="step", ylabel="loss (nats per token)")
+    val.set(title="Validation loss", xlabel="step", ylabel="loss (nats per token)")
+    train.xaxis.set_major_locator(MaxNLocator(integer=True))
+    low, high, handles = [], [], {}  # low and high: of the training curves after their first twentieth, which would leave no room for the rest
+    reach = max(1, max(len(log.losses) for log in logs) // 50)
+    for log, name, line in zip(logs, names, looks):
+        smoothed = smooth(log.losses, reach)
+        raw = len(logs) <= MOST_RAW
+        if raw:
+            train.plot(log.steps, log.losses, color=line["color"], alpha=0.15, linewidth=0.8)
+        train.plot(log.steps, smoothed, **dict(line, marker=None))
+        handles[name], = val.plot(log.val_steps, log.val_losses, **line, markevery=1 + len(log.val_steps) // 20)
+        low.append((log.losses if raw else smoothed).min())
+        high.append(smoothed[len(smoothed) // 20:].max())
+    space = 0.08 * (max(high) - min(low)) or 1.0
+    train.set_ylim(min(low) - space, max(high) + space)
+    if not any(len(log.val_losses) for log in logs):
+        val.set_yticks([])
+        val.text(0.5, 0.5, "no validation loss", transform=val.transAxes, ha="center")
+    figure.legend(handles.values(), handles, loc="outside right upper", frameon=False, fontsize="small")
+    save(figure, path)
+
+
+def mean_and_deviation(values):
+    """Over seeds. A single value has no deviation."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def draw_series(series, path, title, xlabel, ylabel, ticks=None, markers=None, frontier=False):
+    """A line a series: the mean over seeds, and their standard deviation as an error bar. A series has a label, a look, points
+    [(x, [y of each seed], marker)], and start, the (x, y) of full rank to which its line leads, or None. ticks: {x: text}, on a
+    logarithmic axis. markers: {marker: text}, where they tell apart points and not series. frontier: a grey line joins the points
+    that no other one beats in both x and y."""
+    several = any(len(ys) > 1 for one in series for _, ys, _ in one.points)
+    figure, (axis,) = new_figure(1, [one.label for one in series] + list((markers or {}).values()) + 2 * frontier * ["not beaten in both"])
+    axis.set_title(title + ("\n(mean ± standard deviation over seeds)" if several else ""), fontsize="medium")
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    if ticks:
+        axis.set_xscale("log")
+        axis.set_xticks(list(ticks), list(ticks.values()))
+        axis.set_xticks([], minor=True)
+    handles, places = [], []
+    joined = [one for one in series if one.look["linestyle"] != "none"]
+    for one in series:
+        # where the series have the same x, error bars would hide each other
+        aside = 1.03 ** (joined.index(one) - (len(joined) - 1) / 2) if ticks and several and one in joined else 1
+        means = [(x * aside, *mean_and_deviation(ys)) for x, ys, _ in one.points]
+        places += [(x, y) for x, y, _ in means]
+        axis.plot(*zip(*([one.start] if one.start else []), *((x, y) for x, y, _ in means)), **dict(one.look, marker=None), zorder=2)
+        for (x, y, deviation), (_, _, marker) in zip(means, one.points):
+            axis.errorbar(x, y, yerr=deviation or None, **dict(one.look, marker=marker, linestyle="none"), elinewidth=1, capsize=3, zorder=3)
+        alike = {marker for _, _, marker in one.points}
+        handles.append(Line2D([], [], label=one.label, **dict(one.look, marker=alike.pop() if len(alike) == 1 else None)))
+    handles += [Line2D([], [], label=text, color="0.4", linestyle="none", marker=marker) for marker, text in (markers or {}).items()]
+    best = [place for place in sorted(places) if not any(x <= place[0] and y <= place[1] and (x, y) != place for x, y in places)]
+    if frontier and len(best) > 1:
+        axis.step(*zip(*best), where="post", color="0.85", linewidth=4, zorder=1)
+        handles.append(Line2D([], [], label="frontier: not\nbeaten in both", color="0.85", linewidth=4))
+    if axis.get_ylim()[1] > 9999:
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize="small")
+    save(figure, path)
+
+# ---------------------------------------------------------------------------- the program
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("folders", metavar="DIR", nargs="+", help="folders that hold a log.jsonl")
+    parser.add_argument("-o", "--out", metavar="FILE.png", default="loss.png", help="the picture (default: %(default)s)")
+    args = parser.parse_args()
+    if not args.out.lower().endswith(".png"):
+        raise Problem(f"--out: {args.out} does not end in .png, the one kind of picture that this draws")
+    if not os.path.isdir(os.path.dirname(args.out) or "."):
+        raise Problem(f"--out: there is no folder {os.path.dirname(args.out)}")
+    logs = [read_log(folder) for folder in args.folders]
+    for log in logs:
+        if not len(log.steps):
+            raise Problem(f"{os.path.join(log.folder, 'log.jsonl')}: holds no step yet")
+    names = labels([log.options for log in logs])
+    names = [name if name and names.count(name) == 1 else f"{name} ({log.folder})" if name else log.folder for name, log in zip(names, logs)]
+    draw_curves(logs, names, [look(number) for number in range(len(logs))], args.out)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    run(main)

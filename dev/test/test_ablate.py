@@ -1,0 +1,621 @@
+"""dev/ablate.py and dev/plot.py on tiny models: sweeps that end, break off, fail and go on; their tables and their pictures."""
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.image import imread
+
+import formats
+from conftest import TINY, make_text
+
+ROOT = Path(formats.ROOT)
+TRAINER = os.path.abspath(os.environ.get("TRAINER", ROOT / "train_gpt2_compact"))
+sys.path.insert(0, str(ROOT / "dev"))
+import ablate  # noqa: E402
+import plot  # noqa: E402
+
+PICTURES = ["curves.png", "loss_memory.png", "loss_ratio.png", "speed_memory.png"]
+STEPS = 24
+BLACK, BLUE, ORANGE = "#000000", "#0072B2", "#D55E00"  # full rank, the first projection, the second
+
+# A trainer that notes in `calls`, a line a time, when a run begins (+) and ends (-) and with which flags; plans it leaves alone.
+# Those runs whose flags hold $WHERE go wrong in the way that $HOW names.
+WRAPPER = """#!/bin/bash
+[ "$1" = --plan=json ] && exec {trainer} "$@"
+echo "+ $*" >> {calls}
+case " $* " in
+    *" $WHERE "*) case $HOW in
+        hang) {trainer} "$@" -x 5; echo $$ > {calls}.pid; while sleep 0.05; do echo waiting; done ;;
+        short) exec {trainer} "$@" -x 5 ;;
+        signal) kill -9 $$ ;;
+    esac ;;
+esac
+[ "$HOW" = slow ] && sleep 0.4
+{trainer} "$@"
+status=$?
+echo "- $*" >> {calls}
+exit $status
+"""
+
+
+class Sweep:
+    """Runs ablate.py on the tiny model, and knows what it left in its folder."""
+
+    def __init__(self, folder):
+        self.folder, self.out, self.calls = folder, folder / "out", folder / "calls"
+        self.calls.touch()
+        (folder / "text.txt").write_text(make_text(3000))
+        self.binary = folder / "trainer.sh"
+        self.binary.write_text(WRAPPER.replace("{trainer}", TRAINER).replace("{calls}", str(self.calls)))
+        self.binary.chmod(0o755)
+        self.process = None
+
+    def start(self, *options, how="", where="", **settings):
+        command = [sys.executable, ROOT / "dev/ablate.py", "--binary", self.binary, "--out", self.out, "--train", self.folder / "text.txt", *TINY,
+                   "--steps", STEPS, *([] if "--lr-sweep" in options else ["-l", "1e-2"]), *options]
+        environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", HOW=how, WHERE=where or "no such flags")
+        self.process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+                                        **settings)
+        return self.process
+
+    def run(self, *options, status=0, **settings):
+        said = self.start(*options, **settings).communicate(timeout=100)
+        assert self.process.returncode == status, said
+        return "".join(said)
+
+    @property
+    def begun(self):
+        return [line[2:] for line in self.calls.read_text().splitlines() if line.startswith("+")]
+
+    @property
+    def rows(self):
+        with open(self.out / "results.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+    @property
+    def table(self):
+        return (self.out / "results.md").read_text()
+
+    @property
+    def folders(self):
+        return sorted(path.name for path in self.out.iterdir() if path.is_dir())
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    made = Sweep(tmp_path)
+    yield made
+    if made.process and made.process.poll() is None:
+        made.process.kill()
+        made.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A sweep that is done, to look at: full rank, and two ratios by two projections, each with two seeds."""
+    made = Sweep(tmp_path_factory.mktemp("sweep"))
+    made.said = made.run("--ratios", "1,1/2,0.25", "--projections", "gaussian,sparse", "--seeds", "1,2", "-v", 8)
+    made.command = made.process.args
+    return made
+
+
+def wait_for(condition, what):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def gone(pid):
+    """Whether a process has ended, waited for or not."""
+    try:
+        os.kill(pid, 0)
+        return Path("/proc/self").exists() and Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return True
+
+
+# ---------------------------------------------------------------------------- a whole sweep
+
+def test_which_runs(done):
+    """Full rank is run once a seed, not once a projection; a ratio reaches the trainer as a number."""
+    assert len(done.begun) == len(set(done.begun)) == 10 and done.folders == sorted(row["name"] for row in done.rows)
+    options = [formats.read_log(done.out / name)[0]["options"] for name in done.folders]
+    ran = sorted((o["rank"], o["projection"] if o["rank"] < 1 else "", o["seed"]) for o in options)
+    assert ran == sorted([(1, "", seed) for seed in (1, 2)] + [(ratio, projection, seed) for ratio in (0.5, 0.25)
+                                                               for projection in ("gaussian", "sparse") for seed in (1, 2)])
+    assert all(o["steps"] == STEPS and o["lr"] == 0.01 and o["channels"] == 16 for o in options)
+    assert "10 of 10 runs are done" in done.said and len(re.findall(r"val \d\.\d{4}\n", done.said)) == 10
+
+
+def test_the_csv_says_what_the_logs_say(done):
+    logs = {name: formats.read_log(done.out / name) for name in done.folders}
+    base = {head["options"]["seed"]: evaluations[-1]["val_loss"] for head, _, evaluations in logs.values() if head["options"]["rank"] == 1}
+    for row in done.rows:
+        head, steps, evaluations = logs[row["name"]]
+        options, plan, full = head["options"], head["plan"], row["ratio"] == "1"
+        assert [evaluation["step"] for evaluation in evaluations] == [8, 16, 24]
+        for column, option in (("projection", "projection"), ("gap", "gap"), ("alpha", "alpha"), ("moments", "moments"), ("compress", "compress")):
+            assert row[column] == ("" if full else str(options[option]))
+        assert float(row["ratio"]) == options["rank"] and row["level"] == "0" and row["seed"] == str(options["seed"])
+        assert row["lr"] == "0.01" and row["steps"] == "24" and row["status"] == "ok"
+        figures = {"final_train_loss": statistics.mean(step["loss"] for step in steps[-20:]),
+                   "final_val_loss": evaluations[-1]["val_loss"], "best_val_loss": min(evaluation["val_loss"] for evaluation in evaluations),
+                   "perplexity_above_full_rank_percent": 100 * (math.exp(evaluations[-1]["val_loss"]) / math.exp(base[options["seed"]]) - 1),
+                   "plan_bytes": plan["total_bytes"], "full_rank_bytes": plan["full_rank_total_bytes"],
+                   "flops_per_token": plan["flops_per_token"]["total"],
+                   "tokens_per_second": statistics.median(step["tokens_per_second"] for step in steps[5:]),
+                   "seconds": sum(step["ms"] for step in steps) / 1000}
+        for column, value in figures.items():
+            assert float(row[column]) == pytest.approx(value, rel=1e-9, abs=1e-9), column
+    assert len({row["final_val_loss"] for row in done.rows}) == 10 and len({row["plan_bytes"] for row in done.rows}) == 5
+
+
+def test_the_table(done):
+    lines = [line.strip("| ").split(" | ") for line in done.table.splitlines() if line.startswith("| ")]
+    methods = {line[0]: line for line in lines[2:7]}
+    assert list(methods) == ["full rank", "rank 1/2, gaussian", "rank 1/2, sparse", "rank 1/4, gaussian", "rank 1/4, sparse"]
+    for projection in ("gaussian", "sparse"):
+        rows = [row for row in done.rows if row["ratio"] == "0.25" and row["projection"] == projection]
+        losses = [float(row["final_val_loss"]) for row in rows]
+        line = methods[f"rank 1/4, {projection}"]
+        assert line[1] == "2" and line[4] == f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
+        assert line[8] == f"{100 * int(rows[0]['plan_bytes']) / int(rows[0]['full_rank_bytes']):.0f} %"
+    assert methods["full rank"][5] == "+0.00 ± 0.00" and "lr 0.01" in done.table and "status ok" in done.table
+    for name in PICTURES + done.folders:
+        assert name in done.table
+
+
+def pixels(path, colour):
+    """How many pixels of a PNG are of a colour."""
+    return int((np.abs(picture(path) - [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]).max(axis=2) < 0.01).sum())
+
+
+def picture(path):
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    return imread(path)[:, :, :3]
+
+
+def check_picture(path, *colours):
+    """Not blank: it varies, it has many shades (of smoothed edges), and what stands for each series is there."""
+    image = picture(path)
+    assert min(image.shape[:2]) > 400 and image.std() > 0.05, path
+    assert len(np.unique((image * 255).astype(int) @ [1, 256, 65536])) > 50, path
+    for colour in colours:
+        assert pixels(path, colour) > 200, f"{path} has nothing in {colour}"
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures(done, name):
+    check_picture(done.out / name, BLACK, BLUE, ORANGE)
+    assert not list(done.out.glob("*.part"))
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, in place of files."""
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.append(figure))
+    return drawn
+
+
+def check_legend(figure, labels):
+    """These labels, beside the axes and not upon them, within the figure."""
+    legend, = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == labels
+    figure.draw_without_rendering()
+    place = legend.get_window_extent()
+    assert figure.bbox.x0 <= place.x0 and place.x1 <= figure.bbox.x1 + 1 and figure.bbox.y0 <= place.y0
+    for axis in figure.axes:
+        assert not place.overlaps(axis.get_tightbbox()), "the legend covers the axes"
+        assert axis.get_xlabel() and axis.get_ylabel() and axis.get_title()
+
+
+def test_curves_hold_the_losses(done, figures):
+    logs = [plot.read_log(done.out / name) for name in done.folders[:3]]
+    plot.draw_curves(logs, ["a", "b, which is rather long", "a"], [plot.look(0), plot.look(1), plot.look(0)], "")
+    check_legend(figures[0], ["a", "b, which is rather long"])
+    train, val = figures[0].axes
+    for log, raw, smoothed, evaluations in zip(logs, train.lines[::2], train.lines[1::2], val.lines):
+        assert np.array_equal(raw.get_xydata(), np.stack([log.steps, log.losses], 1)) and raw.get_alpha() < 0.5
+        assert np.array_equal(smoothed.get_xydata(), np.stack([log.steps, plot.smooth(log.losses, 1)], 1))
+        assert np.array_equal(evaluations.get_xydata(), np.stack([log.val_steps, log.val_losses], 1))
+        low, high = train.get_ylim()
+        assert low < log.losses.min() and high > smoothed.get_ydata()[1:].max()
+    assert len(train.lines) == 6 and len(val.lines) == 3
+
+
+def test_series_hold_their_points(figures):
+    full = ablate.SimpleNamespace(label="full", look=dict(plot.look(0), linestyle="none"), points=[(1.0, [2.0, 2.2], "*")], start=None)
+    one = ablate.SimpleNamespace(label="one", look=plot.look(1), points=[(0.5, [3.0], "o"), (0.25, [5.0, 2.0, 8.0], "s")], start=(1.0, 2.1))
+    plot.draw_series([full, one], "", "title", "x", "y", markers={"o": "half", "s": "quarter"}, frontier=True)
+    check_legend(figures[0], ["full", "one", "half", "quarter", "frontier: not\nbeaten in both"])
+    axis, = figures[0].axes
+    points = [container[0].get_xydata()[0].tolist() + [container[0].get_marker()] for container in axis.containers]
+    assert [point[2] for point in points] == ["*", "o", "s"]
+    assert [point[:2] for point in points] == [pytest.approx(place) for place in ([1.0, 2.1], [0.5, 3.0], [0.25, 5.0])]
+    bars = [container.has_yerr and np.ptp(container[2][0].get_segments()[0][:, 1]) for container in axis.containers]
+    assert bars == [pytest.approx(2 * statistics.stdev([2.0, 2.2])), False, pytest.approx(2 * 3.0)]
+    lines = [line.get_xydata().tolist() for line in axis.lines]
+    assert [[1.0, 2.1], [0.5, 3.0], [0.25, 5.0]] in lines and "standard deviation" in axis.get_title()
+    assert [[0.25, 5.0], [0.5, 3.0], [1.0, 2.1]] in lines  # the frontier: here nothing is beaten
+
+
+def test_frontier_and_places(figures):
+    def line(label, *points, number=1):
+        return ablate.SimpleNamespace(label=label, look=plot.look(number), points=[(x, [y], "o") for x, y in points], start=None)
+    plot.draw_series([line("a", (1, 5), (2, 4), (2, 4.5), (3, 4)), line("b", (2, 6), (4, 1), (5, 2))], "", "t", "x", "y", frontier=True)
+    assert [[1, 5], [2, 4], [4, 1]] in [line.get_xydata().tolist() for line in figures[0].axes[0].lines]
+    ticks = {0.25: "1/4", 0.5: "1/2", 1.0: "1"}
+    plot.draw_series([line("a", (0.25, 1)), line("b", (0.25, 1))], "", "t", "x", "y", ticks=ticks)
+    axis, = figures[1].axes
+    assert [text.get_text() for text in axis.get_xticklabels()] == list(ticks.values()) and axis.get_title() == "t"
+    assert [line.get_xdata()[0] for line in axis.lines if len(line.get_xdata())] == [0.25] * 4  # a line and its marker, twice; none moved
+    both = [ablate.SimpleNamespace(label=label, look=plot.look(1), points=[(0.25, [1, 2], "o")], start=None) for label in "ab"]
+    plot.draw_series(both, "", "t", "x", "y", ticks=ticks)
+    a, b = (container[0].get_xdata()[0] for container in figures[2].axes[0].containers)
+    assert 0.24 < a < 0.25 < b < 0.26  # error bars beside each other
+
+
+def test_pictures_hold_the_sweep(done, figures, monkeypatch):
+    """Started again on a sweep that is done, only the pictures are made: their points are those of the table."""
+    monkeypatch.setattr(sys, "argv", done.command[1:])
+    with pytest.raises(SystemExit) as caught:
+        ablate.main()
+    assert caught.value.code == 0 and len(done.begun) == 10
+    curves, loss_ratio, loss_memory, speed_memory = figures
+    check_legend(curves, ["full rank", "rank 1/2, gaussian", "rank 1/2, sparse", "rank 1/4, gaussian", "rank 1/4, sparse"])
+    assert len(curves.axes[1].lines) == 10
+    check_legend(loss_ratio, ["full rank", "gaussian", "sparse"])
+    check_legend(speed_memory, ["full rank", "gaussian", "sparse", "rank 1/2", "rank 1/4"])
+    columns = {loss_memory: ("plan_bytes", "final_val_loss", 2**20), speed_memory: ("plan_bytes", "tokens_per_second", 2**20),
+               loss_ratio: ("ratio", "final_val_loss", 1)}
+    for figure, (x, y, unit) in columns.items():
+        wanted = {}
+        for row in done.rows:
+            mark = {"1": "*", "0.5": "o", "0.25": "s"}[row["ratio"]] if x == "plan_bytes" else {"": "*", "gaussian": "s", "sparse": "^"}[row["projection"]]
+            key = (row["ratio"], {"": BLACK, "gaussian": BLUE, "sparse": ORANGE}[row["projection"]], mark)
+            wanted.setdefault(key, [float(row[x]) / unit, []])[1].append(float(row[y]))
+        x_name, y_name = ("memory of a run (MiB)" if x == "plan_bytes" else "rank ratio"), ("loss (nats" if y == "final_val_loss" else "tokens per second")
+        assert x_name in figure.axes[0].get_xlabel() and y_name in figure.axes[0].get_ylabel()
+        points = [(container[0].get_xydata()[0], to_hex(container[0].get_color()).upper(), container[0].get_marker()) for container in figure.axes[0].containers]
+        full, = (list(place) for place, colour, _ in points if colour == BLACK)
+        assert len(points) == 5 and [line.get_xydata()[0].tolist() for line in figure.axes[0].lines if len(line.get_xdata()) == 3] == [full, full]
+        for (_, colour, mark), (at, ys) in wanted.items():
+            near = pytest.approx([at, statistics.mean(ys)], rel=0.02 if figure is loss_ratio else 1e-9)  # there, error bars stand side by side
+            assert [1 for place, c, m in points if (c, m) == (colour, mark) and list(place) == near], (x, y, colour, mark)
+
+
+def test_looks():
+    """No two of 24 lines look alike; nor do six lines of four ratios."""
+    for looks in ([plot.look(number) for number in range(25)], [plot.look(number, kind) for number in range(1, 7) for kind in range(4)]):
+        assert len({tuple(look.values()) for look in looks}) == len(looks)
+    assert plot.look(0)["color"] == BLACK and plot.look(1)["color"] == BLUE and plot.look(2, 3)["color"] == ORANGE
+
+
+# ---------------------------------------------------------------------------- sweeps that break off
+
+def test_goes_on_after_a_kill(sweep):
+    options = ["--ratios", "1,1/2", "--projections", "gaussian,sparse", "--seeds", "1,2"]  # the fourth run is seed 2 at full rank
+    sweep.start(*options, how="hang", where="--rank 1 --seed 2")
+    pid = sweep.folder / "calls.pid"
+    wait_for(lambda: pid.exists() and pid.read_text().endswith("\n"), "the run did not begin")
+    unfinished = [name for name in sweep.folders if name.endswith(".part")]
+    assert len(sweep.folders) == 4 and len(unfinished) == 1 and len(formats.read_log(sweep.out / unfinished[0])[1]) == 5
+    assert [row["status"] for row in sweep.rows].count("ok") == 3 and [row["status"] for row in sweep.rows].count("not run yet") == 3
+    sweep.process.send_signal(signal.SIGKILL)
+    sweep.process.communicate()
+    wait_for(lambda: gone(int(pid.read_text())), "the trainer outlives the sweep")
+    begun, times = sweep.begun, {name: (sweep.out / name / "log.jsonl").stat().st_mtime_ns for name in sweep.folders if name not in unfinished}
+
+    assert "3 of 6 runs are done already" in sweep.run(*options)
+    again = sweep.begun[len(begun):]
+    assert len(again) == 3 and begun[3] == again[0] and len(set(begun[:3] + again)) == 6
+    assert len(sweep.folders) == 6 and not [name for name in sweep.folders if name.endswith(".part")]
+    assert all((sweep.out / name / "log.jsonl").stat().st_mtime_ns == before for name, before in times.items())
+    assert [row["status"] for row in sweep.rows] == ["ok"] * 6 and sorted(row["name"] for row in sweep.rows) == sweep.folders
+    assert all(len(formats.read_log(sweep.out / name)[1]) == STEPS for name in sweep.folders)
+
+    # with nothing changed there is nothing to do; with a flag for the trainer all runs are others; a log cut off is no result
+    count = len(sweep.begun)
+    cut = sweep.out / sweep.folders[0] / "log.jsonl"
+    cut.write_bytes(cut.read_bytes()[:-200])
+    sweep.run(*options)
+    assert len(sweep.begun) == count + 1 and len(formats.read_log(cut.parent)[1]) == STEPS
+    sweep.run(*options, "-c", "0.2", "-v", "0")
+    assert len(sweep.begun) == count + 7 and len(sweep.folders) == 12 and len(sweep.rows) == 6
+    assert {row["final_val_loss"] for row in sweep.rows} == {""} and "loss_ratio.png" not in sweep.table  # nothing to draw it from
+
+
+def test_stops_when_told(sweep):
+    sweep.start("--ratios", "1,1/2", "--jobs", "2", how="hang", where="--rank 0.5")
+    pid = sweep.folder / "calls.pid"
+    wait_for(lambda: pid.exists() and pid.read_text().endswith("\n") and ",ok\n" in (sweep.out / "results.csv").read_text(), "the runs did not begin")
+    sweep.process.send_signal(signal.SIGTERM)
+    sweep.process.communicate(timeout=20)
+    assert sweep.process.returncode == 143 and gone(int(pid.read_text()))
+    assert len(sweep.folders) == 1 and sorted(row["status"] for row in sweep.rows) == ["not run yet", "ok"]
+
+
+def test_only_one_at_a_time(sweep):
+    sweep.start("--ratios", "1", how="hang", where="--rank 1")
+    wait_for((sweep.folder / "calls.pid").exists, "the run did not begin")
+    first, sweep.process = sweep.process, None
+    try:
+        said = sweep.run("--ratios", "1", status=2)
+    finally:
+        first.send_signal(signal.SIGTERM)
+        first.communicate()
+    assert "another sweep" in said and said.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------- runs that fail
+
+def test_a_run_fails(sweep):
+    options = ["--ratios", "1/2,1", "--alphas", "1,1e9"]  # the second of three runs
+    said = sweep.run(*options, status=1)
+    assert "2 of 3 runs are done" in said
+    ok, failed, last = sweep.rows
+    assert ok["status"] == last["status"] == "ok" and failed["alpha"] == "1000000000.0" and failed["final_val_loss"] == ""
+    assert re.fullmatch(r"failed, status 1: \w+: step \d+: the loss or its gradient is not finite; .*", failed["status"])
+    assert failed["status"] in said and failed["status"] in sweep.table
+    assert sorted(sweep.folders) == sorted([ok["name"], last["name"], failed["name"] + ".part"])
+    sweep.run(*options, status=1)
+    assert len(sweep.begun) == 4 and sweep.begun[1] == sweep.begun[3]  # what failed is tried again, and only that
+    for name in PICTURES:
+        check_picture(sweep.out / name, BLACK, BLUE)
+
+
+@pytest.mark.parametrize("how, why", [("signal", r"failed, ended by signal 9: "), ("short", r"failed, ended without its last step: step 5/5 .*")])
+def test_a_trainer_breaks(sweep, how, why):
+    sweep.run("--ratios", "1,1/2", how=how, where="--rank 0.5", status=1)
+    assert [row["status"] for row in sweep.rows][0] == "ok" and re.fullmatch(why, sweep.rows[1]["status"])
+    assert len(sweep.folders) == 2 and sweep.folders[0] == sweep.rows[1]["name"] + ".part"
+
+
+# ---------------------------------------------------------------------------- several at once; learning rates
+
+def test_jobs(sweep):
+    sweep.run("--ratios", "1,1/2,1/4,1/8", "--jobs", "2", how="slow")
+    assert [row["status"] for row in sweep.rows] == ["ok"] * 4 and len(sweep.folders) == 4
+    running, most = 0, 0
+    for line in sweep.calls.read_text().splitlines():
+        running += 1 if line.startswith("+") else -1
+        most = max(most, running)
+    assert most == 2 and running == 0
+    assert "2 runs at once" in sweep.table
+
+
+def check_rates(sweep, rates):
+    """Each method's best rate is the one that the runs of the first seed say, and the other seeds are run at it alone. Returns who took what."""
+    taken = {}
+    for ratio in ("1", "0.25"):
+        rows = [row for row in sweep.rows if row["ratio"] == ratio]
+        first = [row for row in rows if row["seed"] == "1"]
+        assert {float(row["lr"]) for row in first} == set(rates) and len(first) == len(rates)
+        best = min(first, key=lambda row: float(row["final_val_loss"]))
+        choice = "taken, at the edge of the list" if float(best["lr"]) in (min(rates), max(rates)) else "taken"
+        assert [(row["seed"], row["lr"]) for row in rows if row["lr_choice"] != "not taken"] == [("1", best["lr"]), ("2", best["lr"])]
+        assert {row["lr_choice"] for row in rows} == {choice, "not taken"} and {row["status"] for row in rows} == {"ok"}
+        taken[ratio] = float(best["lr"])
+    return taken
+
+
+def test_learning_rates(sweep):
+    options = ["--ratios", "1,1/4", "--seeds", "1,2"]
+    said = sweep.run(*options, "--lr-sweep", "1e-2,1e-4,1e-3")
+    assert check_rates(sweep, [1e-2, 1e-4, 1e-3]) == {"1": 0.01, "0.25": 0.01} and len(sweep.begun) == 8
+    assert said.count("at its edge") == 2 and "Best at the edge" in sweep.table
+    said = sweep.run(*options, "--lr-sweep", "1e-2,1e-4,1e-3,1")  # the runs that there are stay and count
+    assert check_rates(sweep, [1e-2, 1e-4, 1e-3, 1]) == {"1": 0.01, "0.25": 0.01} and len(sweep.begun) == 10
+    assert "edge" not in said + sweep.table
+    base = next(row for row in sweep.rows if row["ratio"] == "1" and row["seed"] == "2")
+    for row in sweep.rows:
+        if row["seed"] == "2":
+            above = 100 * math.expm1(float(row["final_val_loss"]) - float(base["final_val_loss"]))
+            assert float(row["perplexity_above_full_rank_percent"]) == pytest.approx(above)
+    assert [line.strip("| ").split(" | ")[:3] for line in sweep.table.splitlines() if "±" in line and "|" in line] == [
+        ["full rank", "2", "0.01"], ["rank 1/4", "2", "0.01"]]
+    for name in PICTURES + ["loss_lr.png"]:
+        check_picture(sweep.out / name, BLACK, BLUE)
+
+
+def test_learning_rates_need_a_validation_loss(sweep):
+    formats.write_tokens(sweep.folder / "text.txt", np.arange(2000) % 50, 50)  # a shard: nothing of it is set aside
+    said = sweep.run("--ratios", "1", "--lr-sweep", "1e-2,1e-3", status=2)
+    assert said.endswith("ablate.py: --lr-sweep: chooses by validation loss, and there is none; give --val\n")
+
+
+# ---------------------------------------------------------------------------- the command line
+
+def line_of(program, options, monkeypatch, capfd):
+    """What a program that ends with status 2 says, run in this process, which spares loading it anew: its own line or the trainer's."""
+    monkeypatch.setattr(sys, "argv", [program.__name__ + ".py", *map(str, options)])
+    with pytest.raises((plot.Problem, SystemExit)) as caught:
+        program.main()
+    out, err = capfd.readouterr()
+    line = str(caught.value) + "\n" if caught.type is plot.Problem else err
+    assert (caught.type is plot.Problem or caught.value.code == 2) and out == "" and line.count("\n") == 1, line
+    return line
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--ratios", "1,0"], "--ratios: '0' is not a ratio in (0, 1]"),
+    (["--ratios", "2/1"], "--ratios: '2/1' is not"),
+    (["--ratios", "1/0"], "--ratios: '1/0' is not"),
+    (["--seeds", ""], "--seeds: '' is empty"),
+    (["--compress", "qkv,fc/"], "--compress: 'qkv,fc/' "),
+    (["--lr-sweep", "1e-3,-1"], "--lr-sweep: '-1' is not a learning rate"),
+    (["--lr-sweep", "1e-3,0.001"], "--lr-sweep: wants two rates or more"),
+    (["--lr-sweep", "1e-3,1e-2", "-v", "0"], "--lr-sweep: chooses by validation loss, which --val-every 0"),
+    (["--jobs", "0"], "--jobs: '0' is not a whole number"),
+    (["--projections", "gaussian,cauchy"], "train_gpt2_compact: --projection: 'cauchy' "),
+    (["--nonsense"], "train_gpt2_compact: --nonsense: "),
+    (["--rank", "0.3"], "--rank: is 1 by what is listed, and 0.3 by the flags for the trainer"),
+    (["--train", "nothing.txt"], "train_gpt2_compact: --train: no file matches 'nothing.txt'"),
+    (["--steps", "-1"], "--steps: is missing"),
+    (["--plan"], "printed no plan"),
+    (["--binary", "/nonexistent"], "--binary: /nonexistent cannot be run: No such file"),
+    (["--out", "text.txt"], "--out: text.txt is a file"),
+])
+def test_bad_options(tmp_path, monkeypatch, capfd, options, words):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(make_text(3000))
+    options = ["--binary", TRAINER, "--out", "out", "--train", "text.txt", *TINY, "--steps", 3, *options]
+    assert words in line_of(ablate, options, monkeypatch, capfd)
+    assert os.listdir() == ["text.txt"]
+
+
+@pytest.mark.parametrize("left_out, words", [("--train", "--train: is missing"), ("--out", "the following arguments are required: -o/--out")])
+def test_missing_options(tmp_path, left_out, words):
+    (tmp_path / "text.txt").write_text(make_text(3000))
+    options = {"--train": "text.txt", "--out": "out", "--binary": TRAINER, "--steps": "3", "-e": "d2"}
+    command = [sys.executable, str(ROOT / "dev/ablate.py"), *(word for name, value in options.items() if name != left_out for word in (name, value))]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "") and words in ended.stderr and ended.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_package_is_missing(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('no module', name='matplotlib')\n")
+    for tool in ("plot.py", "ablate.py"):
+        ended = subprocess.run([sys.executable, str(ROOT / "dev" / tool), "x"], capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=tmp_path))
+        assert ended.returncode == 2 and ended.stderr == f"{tool}: the Python package matplotlib is missing: pip install -r dev/requirements.txt\n"
+
+
+def methods(*options):
+    args = ablate.parse_options(["--out", "out", *options])
+    return ablate.list_methods(args)
+
+
+def test_methods():
+    assert methods() == [{"rank": rank} for rank in ("1", "0.5", "0.25", "0.125")]
+    assert methods("--ratios", "1/3,0.25") == [{"rank": "0.333333333"}, {"rank": "0.25"}]
+    assert methods("--ratios", "1,1/2,5e-1", "--projections", "a,b", "--levels", "0,2", "--gaps", "5") == [
+        {"rank": "1", "recompute": "0"}, {"rank": "1", "recompute": "2"},
+        *({"rank": "0.5", "recompute": level, "projection": projection, "gap": "5"} for level in "02" for projection in "ab")]
+    assert methods("--ratios", "1/2,1", "--compress", "qkv,fc/none/fc,qkv", "--moments", "keep") == [
+        {"rank": "0.5", "moments": "keep", "compress": "qkv,fc"}, {"rank": "1"}]
+    assert len(methods("--alphas", "1,0.25,1.0", "--moments", "keep,move")) == 13
+
+
+def test_what_makes_a_run_another(tmp_path):
+    (tmp_path / "text.txt").write_text(make_text(3000))
+    (tmp_path / "other").symlink_to(TRAINER)
+
+    def name(*options, binary=TRAINER, seed=None, lr=None):
+        train = ["--out", "out", "--train", tmp_path / "text.txt", "--steps", 3, *TINY, *options]
+        args = ablate.parse_options([str(word) for word in train])
+        args.binary = binary
+        return ablate.plan_run(args, 0, {"rank": "0.25"}, seed, lr).name
+    first = name()
+    for same in (name("--gap", 50), name("-l", "3e-4"), name("--jobs", 2), name("--tokenizer", "none.bin"), name(seed="1337", lr="0.0003")):
+        assert same == first
+    others = [name("--gap", 49), name("-l", "4e-4"), name("-b", 3), name("-c", 0.2), name("--clip", 2), name("--overfit"), name(seed="2"),
+              name(binary=str(tmp_path / "other"))]
+    assert len({first, *others}) == 9
+
+
+def test_which_binary(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "ROOT", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    (tmp_path / "bin").mkdir()
+    smi, cuda, cpu = tmp_path / "bin/nvidia-smi", tmp_path / "train_gpt2_compactcu", tmp_path / "train_gpt2_compact"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA Test'\n")
+    smi.chmod(0o755)
+    (tmp_path / "Makefile").write_text("train_gpt2_compact:\n\tfalse\n")
+    with pytest.raises(plot.Problem, match="train_gpt2_compact is missing"):
+        ablate.choose_binary(None)
+    (tmp_path / "Makefile").write_text("train_gpt2_compact:\n\ttouch $@\n")
+    assert ablate.choose_binary(None) == str(cpu) and cpu.exists()
+    cuda.touch()
+    assert ablate.choose_binary(None) == str(cuda)
+    smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    assert ablate.choose_binary(None) == str(cpu)
+    assert ablate.choose_binary("x/trainer") == os.path.abspath("x/trainer")
+
+
+# ---------------------------------------------------------------------------- plot.py
+
+@pytest.fixture
+def cut(done, tmp_path):
+    """A copy of a run whose log ends in the middle of a line; the log's lines."""
+    lines = (done.out / next(name for name in done.folders if name.startswith("full"))/ "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/log.jsonl").write_text("".join(lines[:14]) + lines[14][:20])
+    return lines
+
+
+def test_plot(done, cut, tmp_path):
+    others = [str(done.out / name) for name in done.folders if name.startswith("0.25-sparse")]
+    command = [sys.executable, str(ROOT / "dev/plot.py"), "cut", *others, "--out", "picture.png"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "picture.png\n", "")
+    check_picture(tmp_path / "picture.png", BLACK, BLUE, ORANGE)
+    log = plot.read_log(tmp_path / "cut")
+    assert list(log.steps) == list(range(1, 13)) and list(log.val_steps) == [8] and log.losses[0] == json.loads(cut[1])["loss"]
+
+
+@pytest.mark.parametrize("what, words", [
+    ("nothing", "cut/log.jsonl: cannot be read: No such file"),
+    ("empty", "cut/log.jsonl: is not a log of the trainer"),
+    ("head", "cut/log.jsonl: holds no step yet"),
+    ("middle", "cut/log.jsonl: line 3 is not JSON"),
+    ("other", "cut/log.jsonl: is not a log of the trainer"),
+])
+def test_plot_bad_logs(cut, tmp_path, monkeypatch, capfd, what, words):
+    log = tmp_path / "cut/log.jsonl"
+    contents = {"empty": "", "head": cut[0], "middle": "".join([*cut[:2], cut[2][:9] + "\n", *cut[3:]]), "other": '{"step": 1}\n'}
+    log.write_text(contents[what]) if what in contents else log.unlink()
+    monkeypatch.chdir(tmp_path)
+    assert words in line_of(plot, ["cut", "--out", "picture.png"], monkeypatch, capfd)
+    assert os.listdir() == ["cut"]
+
+
+@pytest.mark.parametrize("options, words", [(["--out", "loss.pdf"], "--out: loss.pdf does not end in .png"), (["-o", "no/loss.png"], "--out: there is no"),
+                                            (["--nonsense"], "--nonsense")])
+def test_plot_bad_options(cut, tmp_path, monkeypatch, capfd, options, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in line_of(plot, ["cut", *options], monkeypatch, capfd)
+
+
+def test_labels():
+    base = {"rank": 0.25, "compress": "qkv,fc", "projection": "gaussian", "gap": 50, "alpha": 1, "lr": 0.001, "seed": 1, "recompute": 0,
+            "overfit": False, "out": "x"}
+
+    def labels(*changes, **how):
+        return plot.labels([dict(base, **change) for change in changes], **how)
+    assert labels({}) == [""] and labels({}, {"out": "y"}) == ["", ""]
+    assert labels({"rank": 1}, {}, {"projection": "sparse"}) == ["full rank", "rank 1/4, gaussian", "rank 1/4, sparse"]
+    assert labels({"compress": "none", "gap": 5}, {"rank": 0.333333333}) == ["full rank", "rank 1/3"]  # a gap means nothing at full rank
+    assert labels({"seed": 2, "lr": 1e-4}, {}) == ["lr 0.0001, seed 2", "lr 0.001, seed 1"]
+    assert labels({"seed": 2, "lr": 1e-4}, {}, leave_out=["seed"]) == ["lr 0.0001", "lr 0.001"]
+    assert labels({"recompute": 2}, {}) == ["recompute 2", "recompute 0"] and labels({"overfit": True}, {}) == ["overfit", "no overfit"]
+    assert labels({"gelu": "2bit"}, {"gelu": "none"}) == ["gelu 2bit", "gelu none"]  # an option that this file does not know
+
+
+def test_smoothing():
+    values = np.random.default_rng(1).normal(size=40)
+    for reach in (1, 3, 50):
+        for i, smoothed in enumerate(plot.smooth(values, reach)):
+            before = min(reach, i)
+            assert smoothed == pytest.approx(values[i - before:i + before + 1].mean())
+    assert plot.smooth(np.array([2.0]), 3) == [2.0]
+    assert plot.smooth(np.arange(9.0), 3)[:6] == pytest.approx(np.arange(6.0))  # a slope stays where it is
+
+
+def test_mean_and_deviation():
+    assert plot.mean_and_deviation([3.0]) == (3.0, 0.0)
+    assert plot.mean_and_deviation([1.0, 2.0, 6.0]) == pytest.approx((3.0, statistics.stdev([1, 2, 6])))
