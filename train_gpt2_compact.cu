@@ -1277,7 +1277,7 @@ __global__ void position_backward_kernel(float* dwpe, const floatX* dx, int B, i
 }
 
 // ---- softmax and cross entropy: losses (rows); logits (rows, ld) become their gradient, times scale. A block a row; padded
-// words, V and above, get 0.
+// words, V and above, get 0. A target of -1 is not predicted: no loss, no gradient.
 
 __global__ void __launch_bounds__(512)
     cross_entropy_kernel(floatX* logits, float* losses, const int* targets, int V, int ld, float scale, bool gradient) {
@@ -1295,7 +1295,8 @@ __global__ void __launch_bounds__(512)
     }
     sum = block_reduce(sum, reduce, false);
     int target = targets[blockIdx.x];
-    if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + most - to_float(row[target]);
+    if (target < 0) scale = 0;
+    if (threadIdx.x == 0) losses[blockIdx.x] = target < 0 ? 0.0f : logf(sum) + most - to_float(row[target]);
     __syncthreads();
     for (int j = threadIdx.x * PACK; j < ld && gradient; j += blockDim.x * PACK) {
         Pack p = load_pack(row + j);
@@ -2539,12 +2540,15 @@ static Tokenizer no_tokenizer(int V) {
     return t;
 }
 
-// ---- data: llm.c's token shards, or any file as bytes. A shard of `tokens` holds (tokens - 1) / T sequences.
+// ---- data: llm.c's token shards, or any file as bytes. A shard of `tokens` holds (tokens - 1) / T sequences. Version 2 is for
+// examples with a loss on the answer alone: int32 tokens, ~token (below 0) where a token is read but not predicted; header [4]
+// is the sequence length that the examples are laid out for.
 
 struct Shard {
     std::string path;
     int64_t start, tokens;  // start: bytes before the first token
-    int width;              // bytes of a token: 2 in a shard, 1 in plain text
+    int width;              // bytes of a token: 1 in plain text, 2 in a shard, 4 in one of version 2
+    int T = 0;              // the only --seq that it is for; 0: any
 };
 
 struct Data {
@@ -2571,14 +2575,15 @@ static Data find_data(const char* option, const std::string& pattern) {
         bool shard = fread(&magic, 4, 1, in.file.get()) == 1 && magic == TOKENS_MAGIC;
         if (shard || std::filesystem::path(path).extension() == ".bin") {
             rewind(in.file.get());
-            std::vector<int32_t> h = read_header(in, TOKENS_MAGIC, {1}, "token shard");
-            if (h[2] < 0 || in.size != HEADER_BYTES + 2 * int64_t(h[2])) {
-                refuse(path + ": has " + commas(in.size) + " bytes; its header promises " + str(h[2]) +
-                       " tokens of 2 after 1,024");
+            std::vector<int32_t> h = read_header(in, TOKENS_MAGIC, {1, 2}, "token shard");
+            int width = 2 * h[1];
+            if (h[2] < 0 || in.size != HEADER_BYTES + width * int64_t(h[2])) {
+                refuse(path + ": has " + commas(in.size) + " bytes; its header promises " + str(h[2]) + " tokens of " +
+                       str(width) + " after 1,024");
             }
             V = h[3] == 0 ? 50257 : h[3];
             if (V < 1 || V > 1 << 16) refuse(path + ": its vocabulary is " + str(V) + ", not 1 to 65536");
-            data.shards.push_back({path, HEADER_BYTES, h[2], 2});
+            data.shards.push_back({path, HEADER_BYTES, h[2], width, h[1] == 2 ? h[4] : 0});
         } else {
             data.shards.push_back({path, 0, in.size, 1});
         }
@@ -2594,6 +2599,8 @@ static void cut_data(Data& data, const char* option, int T) {
     data.T = T;
     data.sequences = data.tokens = 0;
     for (const Shard& shard : data.shards) {
+        if (shard.T != 0 && shard.T != T)
+            refuse("--seq: " + str(T) + " is not " + shard.path + "'s length of an example, " + str(shard.T));
         data.sequences += std::max<int64_t>(0, shard.tokens - 1) / T;
         data.tokens += shard.tokens;
     }
@@ -2617,7 +2624,8 @@ static int64_t permute(int64_t i, int64_t n, uint64_t seed, uint64_t stream) {
 }
 
 // The sequence at a place in the endless stream of epochs: shards in a new order each epoch, sequences in each shard too.
-// A function of the place alone, so that the order is one and the same for any micro batch and after any resume.
+// A function of the place alone, so that the order is one and the same for any micro batch and after any resume. A target that
+// is not to be predicted is -1.
 static void read_sequence(Data& data, int64_t place, int* inputs, int* targets) {
     int64_t epoch = place / data.sequences, left = place % data.sequences, count = 0;
     int number = 0, shards = int(data.shards.size());
@@ -2634,16 +2642,31 @@ static void read_sequence(Data& data, int64_t place, int* inputs, int* targets) 
         fail(shard.path + ": cannot be searched");
     read_bytes(data.input, raw.data(), raw.size());
     for (int t = 0; t <= data.T; t++) {
-        int token = shard.width == 1 ? raw[t] : raw[2 * t] | raw[2 * t + 1] << 8;
+        int token = 0, predicted = 1;
+        for (int i = shard.width - 1; i >= 0; i--) token = int(uint32_t(token) << 8 | raw[t * shard.width + i]);
+        if (token < 0) token = ~token, predicted = 0;
         if (token >= data.V)
             refuse(shard.path + ": token " + commas(left * data.T + t) + " is " + str(token) + ", not below " + str(data.V));
         if (t < data.T) inputs[t] = token;
-        if (t > 0) targets[t - 1] = token;
+        if (t > 0) targets[t - 1] = predicted ? token : -1;
     }
 }
 
 static void read_batch(Data& data, int64_t place, int B, Model& s) {
     for (int64_t b = 0; b < B; b++) read_sequence(data, place + b, s.inputs + b * data.T, s.targets + b * data.T);
+}
+
+// How many tokens the sequences from a place on predict: the loss is their mean.
+static int64_t predicted_tokens(Data& data, int64_t place, int64_t sequences) {
+    auto masked = [](const Shard& shard) { return shard.width == 4; };
+    if (std::none_of(data.shards.begin(), data.shards.end(), masked)) return sequences * data.T;
+    std::vector<int> inputs(data.T), targets(data.T);
+    int64_t count = 0;
+    for (int64_t i = 0; i < sequences; i++) {
+        read_sequence(data, place + i, inputs.data(), targets.data());
+        count += std::count_if(targets.begin(), targets.end(), [](int target) { return target >= 0; });
+    }
+    return std::max<int64_t>(count, 1);
 }
 
 // ---- learning rate of step `step` (from 0): linear warm-up, then the schedule's way down to lr * final_lr_frac
@@ -2661,29 +2684,40 @@ static double learning_rate(const Options& o, int64_t step, int64_t steps) {
 
 // ---- evaluation: validation loss, HellaSwag, samples. They use the training buffers between steps and change nothing else.
 
-static double mean_loss(const Model& s, int64_t first, int64_t count) {
+// Of tokens first, first + 1, ... those that are predicted: the sum of their losses, and how many they are.
+struct Losses {
     double sum = 0;
-    for (int64_t i = first; i < first + count; i++) sum += s.losses[i];
-    return sum / count;
+    int64_t count = 0;
+    void add(const Model& s, int64_t first, int64_t tokens) {
+        for (int64_t i = first; i < first + tokens; i++) sum += s.losses[i], count += s.targets[i] >= 0;
+    }
+    double mean() const { return sum / std::max<int64_t>(count, 1); }
+};
+
+static double mean_loss(const Model& s, int64_t first, int64_t tokens) {
+    Losses losses;
+    losses.add(s, first, tokens);
+    return losses.mean();
 }
 
 // Mean loss over the first --val-batches batches, the same ones each time.
 static double validate(Model& s, Data& data, const Options& o) {
-    double sum = 0;
+    Losses losses;
     int64_t end = o.val_batches < 0 ? data.sequences : std::min<int64_t>(data.sequences, int64_t(o.val_batches) * o.batch),
             rows;
     for (int64_t first = 0; first < end; first += rows) {
         rows = std::min<int64_t>(o.batch, end - first);
         read_batch(data, first, int(rows), s);
         model_evaluate(s, int(rows), data.T);
-        sum += mean_loss(s, 0, rows * data.T) * rows;
+        losses.add(s, 0, rows * data.T);
     }
-    return sum / end;
+    return losses.mean();
 }
 
 struct Example {
     int label;
-    std::vector<int> context, endings[4];
+    std::vector<int> context;
+    std::vector<std::vector<int>> endings;  // 2 to 4
 };
 
 static std::vector<Example> read_hellaswag(const std::string& path, int V) {
@@ -2716,7 +2750,7 @@ static std::vector<Example> read_hellaswag(const std::string& path, int V) {
         examples.push_back({});
         Example& e = examples.back();
         e.label = next("the right ending", 0, 3);
-        next("the number of endings", 4, 4);
+        e.endings.resize(next("the number of endings", std::max(2, e.label + 1), 4));
         e.context = tokens();
         for (auto& ending : e.endings) ending = tokens();
         if (bytes != (at - start) * 2)
@@ -2726,13 +2760,14 @@ static std::vector<Example> read_hellaswag(const std::string& path, int V) {
     return examples;
 }
 
-// The share of examples whose right ending has the lowest mean loss of the four. A context too long loses its beginning.
+// The share of examples whose right ending has the lowest mean loss of all. A context too long loses its beginning.
 static double score_hellaswag(Model& s, const std::vector<Example>& examples, const Options& o) {
-    int right = 0, group = std::min(o.batch, 4);
+    int right = 0;
     for (const Example& e : examples) {
+        int endings = int(e.endings.size()), group = std::min(o.batch, endings);
         double losses[4];
-        for (int first = 0; first < 4; first += group) {
-            int rows = std::min(group, 4 - first);
+        for (int first = 0; first < endings; first += group) {
+            int rows = std::min(group, endings - first);
             std::vector<int> row[4];
             int64_t T = 0;
             for (int b = 0; b < rows; b++) {
@@ -2753,7 +2788,7 @@ static double score_hellaswag(Model& s, const std::vector<Example>& examples, co
                 losses[first + b] = mean_loss(s, b * T + last - scored, scored);
             }
         }
-        right += std::min_element(losses, losses + 4) - losses == e.label;
+        right += std::min_element(losses, losses + endings) - losses == e.label;
     }
     return double(right) / examples.size();
 }
@@ -3368,7 +3403,7 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
     std::vector<Example> hellaswag;
     if (!o.hellaswag.empty()) hellaswag = read_hellaswag(o.hellaswag, c.V);
     std::string beside = o.train.substr(0, o.train.find_last_of('/') + 1) + "tokenizer.bin";
-    if (o.tokenizer.empty() && train.shards[0].width == 2 && std::filesystem::exists(beside)) o.tokenizer = beside;
+    if (o.tokenizer.empty() && train.shards[0].width != 1 && std::filesystem::exists(beside)) o.tokenizer = beside;
     Tokenizer tokenizer = o.tokenizer.empty() ? no_tokenizer(c.V) : read_tokenizer(o.tokenizer);
     Identity identity = {
         {"--channels", str(c.C)}, {"--heads", str(c.NH)}, {"--layers", str(c.L)}, {"--context", str(c.context)}};
@@ -3409,14 +3444,17 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
     for (int64_t step = std::min(start + 1, steps); step <= steps; step++) {
         std::string line = "step " + str(step) + "/" + str(steps), times, record = "{\"step\": " + str(step);
         if (step > start) {
-            double loss = 0, lr = learning_rate(o, step - 1, steps);
+            Losses losses;
+            double lr = learning_rate(o, step - 1, steps);
+            int64_t place = o.overfit ? 0 : (step - 1) * rows, predicted = predicted_tokens(train, place, rows);
             model_clock();
             model_begin_step(s, step - 1);
             for (int64_t micro = 0; micro < micros; micro++) {
-                read_batch(train, (o.overfit ? 0 : (step - 1) * rows) + micro * o.batch, o.batch, s);
-                model_accumulate(s, o.batch, o.seq, micro == 0, 1.0f / o.total_batch);
-                loss += mean_loss(s, 0, int64_t(o.batch) * o.seq) / micros;
+                read_batch(train, place + micro * o.batch, o.batch, s);
+                model_accumulate(s, o.batch, o.seq, micro == 0, 1.0f / predicted);
+                losses.add(s, 0, int64_t(o.batch) * o.seq);
             }
+            double loss = losses.mean();
             if (step == start + 1 && !o.dump.empty()) write_dump(s, plan, o);
             double norm = model_update(s, plan, step - 1, lr), elapsed = model_clock(), speed = o.total_batch / elapsed;
             if (!std::isfinite(loss + norm))

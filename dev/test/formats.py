@@ -10,12 +10,14 @@ padded_vocab; params is a dict from the names in PARAMS to float32 arrays, each 
 import hashlib
 import json
 import os
-import struct
 import subprocess
+import sys
 
 import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.join(ROOT, "dev"))
+from dump import read as read_dump  # noqa: E402, F401
 
 MODEL_MAGIC, TOKENS_MAGIC = 20240326, 20240520
 HEADER = 256  # int32 words before the data, in model and token files alike
@@ -129,26 +131,6 @@ def read_tokens(path):
 
 
 # ---------------------------------------------------------------------------- what the trainer writes
-
-def read_dump(path):
-    """--dump's records as a dict from name to float32 array."""
-    data, at, records = open(path, "rb").read(), 0, {}
-
-    def take(layout):
-        nonlocal at
-        values = struct.unpack_from("<" + layout, data, at)
-        at += struct.calcsize("<" + layout)
-        return values
-
-    while at < len(data):
-        name = take(f"{take('i')[0]}s")[0].decode()
-        shape = take(f"{take('i')[0]}q")
-        values = np.frombuffer(data, "<f4", int(np.prod(shape)), at)
-        at += values.nbytes
-        assert name not in records, f"{path} holds {name} twice"
-        records[name] = values.reshape(shape)
-    return records
-
 
 def read_log(directory):
     """log.jsonl of an output directory as (first line, the lines of the steps, the other lines)."""
