@@ -126,7 +126,11 @@ build/test_gpt2_%_sanitized: build/test_gpt2.nogpu.cpp train_gpt2_compact.cpp $(
 build/train_nogpu_%: build/train_gpt2_compact.nogpu.cpp $(wildcard dev/nogpu/include/*) Makefile
 	$(NOGPU) -O2 -DPRECISION_$(shell echo $* | tr a-z A-Z) $< -lboost_context -o $@
 
-TESTED = train_gpt2_compact build/test_cpu build/test_cpu_sanitized build/train_sanitized build/train_no_blas $(CURAND_TEST) $(NOGPU_TESTS)
+# ---- the numbered variants of the kernels
+include dev/cuda/Makefile
+
+TESTED = train_gpt2_compact build/test_cpu build/test_cpu_sanitized build/train_sanitized build/train_no_blas $(CURAND_TEST) $(NOGPU_TESTS) \
+  $(if $(NOGPU_TESTS),variants_nogpu)
 test: $(TESTED) $(if $(and $(GPU),$(NVCC)),test_gpt2cu) build/venv
 	@OMP_WAIT_POLICY=passive build/venv/bin/python -m pytest -q dev
 
@@ -137,6 +141,7 @@ build:
 	@mkdir -p build
 
 clean:
+	find dev/cuda -type l -delete
 	rm -rf build train_gpt2_compact train_gpt2_compactcu test_gpt2cu train_gpt2_compact_nogpu test_gpt2_nogpu
 
 help: found
@@ -144,6 +149,7 @@ help: found
 	@echo "make train_gpt2_compactcu      the CUDA trainer; PRECISION=BF16|FP32, GPU_COMPUTE_CAPABILITY=90"
 	@echo "make test_gpt2cu               its test against the CPU trainer, on a GPU"
 	@echo "make train_gpt2_compact_nogpu  the CUDA trainer's sources on a CPU, for tests; likewise test_gpt2_nogpu"
+	@echo "make -C dev/cuda      the kernels' numbered variants, each with its check and its benchmark"
 	@echo "make demo             trains a small GPT-2 on this project's sources, about two minutes on two cores"
 	@echo "make test             all tests that can run here; the last line counts them"
 	@echo "make bench            ms per step of GPT-2 d12 at full rank and compressed; LLMC=dir compares with llm.c built there"

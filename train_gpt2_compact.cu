@@ -952,263 +952,309 @@ __global__ void __launch_bounds__(ATT) attention_plain_dkv(floatX* dqkv, const f
     }
 }
 
-// ---- attention on tensor cores: FlashAttention-2 (arXiv 2307.08691) with mma.sync, heads of 64, tiles of 64 x 64, 4 warps a
-// block. Each warp owns 16 rows of the result. Tiles come by cp.async, the next one while this one is used. In shared memory a
-// tile's row is 8 chunks of 16 bytes, chunk c of row i at place c ^ (i % 8): the 8 rows that one ldmatrix reads lie in
-// different banks.
+// ---- attention on tensor cores: FlashAttention-2 (arXiv 2307.08691) with mma.sync, heads of 64. A block of 4 warps takes 128
+// queries (or keys), 32 a warp, and walks the keys (or queries) in tiles of 64, which come by cp.async, the next one while this
+// one is used. What a warp reads of a tile in shared memory serves its 32 rows: with 16, reading would take longer than
+// multiplying. Products go by 8 columns: s[j] is 32 rows by columns 8j..8j+7.
 
-enum { FLASH = 64, FLASH_THREADS = 128 };
-static const float LOG2E = 1.44269504f;
+enum { TILE = 64, FLASH = 128, FLASH_THREADS = 128 };
+static const float LOG2E = 1.44269504f, FLASH_SCALE = LOG2E / 8;  // the softmax is one of powers of 2
 
-struct Tile {
-    __nv_bfloat16 x[FLASH * HEAD];
-};
+#ifndef __NOGPU__
+__device__ inline float exp2_fast(float x) {  // exp2f in one instruction; below 2^-126 it is 0
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+    return y;
+}
+#endif
 
-__device__ inline __nv_bfloat16* chunk_of(Tile& tile, int row, int chunk) {
-    return tile.x + row * HEAD + (chunk ^ (row & 7)) * 8;
+// A tile is TILE rows, with 16 bytes to spare each: so the 8 rows that ldmatrix reads at once lie in different banks.
+typedef __nv_bfloat16 Row[HEAD + 8];
+
+// Rows first..first+63 and 64 columns of a matrix with leading dimension ld; zeros from row `rows` on.
+__device__ inline void load_tile(Row* tile, const __nv_bfloat16* from, int ld, int column, int first, int rows) {
+    int row = threadIdx.x / 8, d = threadIdx.x % 8 * 8;
+    from += int64_t(first + row) * ld + column + d;
+    for (int i = 0; i < TILE; i += FLASH_THREADS / 8)
+        cp_async_16_zfill(&tile[row + i][d], from + int64_t(i) * ld, first + row + i < rows);
 }
 
-// Rows first.. first+63 of a matrix with leading dimension ld; zeros from row `rows` on.
-__device__ inline void load_tile(Tile& tile, const __nv_bfloat16* from, size_t ld, int first, int rows) {
-    for (int i = threadIdx.x; i < FLASH * 8; i += FLASH_THREADS) {
-        int row = i / 8, chunk = i % 8;
-        bool valid = first + row < rows;
-        cp_async_16_zfill(chunk_of(tile, row, chunk), from + (valid ? (first + row) * ld + chunk * 8 : 0), valid);
+// This warp's 32 of 128 rows as the mma's left operand: a[m][k] is rows 16m..16m+15, columns 16k..16k+15.
+__device__ inline void load_rows(uint32_t a[2][4][4], const Row* rows) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    for (int m = 0; m < 2; m++) {
+        for (int k = 0; k < 4; k++) ldmatrix_x4(a[m][k], &rows[32 * warp + 16 * m + lane % 16][16 * k + lane / 16 * 8]);
     }
 }
 
-// Rows row..row+15 of a tile as the mma's left operand: a[k] holds columns 16k..16k+15.
-__device__ inline void load_rows(uint32_t a[4][4], Tile& tile, int row) {
+// s (32, 8) += a (32, 64) times 8 rows of a tile, transposed: a column of s for each row
+__device__ inline void add_times_transpose(float s[2][4], const uint32_t a[2][4][4], const Row* rows) {
     int lane = threadIdx.x % WARP;
-    for (int k = 0; k < 4; k++) ldmatrix_x4(a[k], chunk_of(tile, row + lane % 16, 2 * k + lane / 16));
-}
-
-// s (16, 64) = a (16, 64) tile^T: one column of s for each row of the tile
-__device__ inline void times_transpose(float s[8][4], const uint32_t a[4][4], Tile& tile) {
-    int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-        for (int i = 0; i < 4; i++) s[j][i] = s[j + 1][i] = 0;
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            uint32_t b[4];
-            ldmatrix_x4(b, chunk_of(tile, 8 * j + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-            mma_m16n8k16_bf16(s[j], a[k], b);
-            mma_m16n8k16_bf16(s[j + 1], a[k], b + 2);
+    for (int k = 0; k < 4; k += 2) {
+        uint32_t b[4];
+        ldmatrix_x4(b, &rows[lane % 8][16 * k + lane / 8 * 8]);
+        for (int m = 0; m < 2; m++) {
+            mma_m16n8k16_bf16(s[m], a[m][k], b);
+            mma_m16n8k16_bf16(s[m], a[m][k + 1], b + 2);
         }
     }
 }
 
-// o (16, 64) += s (16, 64) tile, s rounded to bf16: an accumulator's layout is that of a left operand
-__device__ inline void add_times(float o[8][4], const float s[8][4], Tile& tile) {
+// o (32, 64) += s (32, 16), rounded to bf16, times 16 rows of a tile: an accumulator's layout is a left operand's.
+__device__ inline void add_times(float o[8][2][4], const float s[2][2][4], const Row* rows) {
     int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        uint32_t a[4];
+    uint32_t a[2][4];
+    for (int m = 0; m < 2; m++) {
         for (int i = 0; i < 4; i++) {
-            __nv_bfloat162 two = __floats2bfloat162_rn(s[2 * k + i / 2][i % 2 * 2], s[2 * k + i / 2][i % 2 * 2 + 1]);
-            memcpy(&a[i], &two, 4);
+            __nv_bfloat162 two = __floats2bfloat162_rn(s[i / 2][m][i % 2 * 2], s[i / 2][m][i % 2 * 2 + 1]);
+            memcpy(&a[m][i], &two, 4);
         }
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            uint32_t b[4];
-            ldmatrix_x4_trans(b, chunk_of(tile, 16 * k + lane % 16, j + lane / 16));
-            mma_m16n8k16_bf16(o[j], a, b);
-            mma_m16n8k16_bf16(o[j + 1], a, b + 2);
+    }
+    for (int j = 0; j < 8; j += 2) {
+        uint32_t b[4];
+        ldmatrix_x4_trans(b, &rows[lane % 16][8 * j + lane / 16 * 8]);
+        for (int m = 0; m < 2; m++) {
+            mma_m16n8k16_bf16(o[j][m], a[m], b);
+            mma_m16n8k16_bf16(o[j + 1][m], a[m], b + 2);
         }
     }
 }
 
-// Row and column, within a warp's 16 x 64, of element i of s[j].
-__device__ inline int row_of(int i) { return threadIdx.x % WARP / 4 + i / 2 * 8; }
-__device__ inline int column_of(int j, int i) { return 8 * j + threadIdx.x % 4 * 2 + i % 2; }
+// Row and column, in 32 x 8, of this lane's element [m][i]. It holds four rows, r = 2m + i/2; four lanes share a row.
+__device__ inline int row_of(int m, int i) { return 16 * m + threadIdx.x % WARP / 4 + i / 2 * 8; }
+__device__ inline int column_of(int i) { return threadIdx.x % 4 * 2 + i % 2; }
 
-// Writes a warp's 16 x 64, rows first.., those below `rows`.
-__device__ inline void write_rows(__nv_bfloat16* to, size_t ld, const float o[8][4], int first, int rows) {
-    for (int i = 0; i < 4; i += 2) {
-        int row = first + row_of(i);
+// Hides from queries the keys after them: what is right of the diagonal where rows are queries (side 1), left of it where they
+// are keys (side -1).
+__device__ inline void hide(float s[2][4], int first_row, int first_column, int side) {
+    for (int m = 0; m < 2; m++) {
+        for (int i = 0; i < 4; i++) {
+            if ((first_column + column_of(i) - first_row - row_of(m, i)) * side > 0) s[m][i] = -INFINITY;
+        }
+    }
+}
+
+// Writes this warp's 32 x 64, times scale, to 64 columns of a matrix: rows first.., those below `rows`.
+__device__ inline void write_rows(__nv_bfloat16* to, int ld, int column, const float o[8][2][4], float scale, int first,
+                                  int rows) {
+    for (int r = 0; r < 4; r++) {
+        int m = r / 2, i = r % 2 * 2, row = first + row_of(m, i);
         if (row >= rows) continue;
-        for (int j = 0; j < 8; j++)
-            *reinterpret_cast<__nv_bfloat162*>(to + row * ld + column_of(j, 0)) = __floats2bfloat162_rn(o[j][i], o[j][i + 1]);
+        for (int j = 0; j < 8; j++) {
+            __nv_bfloat162 two = __floats2bfloat162_rn(o[j][m][i] * scale, o[j][m][i + 1] * scale);
+            *reinterpret_cast<__nv_bfloat162*>(to + int64_t(row) * ld + column + 8 * j + column_of(0)) = two;
+        }
     }
 }
 
-// grid (B NH, ceil(T / 64)), block 128. out (N, C), lse (B, NH, T), qkv (N, 3C). Reads k and v once for each tile of queries.
-__global__ void __launch_bounds__(FLASH_THREADS, 4)
+// grid (B, NH, ceil(T / 128)), block 128. out (N, C), lse (B, NH, T), qkv (N, 3C). Reads k and v once for every 128 queries.
+__global__ void __launch_bounds__(FLASH_THREADS, 2)
     attention_flash_forward(__nv_bfloat16* out, float* lse, const __nv_bfloat16* qkv, int T, int C, int NH) {
-    __shared__ __align__(128) Tile tiles[4];  // k and v, two of each; at first also q
-    int b = blockIdx.x / NH, h = blockIdx.x % NH, warp = threadIdx.x / WARP;
-    int q0 = (gridDim.y - 1 - blockIdx.y) * FLASH;  // the longest rows first
-    size_t ld = 3 * size_t(C);
-    const __nv_bfloat16 *q = qkv + size_t(b) * T * ld + h * HEAD, *k = q + C, *v = k + C;
-    float scale = LOG2E / 8.0f, o[8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-    uint32_t qa[4][4];
-    load_tile(tiles[0], q, ld, q0, T);
+    __shared__ __align__(16) Row tiles[4][TILE];  // k and v, two of each; at first also q
+    int h = blockIdx.y, begin = blockIdx.x * T, end = begin + T, column = h * HEAD;
+    int q0 = (gridDim.z - 1 - blockIdx.z) * FLASH, first = q0 + threadIdx.x / WARP * 32;  // the longest rows first
+    float o[8][2][4] = {}, sum[4] = {}, top[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    uint32_t q[2][4][4];
+    load_tile(tiles[0], qkv, 3 * C, column + C, begin, end);
+    load_tile(tiles[1], qkv, 3 * C, column + 2 * C, begin, end);
+    load_tile(tiles[2], qkv, 3 * C, column, begin + q0, end);
+    load_tile(tiles[3], qkv, 3 * C, column, begin + q0 + TILE, end);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    load_rows(qa, tiles[0], 16 * warp);
-    __syncthreads();
-    load_tile(tiles[0], k, ld, 0, T);
-    load_tile(tiles[1], v, ld, 0, T);
-    cp_async_commit();
-    for (int k0 = 0, stage = 0; k0 <= q0; k0 += FLASH, stage ^= 2) {
-        if (k0 + FLASH <= q0) {
-            load_tile(tiles[stage ^ 2], k, ld, k0 + FLASH, T);
-            load_tile(tiles[(stage ^ 2) + 1], v, ld, k0 + FLASH, T);
+    load_rows(q, tiles[2]);
+    int keys = min(q0 + FLASH, T);
+    for (int k0 = 0; k0 < keys; k0 += TILE) {
+        Row(*now)[TILE] = tiles + k0 / TILE % 2 * 2, (*next)[TILE] = tiles + (k0 / TILE + 1) % 2 * 2;
+        cp_async_wait<0>();
+        __syncthreads();  // now is there, next is done with
+        if (k0 + TILE < keys) {
+            load_tile(next[0], qkv, 3 * C, column + C, begin + k0 + TILE, end);
+            load_tile(next[1], qkv, 3 * C, column + 2 * C, begin + k0 + TILE, end);
+            cp_async_commit();
         }
-        cp_async_commit();
-        cp_async_wait<1>();
-        __syncthreads();
-        float s[8][4];
-        times_transpose(s, qa, tiles[stage]);
-        for (int half = 0; half < 2; half++) {  // this lane's rows g and g + 8; four lanes share a row
-            float most = top[half], total = 0;
-            for (int j = 0; j < 8; j++) {
-                for (int i = 2 * half; i < 2 * half + 2; i++) {
-                    s[j][i] = k0 + column_of(j, i) > q0 + 16 * warp + row_of(i) ? -INFINITY : s[j][i] * scale;
-                    most = fmaxf(most, s[j][i]);
-                }
-            }
+        if (k0 >= first + 32) continue;  // all keys of the tile are after all queries of the warp
+        float s[8][2][4] = {};
+        for (int j = 0; j < 8; j++) add_times_transpose(s[j], q, now[0] + 8 * j);
+        if (k0 + TILE > first) {
+            for (int j = 0; j < 8; j++) hide(s[j], first, k0 + 8 * j, 1);
+        }
+        for (int r = 0; r < 4; r++) {
+            int m = r / 2, i = r % 2 * 2;
+            float most = top[r];
+            for (int j = 0; j < 8; j++) most = fmaxf(most, fmaxf(s[j][m][i], s[j][m][i + 1]));
             most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 1));
             most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 2));
-            float shrink = exp2f(top[half] - most);
-            for (int j = 0; j < 8; j++) {
-                for (int i = 2 * half; i < 2 * half + 2; i++) {
-                    total += s[j][i] = exp2f(s[j][i] - most);
-                    o[j][i] *= shrink;
+            float shrink = exp2_fast((top[r] - most) * FLASH_SCALE);
+            for (int j = 0; j < 8; j++) o[j][m][i] *= shrink, o[j][m][i + 1] *= shrink;
+            sum[r] *= shrink;
+            top[r] = most;
+        }
+        for (int j = 0; j < 8; j++) {  // the tensor cores take 16 columns while the next ones become powers
+            for (int m = 0; m < 2; m++) {
+                for (int i = 0; i < 4; i++) {
+                    int r = 2 * m + i / 2;
+                    s[j][m][i] = exp2_fast(s[j][m][i] * FLASH_SCALE - top[r] * FLASH_SCALE);
+                    sum[r] += s[j][m][i];
                 }
             }
-            sum[half] = sum[half] * shrink + total;
-            top[half] = most;
+            if (j % 2 == 1) add_times(o, s + j - 1, now[1] + 8 * (j - 1));
         }
-        add_times(o, s, tiles[stage + 1]);
-        __syncthreads();
     }
-    for (int half = 0; half < 2; half++) {
-        sum[half] += __shfl_xor_sync(0xFFFFFFFFu, sum[half], 1);
-        sum[half] += __shfl_xor_sync(0xFFFFFFFFu, sum[half], 2);
-        for (int j = 0; j < 8; j++) {
-            for (int i = 2 * half; i < 2 * half + 2; i++) o[j][i] /= sum[half];
-        }
-        int row = q0 + 16 * warp + row_of(2 * half);
-        if (threadIdx.x % 4 == 0 && row < T) lse[size_t(blockIdx.x) * T + row] = (top[half] + log2f(sum[half])) / LOG2E;
+    for (int r = 0; r < 4; r++) {
+        int m = r / 2, i = r % 2 * 2, row = first + row_of(m, i);
+        sum[r] += __shfl_xor_sync(0xFFFFFFFFu, sum[r], 1);
+        sum[r] += __shfl_xor_sync(0xFFFFFFFFu, sum[r], 2);
+        float inverse = 1 / sum[r];
+        for (int j = 0; j < 8; j++) o[j][m][i] *= inverse, o[j][m][i + 1] *= inverse;
+        if (threadIdx.x % 4 == 0 && row < T) lse[size_t(blockIdx.x * NH + h) * T + row] = top[r] / 8 + logf(sum[r]);
     }
-    write_rows(out + size_t(b) * T * C + h * HEAD, C, o, q0 + 16 * warp, T);
+    write_rows(out, C, column, o, 1, begin + first, end);
 }
 
-// dq. Grid and block as forward; for each tile of keys: p again, dp = dout v^T, ds = p (dp - dot) scale, dq += ds k.
-__global__ void __launch_bounds__(FLASH_THREADS)
-    attention_flash_dq(__nv_bfloat16* dqkv, const __nv_bfloat16* dout, const __nv_bfloat16* qkv, const float* lse,
-                       const float* dot, int T, int C, int NH) {
-    __shared__ __align__(128) Tile tiles[4];
-    int b = blockIdx.x / NH, h = blockIdx.x % NH, warp = threadIdx.x / WARP;
-    int q0 = (gridDim.y - 1 - blockIdx.y) * FLASH;
-    size_t ld = 3 * size_t(C), at = size_t(b) * T * ld + h * HEAD;
-    const __nv_bfloat16 *q = qkv + at, *k = q + C, *v = k + C;
-    float dq[8][4] = {}, log_sum[2], dot_row[2];
-    uint32_t qa[4][4], da[4][4];
-    load_tile(tiles[0], q, ld, q0, T);
-    load_tile(tiles[1], dout + size_t(b) * T * C + h * HEAD, C, q0, T);
+// dq, and on the way dot (B, NH, T), the sums of dout out over a head. Grid and block as forward. For each tile of keys: p
+// again, dp = dout v^T, ds = p (dp - dot), dq += ds k.
+__global__ void __launch_bounds__(FLASH_THREADS, 2)
+    attention_flash_dq(__nv_bfloat16* dqkv, float* dot, const __nv_bfloat16* dout, const __nv_bfloat16* qkv,
+                       const __nv_bfloat16* out, const float* lse, int T, int C, int NH) {
+    __shared__ __align__(16) Row tiles[4][TILE];  // k and v, two of each; at first q and dout
+    int h = blockIdx.y, begin = blockIdx.x * T, end = begin + T, column = h * HEAD;
+    int q0 = (gridDim.z - 1 - blockIdx.z) * FLASH, first = q0 + threadIdx.x / WARP * 32;
+    float dq[8][2][4] = {}, sum[4], dots[4];
+    uint32_t q[2][4][4], d[2][4][4];
+    for (int i = 0; i < 2; i++) {
+        load_tile(tiles[i], qkv, 3 * C, column, begin + q0 + i * TILE, end);
+        load_tile(tiles[2 + i], dout, C, column, begin + q0 + i * TILE, end);
+    }
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    load_rows(qa, tiles[0], 16 * warp);
-    load_rows(da, tiles[1], 16 * warp);
+    load_rows(q, tiles[0]);
+    load_rows(d, tiles[2]);
     __syncthreads();
-    for (int half = 0; half < 2; half++) {
-        int row = q0 + 16 * warp + row_of(2 * half);
-        log_sum[half] = row < T ? lse[size_t(blockIdx.x) * T + row] * LOG2E : 0;
-        dot_row[half] = row < T ? dot[size_t(blockIdx.x) * T + row] : 0;
-    }
-    load_tile(tiles[0], k, ld, 0, T);
-    load_tile(tiles[1], v, ld, 0, T);
+    load_tile(tiles[0], qkv, 3 * C, column + C, begin, end);
+    load_tile(tiles[1], qkv, 3 * C, column + 2 * C, begin, end);
     cp_async_commit();
-    for (int k0 = 0, stage = 0; k0 <= q0; k0 += FLASH, stage ^= 2) {
-        if (k0 + FLASH <= q0) {
-            load_tile(tiles[stage ^ 2], k, ld, k0 + FLASH, T);
-            load_tile(tiles[(stage ^ 2) + 1], v, ld, k0 + FLASH, T);
-        }
-        cp_async_commit();
-        cp_async_wait<1>();
-        __syncthreads();
-        float s[8][4], dp[8][4];
-        times_transpose(s, qa, tiles[stage]);
-        times_transpose(dp, da, tiles[stage + 1]);
+    for (int r = 0; r < 4; r++) {
+        int row = first + row_of(r / 2, r % 2 * 2), inside = min(row, T - 1);
+        size_t at = size_t(blockIdx.x * NH + h) * T + inside;
+        const __nv_bfloat16* from = out + int64_t(begin + inside) * C + column + column_of(0);
+        sum[r] = lse[at] * LOG2E;
+        dots[r] = 0;
         for (int j = 0; j < 8; j++) {
-            for (int i = 0; i < 4; i++) {
-                bool hidden = k0 + column_of(j, i) > q0 + 16 * warp + row_of(i);
-                s[j][i] = hidden ? 0 : exp2f(s[j][i] * (LOG2E / 8.0f) - log_sum[i / 2]) * (dp[j][i] - dot_row[i / 2]) * 0.125f;
-            }
+            __nv_bfloat162 x = *reinterpret_cast<const __nv_bfloat162*>(from + 8 * j), y;
+            memcpy((void*)&y, &d[r / 2][j / 2][j % 2 * 2 + r % 2], 4);
+            dots[r] += to_float(x.x) * to_float(y.x) + to_float(x.y) * to_float(y.y);
         }
-        add_times(dq, s, tiles[stage]);
-        __syncthreads();
+        dots[r] += __shfl_xor_sync(0xFFFFFFFFu, dots[r], 1);
+        dots[r] += __shfl_xor_sync(0xFFFFFFFFu, dots[r], 2);
+        if (threadIdx.x % 4 == 0 && row < T) dot[at] = dots[r];
     }
-    write_rows(dqkv + at, ld, dq, q0 + 16 * warp, T);
+    int keys = min(q0 + FLASH, T);
+    for (int k0 = 0; k0 < keys; k0 += TILE) {
+        Row(*now)[TILE] = tiles + k0 / TILE % 2 * 2, (*next)[TILE] = tiles + (k0 / TILE + 1) % 2 * 2;
+        cp_async_wait<0>();
+        __syncthreads();
+        if (k0 + TILE < keys) {
+            load_tile(next[0], qkv, 3 * C, column + C, begin + k0 + TILE, end);
+            load_tile(next[1], qkv, 3 * C, column + 2 * C, begin + k0 + TILE, end);
+            cp_async_commit();
+        }
+        if (k0 >= first + 32) continue;
+#pragma unroll
+        for (int k = 0; k < TILE; k += 16) {
+            float s[2][2][4] = {}, dp[2][2][4] = {};
+            for (int j = 0; j < 2; j++) {
+                add_times_transpose(s[j], q, now[0] + k + 8 * j);
+                add_times_transpose(dp[j], d, now[1] + k + 8 * j);
+            }
+            for (int j = 0; j < 2 && k0 + TILE > first; j++) hide(s[j], first, k0 + k + 8 * j, 1);
+            for (int j = 0; j < 2; j++) {
+                for (int m = 0; m < 2; m++) {
+                    for (int i = 0; i < 4; i++) {
+                        int r = 2 * m + i / 2;
+                        dp[j][m][i] = exp2_fast(s[j][m][i] * FLASH_SCALE - sum[r]) * (dp[j][m][i] - dots[r]);
+                    }
+                }
+            }
+            add_times(dq, dp, now[0] + k);
+        }
+    }
+    write_rows(dqkv, 3 * C, column, dq, 0.125f, begin + first, end);
 }
 
-// dk and dv. A block takes 64 keys, a warp 16 of them, and walks the tiles of queries from the diagonal on, all transposed: s^T
-// = k q^T, dp^T = v dout^T, dv += p^T dout, dk += ds^T q.
-__global__ void __launch_bounds__(FLASH_THREADS)
+// dk and dv. Grid and block as forward, for keys; walks the tiles of queries from the diagonal on, all transposed: s^T = k q^T,
+// dp^T = v dout^T, dv += p^T dout, dk += ds^T q.
+__global__ void __launch_bounds__(FLASH_THREADS, 2)
     attention_flash_dkv(__nv_bfloat16* dqkv, const __nv_bfloat16* dout, const __nv_bfloat16* qkv, const float* lse,
                         const float* dot, int T, int C, int NH) {
-    __shared__ __align__(128) Tile tiles[4];
-    __shared__ float log_sums[2][FLASH], dots[2][FLASH];
-    int b = blockIdx.x / NH, h = blockIdx.x % NH, warp = threadIdx.x / WARP, k0 = blockIdx.y * FLASH;
-    size_t ld = 3 * size_t(C), at = size_t(b) * T * ld + h * HEAD;
-    const __nv_bfloat16 *q = qkv + at, *k = q + C, *v = k + C, *dout_b = dout + size_t(b) * T * C + h * HEAD;
-    float dk[8][4] = {}, dv[8][4] = {};
-    uint32_t ka[4][4], va[4][4];
-    load_tile(tiles[0], k, ld, k0, T);
-    load_tile(tiles[1], v, ld, k0, T);
+    __shared__ __align__(16) Row tiles[4][TILE];    // q and dout, two of each; at first k and v
+    __shared__ float sums[2][TILE], dots[2][TILE];  // of the queries
+    int h = blockIdx.y, begin = blockIdx.x * T, end = begin + T, column = h * HEAD;
+    int k0 = blockIdx.z * FLASH, first = k0 + threadIdx.x / WARP * 32;
+    float dk[8][2][4] = {}, dv[8][2][4] = {};
+    uint32_t k[2][4][4], v[2][4][4];
+    for (int i = 0; i < 2; i++) {
+        load_tile(tiles[i], qkv, 3 * C, column + C, begin + k0 + i * TILE, end);
+        load_tile(tiles[2 + i], qkv, 3 * C, column + 2 * C, begin + k0 + i * TILE, end);
+    }
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    load_rows(ka, tiles[0], 16 * warp);
-    load_rows(va, tiles[1], 16 * warp);
+    load_rows(k, tiles[0]);
+    load_rows(v, tiles[2]);
     __syncthreads();
-    auto load = [&](int stage, int q0) {
-        load_tile(tiles[stage], q, ld, q0, T);
-        load_tile(tiles[stage + 1], dout_b, C, q0, T);
-        int row = threadIdx.x % FLASH;
-        float* to = threadIdx.x < FLASH ? log_sums[stage / 2] : dots[stage / 2];
-        to[row] = q0 + row < T ? (threadIdx.x < FLASH ? lse[size_t(blockIdx.x) * T + q0 + row] * LOG2E
-                                                      : dot[size_t(blockIdx.x) * T + q0 + row])
-                               : 0;
-    };
-    load(0, k0);
+    load_tile(tiles[0], qkv, 3 * C, column, begin + k0, end);
+    load_tile(tiles[1], dout, C, column, begin + k0, end);
     cp_async_commit();
-    for (int q0 = k0, stage = 0; q0 < T; q0 += FLASH, stage ^= 2) {
-        if (q0 + FLASH < T) load(stage ^ 2, q0 + FLASH);
-        cp_async_commit();
-        cp_async_wait<1>();
+    // Half of the threads fetch lse, half dot, a tile ahead; both are 0 beyond T, as q and dout are.
+    int query = threadIdx.x % TILE;
+    auto fetch = [&](int t) { return t < T ? (threadIdx.x < TILE ? lse : dot)[size_t(blockIdx.x * NH + h) * T + t] : 0; };
+    float ahead = fetch(k0 + query);
+    for (int q0 = k0; q0 < T; q0 += TILE) {
+        int stage = q0 / TILE % 2;
+        Row(*now)[TILE] = tiles + 2 * stage, (*next)[TILE] = tiles + 2 * (1 - stage);
+        float* to = threadIdx.x < TILE ? sums[stage] : dots[stage];
+        to[query] = ahead * (threadIdx.x < TILE ? LOG2E : 1);
+        cp_async_wait<0>();
         __syncthreads();
-        float s[8][4], dp[8][4];
-        times_transpose(s, ka, tiles[stage]);
-        for (int j = 0; j < 8; j++) {
-            for (int i = 0; i < 4; i++) {
-                int query = q0 + column_of(j, i);
-                bool hidden = k0 + 16 * warp + row_of(i) > query || query >= T;
-                s[j][i] = hidden ? 0 : exp2f(s[j][i] * (LOG2E / 8.0f) - log_sums[stage / 2][column_of(j, i)]);
+        if (q0 + TILE < T) {
+            load_tile(next[0], qkv, 3 * C, column, begin + q0 + TILE, end);
+            load_tile(next[1], dout, C, column, begin + q0 + TILE, end);
+            cp_async_commit();
+            ahead = fetch(q0 + TILE + query);
+        }
+        if (q0 + TILE <= first) continue;
+#pragma unroll 1  // more at once, and registers run out
+        for (int t = 0; t < TILE; t += 16) {
+            float p[2][2][4] = {}, dp[2][2][4] = {};
+            for (int j = 0; j < 2; j++) {
+                add_times_transpose(p[j], k, now[0] + t + 8 * j);
+                add_times_transpose(dp[j], v, now[1] + t + 8 * j);
             }
+            for (int j = 0; j < 2 && q0 < first + 32; j++) hide(p[j], first, q0 + t + 8 * j, -1);
+            for (int j = 0; j < 2; j++) {
+                for (int m = 0; m < 2; m++) {
+                    for (int i = 0; i < 4; i++) {
+                        int at = t + 8 * j + column_of(i);
+                        p[j][m][i] = exp2_fast(p[j][m][i] * FLASH_SCALE - sums[stage][at]);
+                        dp[j][m][i] = p[j][m][i] * (dp[j][m][i] - dots[stage][at]);
+                    }
+                }
+            }
+            add_times(dv, p, now[1] + t);
+            add_times(dk, dp, now[0] + t);
         }
-        add_times(dv, s, tiles[stage + 1]);
-        times_transpose(dp, va, tiles[stage + 1]);
-        for (int j = 0; j < 8; j++) {
-            for (int i = 0; i < 4; i++) s[j][i] *= (dp[j][i] - dots[stage / 2][column_of(j, i)]) * 0.125f;
-        }
-        add_times(dk, s, tiles[stage]);
-        __syncthreads();
     }
-    write_rows(dqkv + at + C, ld, dk, k0 + 16 * warp, T);
-    write_rows(dqkv + at + 2 * C, ld, dv, k0 + 16 * warp, T);
+    write_rows(dqkv, 3 * C, column + C, dk, 0.125f, begin + first, end);
+    write_rows(dqkv, 3 * C, column + 2 * C, dv, 1, begin + first, end);
 }
 
 static void attention_forward(floatX* out, float* lse, const floatX* qkv, int B, int T, int C, int NH) {
     int hs = C / NH;
 #ifndef PRECISION_FP32
     if (hs == HEAD) {
-        attention_flash_forward<<<dim3(B * NH, blocks_for(T, FLASH)), FLASH_THREADS>>>(out, lse, qkv, T, C, NH);
+        attention_flash_forward<<<dim3(B, NH, blocks_for(T, FLASH)), FLASH_THREADS>>>(out, lse, qkv, T, C, NH);
         return LAUNCHED();
     }
 #endif
@@ -1220,18 +1266,18 @@ static void attention_forward(floatX* out, float* lse, const floatX* qkv, int B,
 static void attention_backward(floatX* dqkv, float* dot, const floatX* dout, const floatX* qkv, const floatX* out,
                                const float* lse, int B, int T, int C, int NH) {
     int hs = C / NH;
-    int64_t count = int64_t(B) * NH * T;
-    attention_dot<<<blocks_for(count, 8), 256>>>(dot, dout, out, count, T, C, NH);
-    LAUNCHED();
 #ifndef PRECISION_FP32
     if (hs == HEAD) {
-        dim3 grid(B * NH, blocks_for(T, FLASH));
-        attention_flash_dq<<<grid, FLASH_THREADS>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
+        dim3 grid(B, NH, blocks_for(T, FLASH));
+        attention_flash_dq<<<grid, FLASH_THREADS>>>(dqkv, dot, dout, qkv, out, lse, T, C, NH);
         LAUNCHED();
         attention_flash_dkv<<<grid, FLASH_THREADS>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
         return LAUNCHED();
     }
 #endif
+    int64_t count = int64_t(B) * NH * T;
+    attention_dot<<<blocks_for(count, 8), 256>>>(dot, dout, out, count, T, C, NH);
+    LAUNCHED();
     attention_plain_dq<<<dim3(B * NH, T), ATT, (ATT + 3 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
     LAUNCHED();
     attention_plain_dkv<<<dim3(B * NH, T), ATT, (2 * ATT + 4 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot, T, C, NH);

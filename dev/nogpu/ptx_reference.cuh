@@ -50,3 +50,11 @@ __device__ __forceinline__ void cp_async_16_zfill(void* smem, const void* gmem, 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 // Waits until at most N of this thread's latest groups are on their way. Other threads see the copies after the next barrier.
 template <int N> __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;\n" :: "n"(N) : "memory"); }
+
+// 2^x in one instruction, to 2^-22 of it; 0 where that is below 2^-126, which exp2f takes care of with three more.
+__device__ __forceinline__ float exp2_fast(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+    return y;
+}

@@ -359,3 +359,4 @@ inline void cp_async_16(void* smem, const void* gmem, NOGPU_SITE) { nogpu::copy_
 inline void cp_async_16_zfill(void* smem, const void* gmem, bool valid, NOGPU_SITE) { nogpu::copy_async(smem, gmem, valid, file, line); }
 inline void cp_async_commit() { nogpu::worker->thread->group++; }
 template <int N> void cp_async_wait() { nogpu::copy_wait(N); }
+inline float exp2_fast(float x) { return x < -126 ? 0 : exp2f(x); }
