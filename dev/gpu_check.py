@@ -31,7 +31,7 @@ STEPS = 20
 FIRST_TIMED = 5  # the first steps also pay for loading kernels and for the clocks to settle
 LIBRARIES = 0.06  # of the free memory, for the context, cuBLAS and what the driver keeps
 MODELS = ["d12", "d24", "d48"]
-LEVELS = [0, 1, 2]
+LEVELS = range(6)
 RANKS = {"1": "full rank", "0.5": "1/2", "0.25": "1/4", "0.125": "1/8"}
 TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 GIB = 1 << 30
@@ -447,6 +447,37 @@ def step_figures(records, flops, tokens):
     return figures
 
 
+# ---------------------------------------------------------------------------- parts: the kernels' variants
+
+def variant_programs():
+    return sorted(path.stem for path in (ROOT / "dev/cuda").glob("*.cu"))
+
+
+def variant_commands(lines="dev/results/variants_DEVICE-REVISION.json"):
+    return [[f"build/cuda/{name}", "--json", lines] for name in variant_programs()]
+
+
+def time_variants(check):
+    """Each variant of each layer against the CPU, then its time: lines that dev/cuda/table.py makes a table of."""
+    status, seconds, output = check.run(["make", f"-j{os.cpu_count()}", "-C", "dev/cuda"], 300, "build_variants.log")
+    if status != 0:
+        raise Failed(f"make {how_it_ended(status, seconds)}:\n{last_words(output)}")
+    lines = Path(check.options.out) / f"variants_{safe(check.device['name'])}-{safe(check.options.revision)}.json"
+    lines.parent.mkdir(parents=True, exist_ok=True)
+    lines.unlink(missing_ok=True)
+    figures, unwell = {"passed": 0, "failed": 0}, []
+    for command in variant_commands(str(lines)):
+        status, seconds, output = check.run(command, 60, Path(command[0]).name + ".log")
+        if status != 0:
+            unwell.append(f"{command[0]} {how_it_ended(status, seconds)}:\n{last_words(output, 3)}")
+        for passed, failed in re.findall(r"^(\d+) passed, (\d+) failed$", output, re.MULTILINE):
+            figures["passed"] += int(passed)
+            figures["failed"] += int(failed)
+    if unwell:
+        raise Failed("\n".join(unwell), figures)
+    return figures
+
+
 # ---------------------------------------------------------------------------- parts: the same bits twice, and PyTorch
 
 def twice_commands(train="build/gpu_check/tokens.bin", folder="build/gpu_check"):
@@ -536,7 +567,9 @@ def all_parts():
         timing("d12", "1", "gaussian", level, True)
         timing("d12", "0.25", "sparse", level, True)
         timing("d12", "0.25", "gaussian", level, True)
+    timing("d12", "0.25", "sparse", 4)
     pytorch("d12", 40)
+    parts.append(Part("kernel variants", "test", [["make", "-C", "dev/cuda"], *variant_commands()], time_variants, 90))
     sanitizers("BF16", "sparse")
     sanitizers("BF16", "gaussian")
     parts.append(Part("same bits twice", "test", twice_commands(), twice, 10))
@@ -545,6 +578,7 @@ def all_parts():
         timing(model, "0.25", "sparse", 0)
         timing(model, "0.25", "gaussian", 0)
         timing(model, "0.25", "sparse", 2)
+        timing(model, "0.125", "sparse", 5)
         pytorch(model, seconds)
     sanitizers("FP32", "sparse")
     for model in MODELS:
