@@ -1,6 +1,8 @@
-"""What the tests of the trainer's behaviour share: small data, short runs, and the report's last line."""
+"""What the tests of the trainer's behaviour share: small data and short runs."""
 
+import json
 import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import formats
 TINY = ["-e", "d2", "--channels", 16, "--heads", 2, "--context", 32, "-b", 2]
 VOCAB = 100  # of the shards
 NAME = "train_gpt2_compact: "  # what a line on standard error begins with
+LEVELS = range(6)  # of --recompute
 
 
 # ---------------------------------------------------------------------------- data
@@ -130,47 +133,65 @@ def check_one_line(stderr, *names, said=""):
         assert str(name) in stderr, f"'{name}' is not named:\n{said}"
 
 
-@pytest.fixture(scope="session")
-def levels():
-    """The levels of --recompute that this trainer offers."""
-    offered = [r for r in range(6) if formats.run_trainer(["--plan=json", "-r", r]).returncode == 0]
-    assert offered[:3] == [0, 1, 2] and offered == list(range(len(offered)))
-    return offered
+# ---------------------------------------------------------------------------- plans
+
+BITS = {"fp32": 32, "bf16": 16, "int32": 32, "int8": 8, "2bit": 2, "byte": 8}
 
 
-# ---------------------------------------------------------------------------- the report's last line: N passed, N failed
-
-outcomes, skips = {}, []
-
-
-def note(report, outcome):
-    if report.skipped:
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(getattr(report, "wasxfail", ""))
-        skips.append(f"skipped {report.nodeid}: {reason.removeprefix('Skipped: ')}")
-        outcome = "skipped"
-    elif report.failed:
-        outcome = "failed"
-    if outcomes.get(report.nodeid) != "failed":  # a test may pass and its cleaning up fail
-        outcomes[report.nodeid] = outcome
+def plan(*args, trainer=None, **kw):
+    """What --plan=json says, of the CPU trainer or of another."""
+    command = [trainer or formats.trainer_path(), *map(str, args), "--plan=json"]
+    done = subprocess.run(command, capture_output=True, text=True, **kw)
+    assert done.returncode == 0 and done.stderr == "", done
+    return json.loads(done.stdout)  # which fails where there is anything else
 
 
-def pytest_runtest_logreport(report):
-    if report.when == "call" or not report.passed:
-        note(report, "passed")
+def tensors(p):
+    """By name; without the gaps between them, of which there are many."""
+    return {t["name"]: t for t in p["tensors"] if t["type"] != "byte"}
 
 
-def pytest_collectreport(report):
-    if not report.passed:
-        note(report, "failed")
+def count(t):
+    n = 1
+    for d in t["shape"]:
+        n *= d  # Python's own numbers: they do not overflow
+    return n
 
 
-def pytest_unconfigure(config):
-    counts = {kind: list(outcomes.values()).count(kind) for kind in ("passed", "failed", "skipped")}
-    line = f"{counts['passed']} passed, {counts['failed']} failed"
-    if counts["skipped"]:
-        line += f", {counts['skipped']} skipped"
-    out = config.get_terminal_writer()
-    for skip in skips:
-        out.line(skip)
-    out.line(line)
-    out.flush()
+def check_sums(p):
+    assert len(tensors(p)) == sum(t["type"] != "byte" for t in p["tensors"]), "a name occurs twice"
+    for t in p["tensors"]:
+        assert set(t) == {"name", "category", "shape", "type", "bytes"}
+        assert t["bytes"] == (count(t) * BITS[t["type"]] + 7) // 8 > 0, t
+    for category, size in p["categories"].items():
+        assert size == sum(t["bytes"] for t in p["tensors"] if t["category"] == category)
+    assert p["host_bytes"] == p["categories"].get("host", 0)
+    assert sum(p["categories"].values()) == sum(t["bytes"] for t in p["tensors"]) == p["total_bytes"] + p["host_bytes"]
+    f = p["flops_per_token"]
+    assert set(f) == {"forward", "backward", "recompute", "projection", "update", "total"}
+    assert abs(sum(f.values()) - 2 * f["total"]) <= 5  # each is rounded to a whole number
+
+
+def check_fit(size, *args, wish, rows=0, first=0, last=5, trainer=None):
+    """What --memory makes of `size` bytes, of -b `wish` and -r `first`: the least level at which that batch fits, and there
+    the greatest that does; where it fits at none, the greatest that fits at any. With `rows` sequences in a step, a batch
+    divides them."""
+    def of(batch, level, *more):
+        return plan(*args, "-b", batch, "-r", level, *["-d", rows * seq] * bool(rows), *more, trainer=trainer)
+
+    def fits(batch, level):
+        return of(batch, level)["total_bytes"] <= size
+    seq = plan(*args, trainer=trainer)["options"]["seq"]
+    chosen = of(wish, first, "--memory", size)
+    level, batch = chosen["options"]["recompute"], chosen["options"]["batch"]
+    said = f"{size} bytes, {args}: -b {wish} of {rows}, -r {first} became -b {batch}, -r {level}"
+    assert first <= level <= last and chosen["total_bytes"] == of(batch, level)["total_bytes"] <= size, said
+    greater = [b for b in range(batch + 1, rows + 1) if rows % b == 0] if rows else [batch + 1]
+    wish = max(b for b in range(1, min(wish, rows) + 1) if rows % b == 0) if rows else wish
+    assert not greater or not fits(greater[0], level), said + ", more would fit"
+    if batch >= wish:
+        assert not any(fits(wish, lower) for lower in range(first, level)), said + ", it would fit at a lower level"
+    else:
+        assert not any(fits(greater[0], other) for other in range(first, last + 1)), said + ", more would fit at another level"
+        assert not any(fits(batch, lower) for lower in range(first, level)), said + ", as many would fit at a lower level"
+    return level, batch

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import formats
-from conftest import NAME, TINY, VOCAB, check_one_line, environment, make_text
+from conftest import LEVELS, NAME, TINY, VOCAB, check_one_line, environment, make_text
 
 METHODS = [["--rank", 1.0]] + [["--projection", p, "--moments", m]
                                for p in ("gaussian", "rademacher", "sparse") for m in ("keep", "move", "reset")]
+FEW_BITS = ["--gelu 2bit -r 2", "--tape int8 -r 4", "--master none", "--master none --gelu 2bit --tape int8 --moments move"]
 CONSTANT = ["-k", "constant", "-l", 1e-2]  # a rate that does not depend on --steps
 
 
@@ -37,7 +38,7 @@ def same_end(run, whole, step):
 # ---------------------------------------------------------------------------- train 20 = train 10, stop, resume, 10 more
 
 @pytest.mark.parametrize("gap", [7, 10])  # the projection's epoch changes at other steps than the run stops, or at the same
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(map(str, m[1::2])))
+@pytest.mark.parametrize("method", METHODS + [flags.split() for flags in FEW_BITS], ids=lambda m: "-".join(map(str, m[1::2])))
 def test_resume_is_exact(method, gap, train):
     args = [*CONSTANT, *method, "--gap", gap, "-b", 1, "-d", 2 * 32]
     whole = train(*args, "-x", 20, "-n", -1)
@@ -61,12 +62,12 @@ def test_resume_in_a_schedule(train):
     assert resumed.evaluations == whole.evaluations and resumed.header == whole.header
 
 
-def test_resume_with_another_micro_batch_or_level(train, levels):
+def test_resume_with_another_micro_batch_or_level(train):
     """What may change between: how a step is cut (the sums' order changes) and what is computed again (nothing does)."""
     args = [*CONSTANT, "-d", 8 * 32, "-n", -1, "--eps", 1e-3]
     whole = train(*args, "-b", 4, "-x", 20)
     part = train(*args, "-b", 4, "-x", 10).out
-    for level in levels:
+    for level in LEVELS:
         resumed = train(*args, "-b", 4, "-r", level, "-x", 20, "-y", out=shutil.copytree(part, f"{part}r{level}"))
         same_end(resumed, whole, 20)
     for b in (1, 8):
@@ -116,7 +117,8 @@ def test_folder_with_odd_name(train, tmp_path):
 # ---------------------------------------------------------------------------- states that do not fit
 
 OTHER = {"--rank": 0.5, "--projection": "sparse", "--gap": 3, "--moments": "reset", "--compress": "qkv", "--seed": 3,
-         "--seq": 16, "--total-batch": 128, "--channels": 32, "--heads": 4, "--layers": 3, "--context": 48}
+         "--seq": 16, "--total-batch": 128, "--channels": 32, "--heads": 4, "--layers": 3, "--context": 48,
+         "--gelu": "2bit", "--tape": "int8", "--master": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +139,14 @@ def test_resume_refuses_other_flags(flag, saved, train, tmp_path):
     run = train(*args, "-x", 9, flag, OTHER[flag], "-y", out=out, status=2)
     check_one_line(run.stderr, flag + ":", "state_00000006.bin")
     assert {name: content(out / name) for name in os.listdir(out)} == before, "a refused run has changed the folder"
+
+
+@pytest.mark.parametrize("flags", ["--gelu 2bit", "--tape int8", "--master none"])
+def test_resume_refuses_to_forget_a_flag(flags, train):
+    """A run that kept few bits does not go on without."""
+    out = train(*flags.split(), "-x", 2, "-n", -1).out
+    check_one_line(train("-x", 4, "-y", out=out, status=2).stderr, flags.split()[0] + ":", "state_00000002.bin")
+    train(*flags.split(), "-x", 4, "-y", out=out)
 
 
 def test_resume_refuses_other_data(saved, train, tmp_path):

@@ -17,6 +17,14 @@
 #include <filesystem>
 #include <set>
 
+#if __has_include(<sanitizer/asan_interface.h>)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(memory, bytes)
+#define ASAN_UNPOISON_MEMORY_REGION(memory, bytes)
+#endif
+extern "C" size_t __sanitizer_get_allocated_size(const volatile void*);  // there where a sanitizer is
+
 typedef std::vector<float> Floats;
 typedef std::vector<double> Doubles;
 
@@ -197,7 +205,7 @@ TEST(Philox, KnownAnswers) {  // Random123's kat_vectors, "philox4x32 10": count
 TEST(Philox, StreamsDiffer) {
     std::set<uint64_t> streams;
     size_t count = 0;
-    for (int purpose = 0; purpose <= STREAM_SAMPLE; purpose++) {
+    for (int purpose = 0; purpose <= STREAM_ROUND; purpose++) {
         for (uint64_t layer : {0, 1, 2, 255, 256, 1023}) {
             for (uint64_t epoch : {0, 1, 2, 255, 256, 1 << 24, 1 << 30})
                 streams.insert(stream_of(purpose, layer, epoch)), count++;
@@ -468,6 +476,90 @@ TEST(Gelu, ForwardAndBackward) {
         double gradient = 0.5 * slope(at, 0, [&] { return naive_gelu(at[0]); });
         // The same error again, in terms of up to x u' sigma (1 - sigma) = 1.
         ASSERT_NEAR(d[i], gradient, 1e-6) << x[i];
+    }
+}
+
+// The step function's cuts c_i and steps a_i are those for which sum of a_i relu(x - c_i) is nearest to GELU in the mean of
+// squares, among those that meet it far out on both sides: the slopes end at 1, and sum of a_i c_i = 0.
+TEST(Gelu, StepsAreTheLeastSquares) {
+    EXPECT_EQ(GELU_SLOPES[0], 0.0f);
+    EXPECT_EQ(GELU_SLOPES[3], 1.0f);
+    auto distance = [](const Doubles& free) {  // a_1, a_2, c_1, c_2; the third of each follows
+        const double a[3] = {free[0], free[1], 1 - free[0] - free[1]};
+        const double c[3] = {free[2], free[3], -(a[0] * free[2] + a[1] * free[3]) / a[2]};
+        double sum = 0;
+        for (double x = -10; x < 10; x += 0.002) {
+            double off = naive_gelu(x);
+            for (int i = 0; i < 3; i++) off -= a[i] * std::max(0.0, x - c[i]);
+            sum += off * off * 0.002;
+        }
+        return sum;
+    };
+    Doubles free = {GELU_SLOPES[1], double(GELU_SLOPES[2]) - GELU_SLOPES[1], GELU_CUTS[0], GELU_CUTS[1]};
+    EXPECT_NEAR(-(free[0] * free[2] + free[1] * free[3]) / (1 - free[0] - free[1]), GELU_CUTS[2], 1e-4);
+    for (int i = 0; i < 4; i++) {
+        const double h = 1e-3, middle = distance(free), was = free[i];
+        free[i] = was + h;
+        double up = distance(free);
+        free[i] = was - h;
+        double down = distance(free);
+        free[i] = was;
+        // Newton's step to the least: of the published numbers, which are for GELU by erf, 7e-4 at most.
+        EXPECT_LT(fabs((up - down) / (2 * h) / ((up + down - 2 * middle) / (h * h))), 3e-3) << i;
+    }
+}
+
+TEST(Gelu, TwoBits) {
+    Random random(41);
+    Floats x = random.reals(4 * 501, 6);
+    for (int i = 0; i < 3; i++) {  // a cut itself lies below it
+        x[4 * i] = GELU_CUTS[i];
+        x[4 * i + 1] = nextafterf(GELU_CUTS[i], 10), x[4 * i + 2] = nextafterf(GELU_CUTS[i], -10);
+    }
+    std::vector<uint8_t> bits(x.size() / 4 + 1, 0xAA);
+    gelu_bits(bits.data(), x.data(), x.size());
+    EXPECT_EQ(bits.back(), 0xAA) << "writes more than a quarter of a byte an element";
+    Floats d = random.reals(x.size()), before = d;
+    gelu_backward_2bit(d.data(), bits.data(), x.size());
+    std::set<int> met;
+    for (size_t i = 0; i < x.size(); i++) {
+        int below = (x[i] > GELU_CUTS[0]) + (x[i] > GELU_CUTS[1]) + (x[i] > GELU_CUTS[2]);
+        ASSERT_EQ(bits[i / 4] >> i % 4 * 2 & 3, below) << x[i];
+        ASSERT_EQ(d[i], before[i] * GELU_SLOPES[below]) << x[i];
+        met.insert(below);
+    }
+    EXPECT_EQ(met.size(), 4u);
+}
+
+// ---- int8
+
+TEST(Int8, CodesAndScales) {
+    Random random(42);
+    for (int width : {1, 3, 16, 100}) {
+        const int groups = 40;
+        Floats x(groups * width), back(x.size(), NAN), scales(groups + 1, NAN);
+        for (int g = 0; g < groups; g++) {  // of all sizes, down to where a scale is not a normal number any more
+            const Floats part = random.reals(width, g == 0 ? 0 : float(pow(10, random.below(80) - 43)));
+            std::copy(part.begin(), part.end(), x.begin() + g * width);
+        }
+        std::vector<int8_t> codes(x.size() + 1, 99);
+        quantize(codes.data(), scales.data(), x.data(), groups, width);
+        dequantize(back.data(), codes.data(), scales.data(), groups, width);
+        EXPECT_EQ(codes.back(), 99);
+        EXPECT_TRUE(std::isnan(scales.back()));
+        for (int g = 0; g < groups; g++) {
+            double most = greatest(Doubles(x.begin() + g * width, x.begin() + (g + 1) * width)), scale = scales[g];
+            const double tiny = 1.5e-45;  // a scale that is not normal is a multiple of this
+            ASSERT_NEAR(scale, most / 127, 2 * ROUND * most / 127 + tiny);
+            for (int j = g * width; j < (g + 1) * width; j++) {
+                ASSERT_EQ(back[j], float(scale * codes[j]));
+                ASSERT_LE(abs(codes[j]), 127);
+                if (scale < 1e-37) continue;  // which rounds by much of itself
+                ASSERT_LE(fabs(x[j] - scale * codes[j]), scale * (0.5 + 127 * 4 * ROUND)) << x[j];
+                ASSERT_TRUE(fabs(x[j]) < most || codes[j] == (x[j] > 0 ? 127 : -127));
+            }
+        }
+        for (int j = 0; j < width; j++) ASSERT_EQ(back[j], 0) << "zeros stay zeros";
     }
 }
 
@@ -782,7 +874,7 @@ TEST(Projection, IndependentAcrossLayersLinearsEpochs) {
 // The compressed gradient must be dW P, with the dW of the full-rank model. Two micro batches, so that gradients add up.
 TEST(Compressed, GradientIsFullGradientTimesP) {
     for (int projection : {GAUSSIAN, RADEMACHER, SPARSE}) {
-        for (int recompute = 0; recompute <= 2; recompute++) {
+        for (int recompute = 0; recompute < NEVER; recompute++) {
             Options o = odd_options(projection, 7), full_options = o;
             o.recompute = recompute, o.gap = 1;
             full_options.rank = 1.0;
@@ -1303,6 +1395,254 @@ TEST(Bf16, RoundsToNearestEven) {
     EXPECT_TRUE(std::isnan(float_of_bf16(bf16_of_float(float_of_bits(0x7F800001)))));  // whose upper half is infinity's
     EXPECT_TRUE(std::isnan(float_of_bf16(bf16_of_float(float_of_bits(0xFFFFFFFF)))));
 }
+
+TEST(StochasticRounding, IsTheWordsOfTheStream) {  // element i is moved by 16 bits of block i / 8
+    Random random(43);
+    for (size_t count : {1, 7, 8, 9, 1000}) {
+        const Floats w = random.reals(count, 3);
+        Floats rounded = w;
+        rounded.push_back(0.123f);
+        round_stochastically(rounded.data(), int64_t(count), 5, 77);
+        EXPECT_EQ(rounded.back(), 0.123f) << "is beyond the end";
+        for (size_t i = 0; i < count; i++) {
+            const Words block = philox(5, 77, i / 8);
+            const uint32_t word = i % 8 < 2 ? block.x : i % 8 < 4 ? block.y : i % 8 < 6 ? block.z : block.w;
+            const uint32_t sixteen = i % 2 ? word >> 16 : word & 0xFFFF;
+            ASSERT_EQ(bits_of_float(rounded[i]), (bits_of_float(w[i]) + sixteen) >> 16 << 16) << i;
+        }
+    }
+}
+
+TEST(StochasticRounding, GoesToANeighbour) {
+    Random random(44);
+    for (int trial = 0; trial < 40; trial++) {
+        Floats w(1000);
+        for (float& x : w) x = random.real() * float(pow(10, random.below(60) - 40));
+        for (uint16_t exact : {0x0000, 0x8000, 0x3F80, 0xBF80, 0x0001, 0x7F7F, 0xC2F7}) w.push_back(float_of_bf16(exact));
+        Floats rounded = w;
+        round_stochastically(rounded.data(), int64_t(w.size()), 6, trial);
+        for (size_t i = 0; i < w.size(); i++) {
+            const uint32_t low = bits_of_float(w[i]) >> 16, got = bits_of_float(rounded[i]);
+            ASSERT_EQ(got & 0xFFFF, 0u) << "is no bf16";
+            ASSERT_TRUE(got >> 16 == low || (got >> 16 == low + 1 && bits_of_float(w[i]) & 0xFFFF))
+                << w[i] << " " << rounded[i];
+        }
+    }
+}
+
+TEST(StochasticRounding, TheMeanIsTheValue) {
+    const int count = 1 << 18;
+    for (float sign : {1.0f, -1.0f}) {
+        for (uint32_t part : {1u << 8, 1u << 12, 1u << 14, 1u << 15, 0xC000u, 0xFF00u}) {  // of 2^16, the way to the next
+            const float w = sign * float_of_bits(0x3DCC0000 | part), low = sign * float_of_bits(0x3DCC0000);
+            Floats rounded(count, w);
+            round_stochastically(rounded.data(), count, 7, part);
+            int ups = 0, pairs = 0;
+            for (int i = 0; i < count; i++) ups += rounded[i] != low;
+            for (int i = 0; i + 1 < count; i++) pairs += rounded[i] != low && rounded[i + 1] != low;
+            const double p = part / 65536.0;
+            // 4.5 standard deviations; neighbours are independent, so they go up together with p^2, pairs overlap by one
+            EXPECT_NEAR(ups, count * p, 4.5 * sqrt(count * p * (1 - p)) + 1) << part;
+            EXPECT_NEAR(pairs, count * p * p, 4.5 * sqrt(count * p * p * (1 - p) * (1 + 3 * p)) + 2) << part;
+        }
+    }
+}
+
+TEST(StochasticRounding, StreamsAndThreads) {
+    const Floats w = Random(45).reals(5000);
+    auto rounded = [&](uint64_t seed, uint64_t stream, int threads) {
+        Floats x = w;
+        omp_set_num_threads(threads);
+        round_stochastically(x.data(), 5000, seed, stream);
+        omp_set_num_threads(1);
+        return x;
+    };
+    const Floats once = rounded(1, stream_of(STREAM_ROUND, 0, 0), 1);
+    EXPECT_EQ(once, rounded(1, stream_of(STREAM_ROUND, 0, 0), 3));
+    for (const Floats& other : {rounded(2, stream_of(STREAM_ROUND, 0, 0), 1), rounded(1, stream_of(STREAM_ROUND, 1, 0), 1),
+                                rounded(1, stream_of(STREAM_ROUND, 0, 1), 1)}) {
+        int same = 0;
+        for (int i = 0; i < 5000; i++) same += once[i] == other[i];
+        EXPECT_NEAR(same, 5000 * 2 / 3.0, 200) << "p^2 + (1 - p)^2 is 2/3 in the mean";  // 33 is one standard deviation
+    }
+}
+
+// The step of a run without master weights is that of a run with them, rounded by a stream of its own for each parameter and
+// step.
+TEST(StochasticRounding, OfAStep) {
+    for (int projection : {GAUSSIAN, SPARSE}) {
+        for (int step : {0, 3}) {
+            Options o = odd_options(projection, 7);
+            o.master = MASTER_NONE;
+            Tiny none(odd_config(), o), full(odd_config(), o);
+            for (Tiny* tiny : {&none, &full}) {
+                tiny->randomise(46), tiny->random_tokens(47);
+                model_round(tiny->s);
+                if (tiny == &full) tiny->s.options.master = MASTER_FP32;
+                model_begin_step(tiny->s, step);
+                model_accumulate(tiny->s, o.batch, o.seq, true, 1.0f / 21);
+                model_update(tiny->s, tiny->plan, step, 0.01);
+            }
+            for (int i = 0; i < PARAMS; i++) {
+                int64_t count = param_count(odd_config(), i);
+                Floats want(full.s.params[i], full.s.params[i] + count);
+                round_stochastically(want.data(), count, o.seed, stream_of(STREAM_ROUND, i, step));
+                expect_same(param_rows[i].name, none.s.params[i], want.data(), count);
+            }
+        }
+    }
+}
+
+// ---- the plan, and that nothing is touched beside it
+
+struct Combination {
+    Config config;
+    Options options;
+    int micros;
+    bool contradictory;  // two bits of what is computed again
+};
+
+static Combination draw_combination(Random& random) {
+    auto one_of = [&](const Doubles& list) { return list[random.below(int64_t(list.size()))]; };
+    int heads = 1 + random.below(3), V = 5 + random.below(40);
+    Config c = {0, V, 1 + random.below(3), heads, heads * (2 + random.below(8)), V + random.below(9)};
+    Options o;
+    o.batch = 1 + random.below(3);
+    o.seq =
+        random.below(8) ? 1 + random.below(20) : 60 + random.below(70);  // also more than a tile, and than a chunk of tokens
+    c.context = o.seq + random.below(6);
+    int micros = 1 + random.below(2);
+    o.total_batch = micros * o.batch * o.seq;
+    o.rank = one_of({1, 0.5, 0.25, 0.1, 2, 3, 7});
+    o.compress = random.below(16);
+    o.projection = random.below(3), o.moments = random.below(3), o.gap = random.below(3);
+    o.recompute = random.below(NEVER), o.gelu = random.below(3) == 0 ? GELU_2BIT : GELU_EXACT;
+    o.tape = random.below(2), o.master = random.below(2);
+    return {c, o, micros, o.gelu == GELU_2BIT && o.recompute >= 3};
+}
+
+static std::string words_of(const Combination& x) {
+    const Options& o = x.options;
+    return text(
+        "L %d NH %d C %d V %d T %d B %d seq %d micros %d rank %g compress %d projection %d moments %d gap %d -r %d gelu %d "
+        "tape %d master %d",
+        x.config.L, x.config.NH, x.config.C, x.config.V, x.config.context, o.batch, o.seq, x.micros, o.rank, o.compress,
+        o.projection, o.moments, o.gap, o.recompute, o.gelu, o.tape, o.master);
+}
+
+// Two steps and an evaluation: losses and norms on the way, and the weights at the end.
+static Floats two_steps(Tiny& tiny, int micros) {
+    Model& s = tiny.s;
+    const Options& o = s.options;
+    const int N = o.batch * o.seq;
+    Floats said;
+    tiny.randomise(51);
+    model_round(s);
+    for (int step = 0; step < 2; step++) {
+        model_begin_step(s, step);
+        for (int micro = 0; micro < micros; micro++) {
+            tiny.random_tokens(52 + 2 * step + micro);
+            model_accumulate(s, o.batch, o.seq, micro == 0, 1.0f / o.total_batch);
+            said.insert(said.end(), s.losses, s.losses + N);
+        }
+        said.push_back(float(model_update(s, tiny.plan, step, 0.01)));
+        model_evaluate(s, o.batch, o.seq);
+        said.insert(said.end(), s.losses, s.losses + N);
+    }
+    for (int i = 0; i < PARAMS; i++) said.insert(said.end(), s.params[i], s.params[i] + param_count(s.config, i));
+    return said;
+}
+
+// Gives each tensor of a plan memory of its own, of exactly its bytes, between two guards as long as a block's longest row.
+// What nothing has written yet is NaN, but for parameters, gradients and moments, which begin with zeros.
+struct Guarded {
+    const Plan& plan;
+    const size_t GUARD;
+    std::vector<std::vector<uint8_t>> blocks;
+    std::vector<void*> before;
+    Guarded(const Plan& of, size_t guard) : plan(of), GUARD(guard) {
+        for (const Tensor& t : plan.tensors) {
+            const bool zeros = t.category == "parameters" || t.category == "gradients" || t.category == "moments";
+            blocks.emplace_back(size_t(t.bytes()) + 2 * GUARD, 0xFF);
+            uint8_t* data = blocks.back().data() + GUARD;
+            if (zeros) std::fill(data, data + t.bytes(), 0);
+            ASAN_POISON_MEMORY_REGION(data - GUARD, GUARD);
+            ASAN_POISON_MEMORY_REGION(data + t.bytes(), GUARD);
+            before.push_back(*(void**)t.home);
+            *(void**)t.home = data;
+        }
+    }
+    Guarded(const Guarded&) = delete;
+    ~Guarded() {
+        for (size_t i = 0; i < blocks.size(); i++) {
+            ASAN_UNPOISON_MEMORY_REGION(blocks[i].data(), blocks[i].size());
+            *(void**)plan.tensors[i].home = before[i];
+            for (size_t at : {size_t(0), blocks[i].size() - GUARD}) {
+                auto first = blocks[i].begin() + at;
+                EXPECT_EQ(std::count(first, first + GUARD, 0xFF), int64_t(GUARD))
+                    << plan.tensors[i].name << " is written beside";
+            }
+        }
+    }
+};
+
+// The tensors of a category lie one after another in its arena, from its beginning to its end.
+static void expect_exact_arenas(const Plan& plan) {
+    for (const std::string& category : plan.categories()) {
+        char *arena = nullptr, *end = nullptr;
+        for (const Tensor& t : plan.tensors) {
+            if (t.category != category) continue;
+            char* data = *(char**)t.home;
+            if (!arena) arena = end = data;
+            EXPECT_EQ(data, end) << t.name;
+            end += t.bytes();
+        }
+        EXPECT_EQ(end - arena, plan.bytes(category));
+#if defined(__SANITIZE_ADDRESS__)  // which knows how much was asked for
+        EXPECT_EQ(int64_t(__sanitizer_get_allocated_size(arena)), plan.bytes(category)) << category;
+#endif
+    }
+}
+
+class Combinations : public testing::TestWithParam<int> {};
+
+TEST_P(Combinations, TouchNothingBesideThePlan) {
+    Random random(GetParam());
+    for (int asked = 0; asked < 25;) {
+        const Combination x = draw_combination(random);
+        SCOPED_TRACE(words_of(x));
+        Options o = x.options;
+        if (x.contradictory) {
+            try {
+                settle_options(o, x.config);
+                ADD_FAILURE() << "is not refused";
+            } catch (const Failure& failure) {
+                EXPECT_EQ(failure.status, 2);
+                EXPECT_EQ(failure.message.rfind("--gelu: ", 0), 0u) << failure.message;
+            }
+            continue;
+        }
+        settle_options(o, x.config);
+        asked++;
+        Tiny tiny(x.config, o);
+        expect_exact_arenas(tiny.plan);
+        const Floats want = two_steps(tiny, x.micros);
+        Floats got;
+        {
+            Guarded guarded(tiny.plan, 4 * sizeof(float) * o.batch * o.seq * x.config.C);
+            got = two_steps(tiny, x.micros);
+        }
+        ASSERT_EQ(got.size(), want.size());
+        EXPECT_EQ(memcmp(got.data(), want.data(), got.size() * 4), 0) << "depends on what lay in memory before";
+        EXPECT_TRUE(std::all_of(want.begin(), want.end(), [](float value) { return std::isfinite(value); }));
+        o.offload = true;
+        Model other;
+        EXPECT_THROW(model_plan(other, x.config, o), Failure);
+        if (testing::Test::HasFailure()) return;
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Seeds, Combinations, testing::Range(1, 11));
 
 // ---- loaders: whatever a file holds, it is loaded or refused in one line. Nothing else, and no great memory.
 

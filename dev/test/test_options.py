@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import formats
-from conftest import TINY, check_one_line, check_refused, environment
+from conftest import LEVELS, TINY, check_one_line, check_refused, environment, plan
 
 # What a person may type for a number
 NO_NUMBER = ["", "x", "8x", "x8", "1e", "nan", "-nan", "inf", "-inf", "1e400", "-1e400", " 8", "8 ", "8,0", "1.2.3", "--",
@@ -19,6 +19,8 @@ NO_INTEGER = NO_NUMBER + ["1.5", "2.0", "1e3", "0x10", "99999999999999999999", "
 COUNT = NO_INTEGER + ["-1", "-2"]  # where there is no "-1 = at the end"
 EVERY = NO_INTEGER + ["-2", "-100"]
 REAL = NO_NUMBER + ["-1", "-1e-9"]
+SIZE = ["", "x", "GB", "8x", "x8", "1e", "nan", "inf", "-inf", "1e400", " 8", "8,0", "1.2.3", "--", "½", "\t8", "8;", "abc", ".", "+8",
+        "24XB", "-1GB", "-1", "1e30GB", "1e18", "99999999999999999999", "24GBB", "24iB", "24G B", "24 G iB", "24GB x", "24PB", "0x7A120"]
 
 
 def choice(*names):
@@ -57,6 +59,11 @@ OPTIONS = {
     "alpha": ("", REAL),
     "moments": ("", choice("keep", "move", "reset")),
     "recompute": ("r", COUNT + ["6"]),
+    "gelu": ("", choice("exact", "2bit")),
+    "tape": ("", choice("full", "int8")),
+    "master": ("", [x for x in choice("fp32", "none") if x != "none"]),
+    "offload": ("", None),
+    "memory": ("", SIZE),
     "plan": ("", None),  # None: takes no value after a space; --plan=json is tried below
     "val-every": ("v", EVERY),
     "val-batches": ("m", EVERY),
@@ -75,10 +82,10 @@ OPTIONS = {
     "help": ("h", None),
 }
 
-# The table of the design, which llm.c's users know
+# The design's table, with the letters that llm.c's users know
 DESIGN = ("i train, j val, e model, channels, heads, layers, context, o out, b batch, t seq, d total-batch, x steps, l lr, "
           "u warmup, q final-lr-frac, k schedule, c weight-decay, clip, beta1, beta2, eps, rank, compress, projection, gap, "
-          "alpha, moments, r recompute, plan, v val-every, m val-batches, s sample-every, g sample-tokens, hellaswag, "
+          "alpha, moments, r recompute, gelu, tape, master, offload, memory, plan, v val-every, m val-batches, s sample-every, g sample-tokens, hellaswag, "
           "n checkpoint-every, keep, y resume, seed, overfit, dump")
 
 
@@ -139,6 +146,7 @@ def test_every_option_is_tried():
 @pytest.mark.parametrize("name", [name for name, (_, bad) in OPTIONS.items() if bad is not None])
 def test_bad_values(name, ask):
     letter, bad = OPTIONS[name]
+    ask = functools.partial(ask, *["--plan"] * (name == "memory"))  # if it were taken, it would be
     for value in bad:
         check_refused(ask(f"--{name}={value}"), f"--{name}")
     for spelt in ["--" + name] + ["-" + letter] * bool(letter):  # the value as an argument of its own; and none at all
@@ -158,7 +166,7 @@ RANGE = re.compile(r"is not (a whole number|a number) from (\S+) to (\S+)\n")
 NUMBERS = [name for name, (_, bad) in OPTIONS.items() if bad and "1.2.3" in bad]
 
 
-@pytest.mark.parametrize("name", [name for name in NUMBERS if name != "rank"])
+@pytest.mark.parametrize("name", [name for name in NUMBERS if name not in ("rank", "memory")])
 def test_ranges_are_what_the_refusal_says(name):
     """The ends that it tells are taken, or refused for another reason; what lies just outside is refused."""
     def refusal(value):
@@ -173,7 +181,7 @@ def test_ranges_are_what_the_refusal_says(name):
     assert not refusal(low) and not refusal(high)
 
 
-def test_good_values(ask, levels):
+def test_good_values(ask):
     """What a range includes is taken: so that the refusals above are not refusals of everything."""
     good = {"channels": [2, 64], "heads": [1, 16], "layers": [1], "context": [32], "batch": [1], "seq": [1, 32, 0],
             "total-batch": [0, 64], "steps": [0, 1], "lr": [0, 100, "1e-3", "+.5", "1E-3"], "warmup": [0, 1000000000],
@@ -182,7 +190,8 @@ def test_good_values(ask, levels):
             "rank": ["1", "1.0", "1e-9", 2, 1000000, "0.25", "1e0"],
             "compress": ["none", "qkv", "fc,qkv", "attproj,fcproj,fc,qkv"],
             "projection": ["gaussian", "rademacher", "sparse"], "gap": [0, 1, 1000000000], "alpha": [0, 4],
-            "moments": ["keep", "move", "reset"], "recompute": levels, "val-every": [-1, 0], "val-batches": [-1, 0, 1],
+            "moments": ["keep", "move", "reset"], "recompute": LEVELS, "gelu": ["exact", "2bit"],
+            "tape": ["full", "int8"], "master": ["fp32", "none"], "memory": [0, "1MB", "500 KiB", "6e5"], "val-every": [-1, 0], "val-batches": [-1, 0, 1],
             "sample-every": [-1, 0], "sample-tokens": [1], "temperature": [0, 100], "top-k": [0, 1, 300],
             "checkpoint-every": [0], "keep": [0, 5], "checkpoint-type": ["fp32", "bf16"], "seed": [0, 2147483647],
             "model": ["d1", "d3"]}
@@ -192,6 +201,20 @@ def test_good_values(ask, levels):
         for value in values:
             done = ask(f"--{name}={value}")
             assert done.returncode == 0 and done.stderr == "", (name, value, done)
+
+
+@pytest.mark.parametrize("unit, bytes_", [("", 1), ("B", 1), ("b", 1), ("K", 1e3), ("kB", 1e3), ("MB", 1e6), ("mb", 1e6), ("GB", 1e9), ("G", 1e9),
+                                          ("TB", 1e12), ("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("Gi", 2**30), ("gib", 2**30),
+                                          ("TiB", 2**40)])
+def test_sizes(unit, bytes_):
+    for number in ("24", "500", "1.5", "2e3", "1E2", "0.5"):
+        for between in ("", " "):
+            if float(number) * bytes_ < 1e9:  # of a d1, which takes some of that
+                done = formats.run_trainer(["-e", "d1", "--plan", "--memory", number + between + unit])
+                assert done.returncode == 0 or done.stderr.startswith(f"train_gpt2_compact: --memory: {int(float(number) * bytes_):,} bytes")
+            else:
+                got = plan("-e", "d1", "-t", 8, "--memory", number + between + unit)["options"]["memory"]
+                assert got == int(float(number) * bytes_), number + between + unit
 
 
 def test_no_such_option(ask):
@@ -212,6 +235,12 @@ def test_contradictions(ask, shards, train, tmp_path):
     check_refused(ask("-t", 7, "-d", 64), "--total-batch")
     check_refused(ask("--channels", 20, "--heads", 3), "--heads")
     check_refused(ask("-b", 1000000, "--context", 1048576, "-t", 1048576), "--batch")
+    for level in (3, 4, 5):
+        for more in ([], ["--memory", "1GB"], ["--memory", 1000]):
+            check_refused(ask("--gelu", "2bit", "-r", level, *more), "--gelu", "--recompute")
+    check_refused(ask("--offload"), "--offload", "GPU")
+    check_refused(ask("--offload", "--dump", tmp_path / "dump"), "--offload")
+    check_refused(ask("--memory", "1GB", "-d", 96 + 1), "--total-batch")
     check_refused(ask("-n", 1), "--checkpoint-every", "--out")
     check_refused(ask("-y"), "--resume", "--out")
     model = train("-x", 0, "-n", -1).model(0)

@@ -1,0 +1,36 @@
+"""The last line of a report on any of the tests: N passed, N failed, and where some were skipped, how many and why."""
+
+outcomes, skips = {}, []
+
+
+def note(report, outcome):
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(getattr(report, "wasxfail", ""))
+        skips.append(f"skipped {report.nodeid}: {reason.removeprefix('Skipped: ')}")
+        outcome = "skipped"
+    elif report.failed:
+        outcome = "failed"
+    if outcomes.get(report.nodeid) != "failed":  # a test may pass and its cleaning up fail
+        outcomes[report.nodeid] = outcome
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or not report.passed:
+        note(report, "passed")
+
+
+def pytest_collectreport(report):
+    if not report.passed:
+        note(report, "failed")
+
+
+def pytest_unconfigure(config):
+    counts = {kind: list(outcomes.values()).count(kind) for kind in ("passed", "failed", "skipped")}
+    line = f"{counts['passed']} passed, {counts['failed']} failed"
+    if counts["skipped"]:
+        line += f", {counts['skipped']} skipped"
+    out = config.get_terminal_writer()
+    for skip in skips:
+        out.line(skip)
+    out.line(line)
+    out.flush()
