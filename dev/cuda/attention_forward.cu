@@ -114,7 +114,7 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
     auto check = [=, &a] {
         Floats from = a.start(qkv), outs(N * C), lses(N * NH), scratch(cpu::attention_scratch(HEAD) * omp_get_max_threads());
         cpu::attention_forward(outs.data(), lses.data(), from.data(), scratch.data(), B, T, C, NH);
-        expect("out", out, outs, IS_BF16 ? 4e-3 : 2e-5);
+        expect("out", out, outs, IS_BF16 ? 4e-3 : 5e-6);
         expect("lse", lse, lses, 2e-5, 2e-6);
     };
 
@@ -144,9 +144,9 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
     all.push_back({"128 queries a block, 32 a warp: half as much is read for a product", work(128, 128, 64), floor,
                    [=] { attention_tiles<2, 72, true><<<grid128, 128>>>(out, lse, qkv, T, C); }, check});
 #endif
-    all.push_back({"fewer instructions: mask only where needed, powers of 2; the trainer's",
-                   IS_BF16 ? work(128, 32, 64) : work(1, 1, 1), floor, [=] { attention_forward(out, lse, qkv, B, T, C, NH); },
-                   check});
+    all.push_back(
+        {IS_BF16 ? "fewer instructions: mask only where needed, powers of 2; the trainer's" : "the trainer's: the plain one",
+         IS_BF16 ? work(128, 32, 64) : work(1, 1, 1), floor, [=] { attention_forward(out, lse, qkv, B, T, C, NH); }, check});
     return all;
 }
 
