@@ -69,7 +69,7 @@ __global__ void add_slabs(float* g, const float* partial, float beta, int slabs,
 __global__ void __launch_bounds__(FLASH_THREADS)
     product8(float* partial, float* partial_db, const floatX* dy, const floatX* z, int N, int m, int r) {
     __shared__ __align__(128) Tile tiles[2][2];
-    int j0 = blockIdx.x * FLASH, o0 = blockIdx.y * FLASH, slab = (N + gridDim.z - 1) / gridDim.z;
+    int j0 = blockIdx.x * SIDE, o0 = blockIdx.y * SIDE, slab = (N + gridDim.z - 1) / gridDim.z;
     int first = blockIdx.z * slab, last = min(N, first + slab), lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16;
     bool with_db = partial_db && blockIdx.x == 0;
     float sum[8][4] = {}, db[4] = {};
@@ -80,13 +80,13 @@ __global__ void __launch_bounds__(FLASH_THREADS)
     };
     load_both(0, first);
     cp_async_commit();
-    for (int i0 = first, stage = 0; i0 < last; i0 += FLASH, stage ^= 1) {
-        if (i0 + FLASH < last) load_both(stage ^ 1, i0 + FLASH);
+    for (int i0 = first, stage = 0; i0 < last; i0 += SIDE, stage ^= 1) {
+        if (i0 + SIDE < last) load_both(stage ^ 1, i0 + SIDE);
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
 #pragma unroll
-        for (int k = 0; k < FLASH; k += 16) {
+        for (int k = 0; k < SIDE; k += 16) {
             uint32_t a[4], b[4];
             ldmatrix_x4_trans(a, chunk_of(tiles[stage][0], k + lane / 16 * 8 + lane % 8, own / 8 + lane / 8 % 2));
 #pragma unroll
@@ -207,7 +207,7 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
 #ifndef PRECISION_FP32
     std::function<void()> own, own_with_db;
     float* partial_db = a.room<float>(int64_t(TIMES) * m);
-    dim3 tiles(blocks_for(r, FLASH), blocks_for(m, FLASH), TIMES);
+    dim3 tiles(blocks_for(r, SIDE), blocks_for(m, SIDE), TIMES);
     if (m % 8 == 0 && r % 8 == 0) {
         own = [=] {
             product8<<<tiles, FLASH_THREADS>>>(partial, nullptr, dy, z, N, m, r);

@@ -98,10 +98,10 @@ __device__ inline void write_corner(floatX* to, const float z[8][4], int rows, i
 // all. grid (ceil(r / 64), ceil(N / 64)), block 128. The next tiles come, or are drawn, before this one's product.
 __global__ void __launch_bounds__(FLASH_THREADS, 4) project12(floatX* z, const floatX* x, const floatX* p, Draw draw, int N) {
     __shared__ __align__(128) Tile xs[2], ps[2];
-    int n = draw.n, r = draw.r, i0 = blockIdx.y * FLASH, j0 = blockIdx.x * FLASH;
+    int n = draw.n, r = draw.r, i0 = blockIdx.y * SIDE, j0 = blockIdx.x * SIDE;
     float sum[8][4] = {};
-    for (int k0 = -FLASH, stage = 1; k0 < n; k0 += FLASH, stage ^= 1) {
-        int next = k0 + FLASH;
+    for (int k0 = -SIDE, stage = 1; k0 < n; k0 += SIDE, stage ^= 1) {
+        int next = k0 + SIDE;
         if (next < n) {
             load_corner(xs[stage ^ 1], x + size_t(i0) * n + next, n, N - i0, n - next);
             if (p)
@@ -122,12 +122,12 @@ __global__ void __launch_bounds__(FLASH_THREADS, 4) project12(floatX* z, const f
 // grid (ceil(r / 64), ceil(N / 256)), block 128; dynamic shared memory: ceil(n / 64) + 2 tiles.
 __global__ void __launch_bounds__(FLASH_THREADS) project14(floatX* z, const floatX* x, Draw draw, int N) {
     extern __shared__ __align__(128) Tile tiles[];
-    int n = draw.n, r = draw.r, j0 = blockIdx.x * FLASH, steps = (n + FLASH - 1) / FLASH;
-    int first = blockIdx.y * 256, rows = min(256, N - first), total = (rows + FLASH - 1) / FLASH * steps;
+    int n = draw.n, r = draw.r, j0 = blockIdx.x * SIDE, steps = (n + SIDE - 1) / SIDE;
+    int first = blockIdx.y * 256, rows = min(256, N - first), total = (rows + SIDE - 1) / SIDE * steps;
     Tile* ps = tiles + 2;
-    for (int k = 0; k < steps; k++) draw_corner(ps[k], draw, k * FLASH, j0);
+    for (int k = 0; k < steps; k++) draw_corner(ps[k], draw, k * SIDE, j0);
     auto load = [&](int t) {
-        int i = t / steps * FLASH, k = t % steps * FLASH;
+        int i = t / steps * SIDE, k = t % steps * SIDE;
         if (t < total) load_corner(tiles[t % 2], x + size_t(first + i) * n + k, n, rows - i, n - k);
         cp_async_commit();
     };
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(FLASH_THREADS) project14(floatX* z, const floa
         add_product(sum, tiles[t % 2], ps[t % steps]);
         __syncthreads();
         if (t % steps < steps - 1) continue;
-        int i = t / steps * FLASH;
+        int i = t / steps * SIDE;
         write_corner(z + size_t(first + i) * r + j0, sum, rows - i, r - j0, r);
         for (auto& part : sum) part[0] = part[1] = part[2] = part[3] = 0;
     }
@@ -285,8 +285,8 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
 #ifndef PRECISION_FP32
     std::function<void()> read, redrawn, kept;
     Draw draw = {n, r, scale, seed, stream};
-    dim3 grid(blocks_for(r, FLASH), blocks_for(N, FLASH));
-    int shared = (blocks_for(n, FLASH) + 2) * sizeof(Tile), most = 0;
+    dim3 grid(blocks_for(r, SIDE), blocks_for(N, SIDE));
+    int shared = (blocks_for(n, SIDE) + 2) * sizeof(Tile), most = 0;
     if (!a.dry) CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
     if (r % 8 == 0) {
         read = [=] {

@@ -79,10 +79,10 @@ __global__ void __launch_bounds__(FLASH_THREADS)
     __shared__ __align__(128) Tile tiles[4];  // U and P, two of each; in the end the sums, in rows of 68 floats
     Tile *us = tiles, *ps = tiles + 2;
     float* lifted = (float*)tiles;
-    int n = draw.n, r = draw.r, k0 = blockIdx.x * FLASH, o0 = blockIdx.y * FLASH, lane = threadIdx.x % WARP;
+    int n = draw.n, r = draw.r, k0 = blockIdx.x * SIDE, o0 = blockIdx.y * SIDE, lane = threadIdx.x % WARP;
     float sum[8][4] = {};
-    for (int j0 = -FLASH, stage = 1; j0 < r; j0 += FLASH, stage ^= 1) {
-        int next = j0 + FLASH;
+    for (int j0 = -SIDE, stage = 1; j0 < r; j0 += SIDE, stage ^= 1) {
+        int next = j0 + SIDE;
         if (next < r) {
             load_corner(us[stage ^ 1], u + size_t(o0) * r + next, r, m - o0, r - next);
             if (p)
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(FLASH_THREADS)
         for (int i = 0; i < 4; i++) lifted[(threadIdx.x / WARP * 16 + row_of(i)) * 68 + column_of(k, i)] = sum[k][i];
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < FLASH * 16; i += FLASH_THREADS) {
+    for (int i = threadIdx.x; i < SIDE * 16; i += FLASH_THREADS) {
         int o = o0 + i / 16, k = k0 + i % 16 * QUAD;
         if (o < m && k < n) move_weights(to, size_t(o) * n + k, load_quad(lifted + i / 16 * 68 + i % 16 * QUAD), keep, step);
     }
