@@ -234,9 +234,9 @@ struct Setup {
     int B, T, C, NH, L, V, Vp;
     double rank;
     int compress, projection, moments, gap, recompute, micros, steps;
-    int gelu = gpu::GELU_EXACT, tape = gpu::TAPE_FULL, master = gpu::MASTER_FP32;
-    bool offload = false;  // on the GPU
+    int savings = 0;  // of memory: any of these
 };
+enum { TWO_BITS = 1, INT8 = 2, NO_MASTER = 4, OFFLOAD = 8 };  // the last on the GPU alone
 
 // lr and weight decay are large: a few steps move the weights, and decay is a good part of it. Without master weights a step is
 // shorter than the way to a weight's neighbour, so that it is for the random bits to say which of the two it becomes.
@@ -245,8 +245,11 @@ static void set_options(Options& o, const Setup& u) {
     o.batch = u.B, o.seq = u.T, o.total_batch = u.micros * u.B * u.T;
     o.rank = u.rank, o.compress = u.compress, o.projection = u.projection, o.gap = u.gap;
     o.moments = u.moments;
-    o.recompute = u.recompute, o.gelu = u.gelu, o.tape = u.tape, o.master = u.master, o.seed = SEED;
-    o.alpha = 0.7, o.lr = u.master == gpu::MASTER_NONE ? 2e-4 : 2e-3, o.weight_decay = 1, o.clip = 0.5, o.eps = 1e-4;
+    o.recompute = u.recompute, o.seed = SEED;
+    if (u.savings & TWO_BITS) o.gelu = gpu::GELU_2BIT;
+    if (u.savings & INT8) o.tape = gpu::TAPE_INT8;
+    if (u.savings & NO_MASTER) o.master = gpu::MASTER_NONE;
+    o.alpha = 0.7, o.lr = u.savings & NO_MASTER ? 2e-4 : 2e-3, o.weight_decay = 1, o.clip = 0.5, o.eps = 1e-4;
 }
 
 template <class Tensor>
@@ -285,7 +288,7 @@ struct Gpu {
     explicit Gpu(const Setup& u, [[maybe_unused]] bool apart = true) {
         gpu::Options o;
         set_options(o, u);
-        o.offload = u.offload;
+        o.offload = u.savings & OFFLOAD;
         plan = gpu::model_plan(s, {u.T + 3, u.V, u.L, u.NH, u.C, u.Vp}, o);
         gpu::model_allocate(s, plan);
         for (const std::string& category : plan.categories()) {
@@ -473,16 +476,16 @@ static void tensors(const Setup& u) {
             flipped = std::max(flipped, compare_codes(g, c, when, b.activation));
         }
         if (step == 0) {
-            compare_category(g, c, "tape", u, b.activation + (u.tape == gpu::TAPE_INT8 ? flipped : 0));
+            compare_category(g, c, "tape", u, b.activation + (u.savings & INT8 ? flipped : 0));
             compare_category(g, c, "gradients", u, b.gradient + flipped);
         }
         if (step % u.gap == 0) compare_projections(g, c, when + "P ");
         double got = gpu::model_update(g.s, g.plan, step, g.s.options.lr),
                want = cpu::model_update(c.s, c.plan, step, c.s.options.lr);
         expect(when + "norm", fabs(got - want) / want, b.norm + flipped);
-        if (u.master == gpu::MASTER_NONE) b.activation = bounds.activation + ROUNDED, b.norm = bounds.norm + ROUNDED;
+        if (u.savings & NO_MASTER) b.activation = bounds.activation + ROUNDED, b.norm = bounds.norm + ROUNDED;
     }
-    if (u.master == gpu::MASTER_NONE) flipped += ROUNDED;
+    if (u.savings & NO_MASTER) flipped += ROUNDED;
     compare_category(g, c, "moments", u, b.moment + 2 * flipped);
     int i = 0;
     for (const gpu::Tensor& t : gpu::weights_of(g.plan)) {
@@ -491,7 +494,7 @@ static void tensors(const Setup& u) {
             bool key_bias = i == gpu::QKVB && int(j) / u.C % 3 == 1;  // its gradient is 0: softmax does not see it; noise only
             got[j] = key_bias ? 0 : got[j] - start[i][j], want[j] = key_bias ? 0 : want[j] - start[i][j];
         }
-        if (u.master == gpu::MASTER_NONE) {
+        if (u.savings & NO_MASTER) {
             double slack = (b.moved + 2 * flipped) * g.s.options.lr * u.steps;
             for (size_t j = 0; j < got.size(); j++) {  // 0: alike but for what the steps differ by, 1: neighbours, 2: neither
                 double apart = fabs(double(got[j]) - want[j]), w = start[i][j], step = fabs(w + got[j]) / 128;
@@ -504,7 +507,7 @@ static void tensors(const Setup& u) {
         }
         i++;
     }
-    if (!gpu::IS_BF16 || u.master == gpu::MASTER_NONE) return;
+    if (!gpu::IS_BF16 || u.savings & NO_MASTER) return;
     Floats master = fetch_all(g.plan, {"master"});
     for (float& x : master) x = cpu::float_of_bf16(cpu::bf16_of_float(x));
     expect_equal("the rounded weights", fetch_all(g.plan, {"parameters"}), master);
@@ -514,7 +517,7 @@ static void tensors(const Setup& u) {
 // it, one beyond; C, V and the ranks are odd in some rows; the last rows have GPT-2's own widths. 10 updates with --gap 4, and
 // 3 with --gap 1, cross two epochs.
 static const Setup setups[] = {
-    // name, B, T, C, NH, L, V, Vp, rank, compress, projection, moments, gap, recompute, micros, steps; gelu, tape, master
+    // name, B, T, C, NH, L, V, Vp, rank, compress, projection, moments, gap, recompute, micros, steps, savings
     {"full-rank", 1, 64, 128, 2, 2, 257, 384, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 4, 0, 1, 3},
     {"full-rank-level-2", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 4, 2, 2, 10},
     {"gaussian-keep-level-1", 1, 33, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::KEEP, 4, 1, 1, 10},
@@ -534,25 +537,17 @@ static const Setup setups[] = {
     {"level-3", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 2, 3, 2, 3},
     {"level-4-gaussian-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::GAUSSIAN, gpu::KEEP, 2, 4, 1, 3},
     {"level-5-sparse-all", 1, 65, 64, 1, 2, 257, 257, 1.0 / 4, ALL, gpu::SPARSE, gpu::KEEP, 1, 5, 1, 2},
-    {"2bit", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 3, gpu::GELU_2BIT},
-    {"2bit-level-2-sparse-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::SPARSE, gpu::MOVE, 2, 2, 2, 3, gpu::GELU_2BIT},
-    {"int8", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 3, gpu::GELU_EXACT, gpu::TAPE_INT8},
-    {"int8-level-4-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::GAUSSIAN, gpu::MOVE, 2, 4, 2, 3, gpu::GELU_EXACT,
-     gpu::TAPE_INT8},
-    {"int8-level-5-sparse", 1, 65, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::SPARSE, gpu::KEEP, 1, 5, 1, 2, gpu::GELU_EXACT,
-     gpu::TAPE_INT8},
-    {"no-master", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 3, gpu::GELU_EXACT, gpu::TAPE_FULL,
-     gpu::MASTER_NONE},
-    {"no-master-gaussian-level-3", 2, 17, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::MOVE, 2, 3, 1, 3,
-     gpu::GELU_EXACT, gpu::TAPE_FULL, gpu::MASTER_NONE},
-    {"no-master-rademacher", 2, 17, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::RADEMACHER, gpu::KEEP, 1, 0, 1, 3, gpu::GELU_EXACT,
-     gpu::TAPE_FULL, gpu::MASTER_NONE},
-    {"no-master-sparse-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::SPARSE, gpu::RESET, 1, 0, 1, 3, gpu::GELU_EXACT,
-     gpu::TAPE_FULL, gpu::MASTER_NONE},
-    {"all-savings", 1, 33, 64, 1, 2, 257, 257, 1.0 / 4, ALL, gpu::SPARSE, gpu::KEEP, 1, 2, 2, 2, gpu::GELU_2BIT, gpu::TAPE_INT8,
-     gpu::MASTER_NONE},
-    {"all-savings-level-5", 1, 33, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 5, 2, 2, gpu::GELU_EXACT,
-     gpu::TAPE_INT8, gpu::MASTER_NONE},
+    {"2bit", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 3, TWO_BITS},
+    {"2bit-level-2-sparse-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::SPARSE, gpu::MOVE, 2, 2, 2, 3, TWO_BITS},
+    {"int8", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 3, INT8},
+    {"int8-level-4-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::GAUSSIAN, gpu::MOVE, 2, 4, 2, 3, INT8},
+    {"int8-level-5-sparse", 1, 65, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::SPARSE, gpu::KEEP, 1, 5, 1, 2, INT8},
+    {"no-master", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 3, NO_MASTER},
+    {"no-master-gaussian-level-3", 2, 17, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::MOVE, 2, 3, 1, 3, NO_MASTER},
+    {"no-master-rademacher", 2, 17, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::RADEMACHER, gpu::KEEP, 1, 0, 1, 3, NO_MASTER},
+    {"no-master-sparse-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::SPARSE, gpu::RESET, 1, 0, 1, 3, NO_MASTER},
+    {"saving-all", 1, 33, 64, 1, 2, 257, 257, 1.0 / 4, ALL, gpu::SPARSE, gpu::KEEP, 1, 2, 2, 2, TWO_BITS | INT8 | NO_MASTER},
+    {"saving-all-level-5", 1, 33, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 5, 2, 2, INT8 | NO_MASTER},
     {"heads-of-64", 2, 130, 192, 3, 1, 61, 61, 1.0 / 4, PAPER, gpu::SPARSE, gpu::KEEP, 1, 0, 1, 1},
     {"heads-of-160", 1, 150, 320, 2, 1, 61, 61, 1.0 / 4, PAPER, gpu::SPARSE, gpu::KEEP, 1, 0, 1, 1},
     {"heads-of-8", 2, 260, 24, 3, 1, 61, 61, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 1},
@@ -572,26 +567,8 @@ static const Setup setups[] = {
 const Setup small = {"", 2, 33, 64, 1, 2, 257, 384, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::MOVE, 2, 0, 1, 0};
 const Setup odd = {"", 3, 21, 48, 3, 2, 61, 61, 0.1, ALL, gpu::SPARSE, gpu::MOVE, 2, 0, 2, 0};  // tensors end between 256 bytes
 // All that saves memory; of five layers' tapes three wait on the host.
-const Setup savings = {"",
-                       1,
-                       14,
-                       32,
-                       2,
-                       5,
-                       61,
-                       61,
-                       1.0 / 4,
-                       ALL,
-                       gpu::SPARSE,
-                       gpu::RESET,
-                       2,
-                       2,
-                       2,
-                       0,
-                       gpu::GELU_2BIT,
-                       gpu::TAPE_INT8,
-                       gpu::MASTER_NONE,
-                       true};
+const Setup saving = {
+    "", 1, 14, 32, 2, 5, 61, 61, 1.0 / 4, ALL, gpu::SPARSE, gpu::RESET, 2, 2, 2, 0, TWO_BITS | INT8 | NO_MASTER | OFFLOAD};
 
 static void start_gpu(Gpu& g, const Setup& u) {
     Cpu c(u);
@@ -619,7 +596,8 @@ static Floats train(Gpu& g, const Setup& u, int first, int last, bool evaluation
 static void levels(Setup u) {
     Floats losses, gradients;
     u.steps = 1;  // no update: gradients stay
-    for (u.recompute = 0; u.recompute < (u.gelu == gpu::GELU_2BIT ? 3 : gpu::NEVER); u.recompute++) {
+    for (u.recompute = 0; u.recompute < (u.savings & TWO_BITS ? gpu::tape_rows[gpu::FCH].gone_from : gpu::NEVER);
+         u.recompute++) {
         Gpu g(u);
         start_gpu(g, u);
         Floats now = train(g, u, 0, 1);
@@ -634,19 +612,19 @@ static void levels(Setup u) {
 static void offload(int layers) {
     Setup u = {"", 1, 5, 16, 2, layers, 61, 61, 1.0, PAPER, gpu::SPARSE, gpu::KEEP, 1, 0, 2, 1};
     for (int i = 0; i < 2 * gpu::NEVER; i++) {
-        u.recompute = i / 2, u.tape = i % 2,
-        u.gelu = u.recompute < gpu::tape_rows[gpu::FCH].gone_from ? u.tape : gpu::GELU_EXACT;
-        u.rank = (u.recompute + u.tape) % 2 ? 0.2 : 1.0;
+        u.recompute = i / 2, u.rank = (u.recompute + i) % 2 ? 0.2 : 1.0;
+        int codes = i % 2 == 0 ? 0 : u.recompute < gpu::tape_rows[gpu::FCH].gone_from ? INT8 | TWO_BITS : INT8;
         if (layers <= 2 && u.recompute % 5 != 0) continue;
         Floats losses[2], gradients[2];
         for (int away = 0; away < 2; away++) {
-            u.offload = away;
+            u.savings = codes | (away ? OFFLOAD : 0);
             Gpu g(u, away);
             start_gpu(g, u);
             losses[away] = train(g, u, 0, 1, away);
             gradients[away] = fetch_all(g.plan, {"gradients"});
         }
-        std::string what = "level " + gpu::str(u.recompute) + (u.tape ? ", int8" : "") + (u.gelu ? ", 2bit" : "");
+        std::string what =
+            "level " + gpu::str(u.recompute) + (codes & INT8 ? ", int8" : "") + (codes & TWO_BITS ? ", 2bit" : "");
         expect_equal(what + ", losses", losses[1], losses[0]);
         expect_equal(what + ", gradients", gradients[1], gradients[0]);
     }
@@ -694,12 +672,15 @@ struct Array {  // on the device
     size_t count;
     T* data;
     explicit Array(const Floats& from) : count(from.size()) {
-        std::vector<T> raw(from.begin(), from.end());
         CUDA(cudaMalloc((void**)&data, count * sizeof(T)));
-        CUDA(cudaMemcpy(data, raw.data(), count * sizeof(T), cudaMemcpyHostToDevice));
+        set(from);
     }
     Array(const Array&) = delete;
     ~Array() { cudaFree(data); }
+    void set(const Floats& from) {
+        std::vector<T> raw(from.begin(), from.end());
+        CUDA(cudaMemcpy(data, raw.data(), count * sizeof(T), cudaMemcpyHostToDevice));
+    }
     Floats get() const {
         std::vector<T> raw(count);
         CUDA(cudaMemcpy(raw.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost));
@@ -797,9 +778,10 @@ static void kernel_round() {
     std::vector<double> sum(count);
     double strangers = 0, off = 0, off_squared = 0, chances = 0;
     Array<float> step(u);
+    Array<gpu::floatX> to(w);
     for (int i = 0; i < count; i++) exact[i] = w[i] - u[i] / 1024;
     for (int stream = 0; stream < streams; stream++) {
-        Array<gpu::floatX> to(w);
+        to.set(w);
         gpu::Weights weights = {to.data, gpu::IS_BF16 ? nullptr : (float*)to.data, true, SEED, uint64_t(stream), first};
         gpu::lift_kernel<<<gpu::blocks_for(count, 256 * gpu::QUAD), 256>>>(weights, step.data, count, 1.0f, 1.0f / 1024);
         LAUNCHED();
@@ -1064,27 +1046,27 @@ static std::vector<Case> all_cases() {
                      }});
     cases.push_back({"levels-2bit", [] {
                          Setup u = odd;
-                         u.gelu = gpu::GELU_2BIT;
+                         u.savings = TWO_BITS;
                          levels(u);
                      }});
-    cases.push_back({"repeat-savings", [] { repeat(savings); }});
-    const std::pair<const char*, const Setup*> shapes[] = {{"", &small}, {"-odd", &odd}, {"-savings", &savings}};
+    cases.push_back({"repeat-saving", [] { repeat(saving); }});
+    const std::pair<const char*, const Setup*> shapes[] = {{"", &small}, {"-odd", &odd}, {"-saving", &saving}};
     for (auto& [which, u] : shapes) {
         const Setup& shape = *u;
         cases.push_back({std::string("evaluate") + which, [&shape] { evaluate(shape); }});
         cases.push_back({std::string("resume") + which, [&shape] { resume(shape); }});
         cases.push_back({std::string("model-file") + which, [&shape] { model_file(shape); }});
         cases.push_back({std::string("memory") + which, [&shape] { memory(shape); }});
-        if (!shape.offload)
+        if (!(shape.savings & OFFLOAD))
             cases.push_back({std::string("dump") + which, [&shape] { dump(shape); }});  // it needs all of the tape
     }
     cases.push_back({"kernel-gelu", [] { kernel_gelu(); }});
     cases.push_back({"kernel-int8", [] { kernel_int8(); }});
     cases.push_back({"kernel-round", [] { kernel_round(); }});
-    for (int layers : {1, 2, 3, 5}) cases.push_back({"offload-" + gpu::str(layers), [layers] { offload(layers); }});
     cases.push_back({"too-large", [] { too_large(); }});
     cases.push_back({"curve-full-rank", [] { curve(1.0, gpu::GAUSSIAN); }});
     cases.push_back({"curve-gaussian", [] { curve(1.0 / 4, gpu::GAUSSIAN); }});
+    for (int layers : {1, 2, 3, 5}) cases.push_back({"offload-" + gpu::str(layers), [layers] { offload(layers); }});
     return cases;
 }
 

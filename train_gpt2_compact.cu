@@ -416,14 +416,12 @@ static int scales_of(const Config& c, int row) { return tape_rows[row].scales ==
 
 // What each level computes again, in the tape's own words, for --help.
 static std::string levels_help() {
-    std::string out = "0 keeps all";
+    std::string out = "0 keeps all; computed again from level";
     for (int level = 1; level < NEVER; level++) {
-        out += "; " + str(level) + " computes again ";
-        for (int i = 0, found = 0; i < TAPE_ROWS; i++) {
-            if (tape_rows[i].gone_from == level) out += (found++ ? " and " : "") + std::string(tape_rows[i].name);
-        }
+        out += (level > 1 ? ", " : " ") + str(level);
+        for (const TapeRow& row : tape_rows) out += row.gone_from == level ? std::string(" ") + row.name : "";
     }
-    return out + ", each also what those before it do";
+    return out;
 }
 
 // Causal attention counts half of T x T; the update's lift is spread over the tokens of an optimizer step.

@@ -41,14 +41,15 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("precision", NOGPU)
-@pytest.mark.parametrize("method", [["--rank", "1"], ["--rank", "0.25"], ["--rank", "0.25", "--projection", "sparse", "-r", "2"]], ids=" ".join)
+@pytest.mark.parametrize("method", ["--rank 1", "--rank 0.25", "--projection sparse -r 4", "--gelu 2bit --tape int8 --master none"])
 def test_learns_like_the_cpu_trainer(corpus, tmp_path, precision, method):
-    flags = ["--train", corpus, *SHAPE, *method, "-x", 12, "--gap", 5]
+    flags = ["--train", corpus, *SHAPE, *method.split(), "-x", 12, "--gap", 5]
     for name, binary in ("cpu", CPU), ("cuda", NOGPU[precision]):
         result = run(binary, *flags, "-o", tmp_path / name)
         assert result.returncode == 0, result.stderr
     # fp32: sums in another order, 1e-7 each, grown by 12 Adam steps. bf16: a logit is off by up to 2^-9 of its size of about 1,
-    # and the mean over 80 tokens averages that; weights differ by roundings of 2^-9 relative.
+    # and the mean over 80 tokens averages that; weights differ by roundings of 2^-9 relative. Measured: 1e-6 and 1e-3; and 5e-5 in fp32
+    # where a few codes and weights are rounded the other way.
     bound = {"fp32": 2e-4, "bf16": 1e-2}[precision]
     cpu, cuda = losses(tmp_path / "cpu"), losses(tmp_path / "cuda")
     assert len(cuda) == 12 and max(abs(a - b) for a, b in zip(cpu, cuda)) < bound
@@ -131,7 +132,7 @@ def random_flags(rng):
     return flags, gelu == "2bit" and level >= 3
 
 
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("part", range(6))
 def test_plan_is_what_the_device_gives(part, shard):
     """A context is chosen by which the plan lies within a KiB or so below a whole MiB. A device of that size is enough, and all
     that the run ever asks for; by a few positions more the plan lies above it, and the device says no."""

@@ -29,12 +29,13 @@ MAY_SPILL = {}
 
 FLASH = ["attention_flash_forward", "attention_flash_dq", "attention_flash_dkv"]
 
-# Kernels whose time is that of moving bytes: each reads what is large in it by 16 bytes a thread. Not here: fold_kernel and
-# attention_dot, whose rows need not begin on 16 bytes (any rank, any head size), add_partial_sums, norm_kernel and
-# sparse_change_kernel, whose data are small, and the kernels that draw P, which read nothing.
-WIDE = ["layernorm_kernel", "layernorm_backward_kernel", "gelu_forward_kernel", "gelu_backward_kernel", "embedding_forward_kernel",
-        "word_backward_kernel", "position_backward_kernel", "column_sums", "cross_entropy_kernel", "bias_kernel", "squares_kernel",
-        "adam_kernel", "direction_kernel", "round_kernel", "sparse_update_kernel"]
+# Kernels whose time is that of moving bytes: each reads what is large in it by 16 bytes a thread. Not here: fold_kernel,
+# quantize_kernel, dequantize_kernel and attention_dot, whose rows need not begin on 16 bytes (any rank, any head size),
+# add_partial_sums, norm_kernel and sparse_change_kernel, whose data are small, and the kernels that draw P, which read nothing.
+WIDE = ["layernorm_kernel", "layernorm_backward_kernel", "gelu_forward_kernel", "gelu_backward_kernel",
+        "gelu_backward_2bit_kernel", "embedding_forward_kernel", "word_backward_kernel", "position_backward_kernel",
+        "column_sums", "cross_entropy_kernel", "bias_kernel", "squares_kernel", "adam_kernel", "direction_kernel",
+        "round_kernel", "sparse_update_kernel"]
 
 # A multiprocessor's limits, from the CUDA programming guide's table of compute capabilities: warps, blocks, KiB of shared memory.
 LIMITS = {"sm_80": (64, 32, 164), "sm_90": (64, 32, 228), "sm_120": (48, 24, 100)}
@@ -229,12 +230,14 @@ def test_loads_of_16_bytes(sass):
 # Every name of CUDA's host libraries that the trainer uses. Each stands in the headers of CUDA 12.0, the oldest toolkit that is
 # supported: look a new one up there before it is added.
 CUDA_12_0 = """cublasCreate cublasGemmEx cublasHandle_t cublasStatus_t cublasSetWorkspace cublasSetStream cublasSetMathMode
-    cudaDataType_t cudaDeviceProp cudaDeviceSynchronize cudaError_t cudaErrorInsufficientDriver cudaErrorMemoryAllocation cudaErrorNoDevice
-    cudaErrorNoKernelImageForDevice cudaEventCreate cudaEventElapsedTime cudaEventRecord cudaEventSynchronize cudaEvent_t cudaFree cudaFreeHost
-    cudaGetDevice cudaGetDeviceProperties cudaGetErrorName cudaGetErrorString cudaGetLastError cudaMalloc cudaMallocHost cudaMemGetInfo
-    cudaMemcpy cudaMemcpyAsync cudaMemcpyDeviceToDevice cudaMemcpyDeviceToHost cudaMemcpyHostToDevice cudaMemset cudaMemsetAsync cudaSetDevice
-    cudaStreamSynchronize cudaStream_t cudaSuccess cudaFuncSetAttribute cudaFuncAttributeMaxDynamicSharedMemorySize
-    curandStatePhilox4_32_10_t curand_init curand_normal4""".split()
+    cudaDataType_t cudaDeviceProp cudaDeviceSynchronize cudaError_t cudaErrorInsufficientDriver cudaErrorMemoryAllocation
+    cudaErrorNoDevice cudaErrorNoKernelImageForDevice cudaEventCreate cudaEventCreateWithFlags cudaEventDisableTiming
+    cudaEventElapsedTime cudaEventRecord cudaEventSynchronize cudaEvent_t cudaFree cudaFreeHost cudaGetDevice
+    cudaGetDeviceProperties cudaGetErrorName cudaGetErrorString cudaGetLastError cudaMalloc cudaMallocHost cudaMemGetInfo
+    cudaMemcpy cudaMemcpyAsync cudaMemcpyDeviceToDevice cudaMemcpyDeviceToHost cudaMemcpyHostToDevice cudaMemset
+    cudaMemsetAsync cudaSetDevice cudaStreamCreateWithFlags cudaStreamNonBlocking cudaStreamSynchronize cudaStreamWaitEvent
+    cudaStream_t cudaSuccess cudaFuncSetAttribute cudaFuncAttributeMaxDynamicSharedMemorySize curandStatePhilox4_32_10_t
+    curand_init curand_normal4""".split()
 
 
 def test_nothing_newer_than_cuda_12_0():

@@ -95,13 +95,18 @@ def gelu_and_slope(x):
     return x * (1 + t) / 2, slope
 
 
+def statistics(x):
+    """Mean and 1/sigma of each token, as LayerNorm has them."""
+    return x.mean(1, keepdims=True), 1 / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+
+
 def layernorm(x, w, b):
-    x = x - x.mean(1, keepdims=True)
-    return x / np.sqrt((x * x).mean(1, keepdims=True) + 1e-5) * w + b
+    mean, rstd = statistics(x)
+    return (x - mean) * rstd * w + b
 
 
 def layernorm_backward(dy, x, mean, rstd, w):
-    """dx, and the gradients of w and b, with the statistics that the tape kept."""
+    """dx, and the gradients of w and b."""
     norm = (x - mean.reshape(-1, 1)) * rstd.reshape(-1, 1)
     d = dy * w
     dx = (d - d.mean(1, keepdims=True) - norm * (d * norm).mean(1, keepdims=True)) * rstd.reshape(-1, 1)
@@ -109,7 +114,7 @@ def layernorm_backward(dy, x, mean, rstd, w):
 
 
 def attention(qkv, B, heads):
-    """(scores, v) -> the output too, where it is asked for: by head, (B, heads, T, hs); scores without those of the future."""
+    """q, k, v (B, heads, T, hs), and the scores of each query with what is not in its future."""
     N, C = qkv.shape[0], qkv.shape[1] // 3
     q, k, v = qkv.reshape(B, N // B, 3, heads, C // heads).transpose(2, 0, 3, 1, 4)
     scores = q @ k.swapaxes(2, 3) / math.sqrt(C // heads)
@@ -122,7 +127,7 @@ def by_token(x):  # (B, heads, T, hs) -> (N, C)
 
 
 def attention_backward(dout, qkv, out, lse, B, heads):
-    """With the softmax from the log of its denominator that the tape kept."""
+    """With the softmax from the log of its denominator."""
     q, k, v, scores = attention(qkv, B, heads)
     p = np.exp(scores - lse.reshape(*scores.shape[:3], 1))
     dout, out = (x.reshape(B, -1, heads, v.shape[3]).transpose(0, 2, 1, 3) for x in (dout, out))
@@ -130,9 +135,9 @@ def attention_backward(dout, qkv, out, lse, B, heads):
     return np.concatenate([by_token(x) for x in (ds @ k, ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ dout)], 1)
 
 
-def backward_again(dump, heads):
-    """Every gradient of a dump, in double precision, from its logits and from what its tape has; what it has not is computed
-    from that."""
+def backward_again(dump, heads, level):
+    """Every gradient of a dump, in double precision, from its logits and from what its tape has at this level; what it has not
+    is computed from that."""
     B, T, V = dump["logits"].shape
     N, L = B * T, sum(name.startswith("act.lse.") for name in dump)
     p = {name[6:]: value.astype(float) for name, value in dump.items() if name.startswith("param.")}
@@ -167,10 +172,11 @@ def backward_again(dump, heads):
             row["ln1"] = layernorm(row["residual"], p["ln1w"][i], p["ln1b"][i])
         if row["qkv"] is None:
             row["qkv"] = forward("qkv", row["ln1"])
+        lse = dump[f"act.lse.{i}"].astype(float)
         if row["atty"] is None:
             _, _, v, scores = attention(row["qkv"], B, heads)
-            weights = np.exp(scores - scores.max(3, keepdims=True))
-            row["atty"] = by_token(weights / weights.sum(3, keepdims=True) @ v)
+            lse = np.log(np.exp(scores).sum(3))
+            row["atty"] = by_token(np.exp(scores - lse[..., None]) @ v)
             row["residual2"] = row["residual"] + forward("attproj", row["atty"])
         if row["ln2"] is None:
             row["ln2"] = layernorm(row["residual2"], p["ln2w"][i], p["ln2b"][i])
@@ -182,14 +188,16 @@ def backward_again(dump, heads):
             gelu, slope = row["fch_gelu"], SLOPES[bits.astype(int)]
         d = linear_backward("fcproj", i, stream, gelu, z["fch_gelu"]) * slope
         d = linear_backward("fc", i, d, row["ln2"], z["ln2"])
-        d, grads[f"ln2w.{i}"], grads[f"ln2b.{i}"] = layernorm_backward(d, row["residual2"], dump[f"act.ln2_mean.{i}"],
-                                                                       dump[f"act.ln2_rstd.{i}"], p["ln2w"][i])
+        kept = dump[f"act.ln2_mean.{i}"], dump[f"act.ln2_rstd.{i}"]
+        mean, rstd = statistics(row["residual2"]) if level >= 2 else kept
+        d, grads[f"ln2w.{i}"], grads[f"ln2b.{i}"] = layernorm_backward(d, row["residual2"], mean, rstd, p["ln2w"][i])
         stream = stream + d
         d = linear_backward("attproj", i, stream, row["atty"], None)
-        d = attention_backward(d, row["qkv"], row["atty"], dump[f"act.lse.{i}"], B, heads)
+        d = attention_backward(d, row["qkv"], row["atty"], lse, B, heads)
         d = linear_backward("qkv", i, d, row["ln1"], z["ln1"])
-        d, grads[f"ln1w.{i}"], grads[f"ln1b.{i}"] = layernorm_backward(d, row["residual"], dump[f"act.ln1_mean.{i}"],
-                                                                       dump[f"act.ln1_rstd.{i}"], p["ln1w"][i])
+        kept = dump[f"act.ln1_mean.{i}"], dump[f"act.ln1_rstd.{i}"]
+        mean, rstd = statistics(row["residual"]) if level >= 2 else kept
+        d, grads[f"ln1w.{i}"], grads[f"ln1b.{i}"] = layernorm_backward(d, row["residual"], mean, rstd, p["ln1w"][i])
         stream = stream + d
     np.add.at(grads["wte"], inputs, stream)
     grads["wpe"] = np.zeros_like(p["wpe"])
@@ -213,7 +221,7 @@ def test_gradients_are_those_of_the_tape(kept, method, train, wide):
     """At every level, of what the tape has: floats, or 2 and 8 bits of each element in their place."""
     for level in LEVELS[:3] if "2bit" in kept else LEVELS:
         dump = train(*wide, *METHODS[method], *kept.split(), "-r", level, dump=True).dump
-        grads = backward_again(dump, 2)
+        grads = backward_again(dump, 2, level)
         assert {"grad." + name for name in grads} == {name for name in dump if name.startswith("grad.")}
         for name, want in grads.items():
             error = np.abs(dump["grad." + name] - want).max() / np.abs(want).max()
