@@ -21,12 +21,21 @@ inline void check_host(const void* p, size_t n)
 #endif
 }
 
-struct Arrival { void* to; std::vector<char> data; };
+struct Arrival { char* to; std::vector<char> data; cudaStream_t stream; };
 inline std::vector<Arrival>& arrivals() { static auto* v = new std::vector<Arrival>; return *v; }
 inline void wait_for_copies()
 {
     for (Arrival& a : arrivals()) memcpy(a.to, a.data.data(), a.data.size());
     arrivals().clear();
+}
+inline void arrive_before_reading(const void* from, size_t n, cudaStream_t stream)      // what the same stream brought there is there
+{
+    std::vector<Arrival> late;
+    for (Arrival& a : arrivals()) {
+        if (a.stream == stream && a.to < (const char*)from + n && (const char*)from < a.to + a.data.size()) memcpy(a.to, a.data.data(), a.data.size());
+        else late.push_back(std::move(a));
+    }
+    arrivals() = std::move(late);
 }
 
 inline cudaError_t refuse(cudaError_t e, const char* why)       // a GPU says less
@@ -38,9 +47,10 @@ inline bool device_copy_side(const void* p, size_t n, bool must_be_device)     /
 {
     return is_device(p) ? must_be_device && device_span(p, n) : !must_be_device || in_map(device().symbols, p);
 }
-inline cudaError_t copy(void* to, const void* from, size_t n, cudaMemcpyKind kind, bool async)
+inline cudaError_t copy(void* to, const void* from, size_t n, cudaMemcpyKind kind, bool async, cudaStream_t stream = nullptr)
 {
     if (!async) wait_for_copies();
+    arrive_before_reading(from, n, stream);
     if (!n) return cudaSuccess;
     if (kind == cudaMemcpyDefault)
         kind = is_device(from) ? (is_device(to) ? cudaMemcpyDeviceToDevice : cudaMemcpyDeviceToHost)
@@ -53,7 +63,7 @@ inline cudaError_t copy(void* to, const void* from, size_t n, cudaMemcpyKind kin
     check_host(from, n);
     open_device();
     if (async && kind == cudaMemcpyDeviceToHost && in_map(device().pinned, to)) {
-        arrivals().push_back({to, std::vector<char>(n)});
+        arrivals().push_back({(char*)to, std::vector<char>(n), stream});
         raw_copy(arrivals().back().data.data(), (const char*)from, n);
         memset(to, 0xff, n);            // nothing a program may look at before it has waited
     } else raw_copy((char*)to, (const char*)from, n);
@@ -134,7 +144,7 @@ cudaError_t cudaFreeHost(void* p)
     return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind kind) { return nogpu::copy(to, from, n, kind, false); }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind kind, cudaStream_t) { return nogpu::copy(to, from, n, kind, true); }
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind kind, cudaStream_t stream) { return nogpu::copy(to, from, n, kind, true, stream); }
 cudaError_t cudaMemset(void* p, int value, size_t n) { return nogpu::fill(p, value, n); }
 cudaError_t cudaMemsetAsync(void* p, int value, size_t n, cudaStream_t) { return nogpu::fill(p, value, n); }
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total)

@@ -246,6 +246,16 @@ int main(int argc, char** argv)
         printf(third == 3.0f ? "unawaited_copy: right\n" : "unawaited_copy: element 3 is %f: read before it was written\n", third);
         return third != 3.0f;
     }
+    if (is("copies_on_two_streams")) {          // on one stream the second copy finds what the first has brought
+        float* pinned;
+        cudaStream_t stream;
+        CUDA(cudaMallocHost((void**)&pinned, n * sizeof(float)));
+        CUDA(cudaStreamCreate(&stream));
+        CUDA(cudaMemcpyAsync(pinned, in, n * sizeof(float), cudaMemcpyDeviceToHost, stream));
+        CUDA(cudaMemcpyAsync(out, pinned, n * sizeof(float), cudaMemcpyHostToDevice, right ? stream : nullptr));
+        CUDA(cudaDeviceSynchronize());
+        return report(name, out, numbers);
+    }
     if (is("copy_too_long")) CUDA(cudaMemcpy(numbers.data(), in, (n + 1) * sizeof(float), cudaMemcpyDeviceToHost));
     if (is("copy_direction")) CUDA(cudaMemcpy(numbers.data(), in, n * sizeof(float), cudaMemcpyHostToDevice));
     if (is("freed_twice")) { CUDA(cudaFree(in)); CUDA(cudaFree(in)); }
