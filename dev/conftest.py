@@ -1,5 +1,9 @@
 """The last line of a report on any of the tests: N passed, N failed, and where some were skipped, how many and why."""
 
+import signal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so would the programs under test
+
 outcomes, skips = {}, []
 
 
