@@ -289,7 +289,7 @@ struct Tensor {
         return n;
     }
     int bits() const { return type == "2bit" ? 2 : type == "int8" || type == "byte" ? 8 : type == "bf16" ? 16 : 32; }
-    int64_t bytes() const { return (count() * bits() + 7) / 8; }
+    int64_t bytes() const { return count() / 8 * bits() + (count() % 8 * bits() + 7) / 8; }
 };
 
 // Matrix-product FLOPs of one training step, for each token of it.
@@ -1204,9 +1204,10 @@ static void make_z(Model& s, int which, int layer, float* z, const float* x, int
 // ---- the eigenbasis: P is the top r eigenvectors of x^T x, followed by orthogonal iteration, so that Adam works in that basis
 // (SOAP, arXiv 2409.11321, on one side). Columns keep their order and sign from one refresh to the next: so do the moments.
 
-// One panel: makes Householder's vectors of rows first..first+count-1 of a (., n), each after those before it, in place of
-// the rows; t (count, count), upper triangular, makes their product I - V t V^T (Schreiber and Van Loan, 1989). A vector
-// takes its row to a positive multiple of a unit vector, without cancellation (Golub and Van Loan, 5.1.3).
+// One panel: rows first..first+count-1 of a (., n) become Householder's vectors, each made after those before it, of length
+// 1; t (count, count), upper triangular, makes the reflections' product I - V t V^T (Schreiber and Van Loan, 1989). A vector
+// takes its row to a positive multiple of a unit vector, without cancellation (Golub and Van Loan, 5.1.3); where no more
+// than 1e-15 is left of a row, it is 0.
 static void householder_panel(float* a, float* t, int first, int count, int n) {
     std::fill(t, t + count * count, 0.0f);
     for (int j = 0; j < count; j++) {
@@ -1216,20 +1217,20 @@ static void householder_panel(float* a, float* t, int first, int count, int n) {
         for (int i = pivot + 1; i < n; i++) rest += v[i] * v[i];
         float x = v[pivot], length = sqrtf(x * x + rest);
         v[pivot] = x <= 0 ? x - length : -rest / (x + length);
-        float squares = v[pivot] * v[pivot] + rest, tau = squares > 0 ? 2 / squares : 0.0f;
-        std::fill(v, v + pivot, 0.0f);
+        float squares = v[pivot] * v[pivot] + rest, scale = squares > 1e-30f ? 1 / sqrtf(squares) : 0.0f;
+        for (int i = 0; i < n; i++) v[i] = i < pivot ? 0.0f : scale * v[i];
 #pragma omp parallel for schedule(static)
         for (int k = 0; k < count; k++) {
             float *row = a + int64_t(first + k) * n, dot = 0;
 #pragma omp simd reduction(+ : dot)
             for (int i = pivot; i < n; i++) dot += v[i] * row[i];
             dots[k] = dot;
-            for (int i = pivot; k > j && i < n; i++) row[i] -= tau * dot * v[i];
+            for (int i = pivot; k > j && i < n; i++) row[i] -= 2 * dot * v[i];
         }
         for (int i = 0; i < j; i++) {
-            for (int k = i; k < j; k++) t[i * count + j] -= tau * t[i * count + k] * dots[k];
+            for (int k = i; k < j; k++) t[i * count + j] -= 2 * t[i * count + k] * dots[k];
         }
-        t[j * count + j] = tau;
+        t[j * count + j] = 2;
     }
 }
 
