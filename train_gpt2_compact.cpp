@@ -1014,10 +1014,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
         if (s.kept[i] == WHOLE) plan_add(plan, "tape", name, "fp32", {L, N, row.width * C}, &s.tape[i]);
         if (s.kept[i] == AS_Z)
             plan_add(plan, "tape", name + ".z", "fp32", {L, N, s.linear[row.input_of].r}, &s.z[row.input_of]);
-        if (s.kept[i] == AS_2BIT) plan_add(plan, "tape", name + ".2bit", "2bit", {L, N, row.width * C}, &s.codes[i]);
-        if (s.kept[i] != AS_INT8) continue;
-        plan_add(plan, "tape", name + ".int8", "int8", {L, N, row.width * C}, &s.codes[i]);
-        plan_add(plan, "tape", name + ".scale", "fp32", {L, N, scales_of(c, i)}, &s.scales[i]);
+        if (s.kept[i] == AS_INT8) plan_add(plan, "tape", name + ".scale", "fp32", {L, N, scales_of(c, i)}, &s.scales[i]);
     }
     plan_add(plan, "tape", "ln1_mean", "fp32", {L, N}, &s.ln1_mean);
     plan_add(plan, "tape", "ln1_rstd", "fp32", {L, N}, &s.ln1_rstd);
@@ -1026,6 +1023,12 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     plan_add(plan, "tape", "lse", "fp32", {L, N, c.NH}, &s.lse);
     plan_add(plan, "tape", "lnf_mean", "fp32", {N}, &s.lnf_mean);
     plan_add(plan, "tape", "lnf_rstd", "fp32", {N}, &s.lnf_rstd);
+    for (int i = 0; i < TAPE_ROWS; i++) {  // after all that has to begin on 4 bytes
+        const TapeRow& row = tape_rows[i];
+        std::string name = row.name;
+        if (s.kept[i] == AS_INT8) plan_add(plan, "tape", name + ".int8", "int8", {L, N, row.width * C}, &s.codes[i]);
+        if (s.kept[i] == AS_2BIT) plan_add(plan, "tape", name + ".2bit", "2bit", {L, N, row.width * C}, &s.codes[i]);
+    }
 
     // The stream out of the last block is in no row of the tape. qkv comes back into `spare`, unless the block's other half has
     // to be computed while it waits.
@@ -2378,7 +2381,8 @@ static int64_t bytes_of(const std::string& given, const std::string& value) {
         unit = pow(binary ? 1024 : 1000, power + 1.0);
         rest.erase(0, binary ? 2 : 1);
     }
-    bool digits = value.find_first_of("0123456789") <= value.find_first_not_of(".0123456789");
+    size_t length = end - value.c_str();  // of the number, which strtod would also take in hexadecimal, or infinite
+    bool digits = length > 0 && value[0] != '+' && value.find_first_not_of("+.eE0123456789") >= length;
     if (!digits || (!rest.empty() && rest != "B" && rest != "b") || !(x * unit >= 0 && x * unit < 1e18))
         refuse(given + " is not a size such as 24GB, 24GiB or 500MB");
     return int64_t(x * unit);
@@ -2398,20 +2402,18 @@ static void set_option(const OptionRow& row, const std::string& value) {
     if (row.kind == KIND_PLAN && value != "text" && value != "json")
         refuse(given + " is not known; --plan and --plan=json are");
     if (row.kind != KIND_CHOICE && row.kind != KIND_SET) return;
-    int mask = 0;
+    int mask = 0, count = 1 + int(std::count(row.names, row.names + strlen(row.names), ','));
     bool set = row.kind == KIND_SET;
     for (size_t at = 0, comma; at <= value.size() && !(set && value == "none"); at = comma + 1) {
         comma = set ? std::min(value.find(',', at), value.size()) : value.size();
         std::string piece = value.substr(at, comma - at);
         int i = 0;
-        while (i < 8 && ((set && piece == "none") || names_of(row.names, 1 << i) != piece)) i++;
+        while (i < count && names_of(row.names, 1 << i) != piece) i++;
+        if (i == count) refuse(given + (set ? " is neither none nor a list from " : " is not one of ") + row.names);
         mask |= 1 << i;
-        if (row.kind == KIND_CHOICE) *(int*)row.value = i;
+        if (!set) *(int*)row.value = i;
     }
-    if (mask >> 8 || (row.kind == KIND_CHOICE && mask == 0)) {
-        refuse(given + (row.kind == KIND_SET ? " is neither none nor a list from " : " is not one of ") + row.names);
-    }
-    if (row.kind == KIND_SET) *(int*)row.value = mask;
+    if (set) *(int*)row.value = mask;
 }
 
 static Options parse_options(int argc, char** argv) {
@@ -2515,14 +2517,14 @@ static void fit_memory(Options& o, const Config& c) {
 static void settle_options(Options& o, const Config& c) {
     if (o.seq == 0) o.seq = c.context;
     if (o.seq > c.context) refuse("--seq: " + str(o.seq) + " is more than the model's context of " + str(c.context));
+    if (o.gelu == GELU_2BIT && o.recompute >= tape_rows[FCH].gone_from)
+        refuse("--gelu: 2bit keeps bits of what --recompute " + str(o.recompute) + " computes again; choose one of them");
     if (o.memory > 0 && o.total_batch % o.seq == 0) fit_memory(o, c);
     int64_t micro = int64_t(o.batch) * o.seq;
     if (micro > 1 << 30) refuse("--batch: " + str(o.batch) + " sequences of " + str(o.seq) + " are more than 2^30 tokens");
     if (o.total_batch == 0) o.total_batch = int(micro);
     if (o.total_batch % micro != 0)
         refuse("--total-batch: " + str(o.total_batch) + " is no multiple of --batch times --seq, " + str(micro));
-    if (o.gelu == GELU_2BIT && o.recompute >= tape_rows[FCH].gone_from)
-        refuse("--gelu: 2bit keeps bits of what --recompute " + str(o.recompute) + " computes again; choose one of them");
     if (o.offload && !o.dump.empty()) refuse("--dump: reads the whole tape; leave --offload away");
     if (o.resume && o.out.empty()) refuse("--resume: needs --out, the folder with the checkpoints");
     if (o.checkpoint_every != 0 && o.out.empty()) refuse("--checkpoint-every: needs --out, a folder for the checkpoints");
