@@ -3,7 +3,8 @@
 // A linear layer y = x W^T + b needs its input x in the backward pass for one thing only, the weight gradient dy^T x.
 // Here it may keep z = x P instead, where P (n, r) is random and never stored. The weight gradient dy^T z, and with it
 // Adam's moments, then have r columns instead of n; Adam's step U is lifted back to the weight as U P^T. The forward
-// pass, and the gradient that flows to the layer below, stay exact. Rank ratio 1 keeps x: that is ordinary AdamW.
+// pass, and the gradient that flows to the layer below, stay exact. Rank ratio 1 keeps x: that is ordinary AdamW. With
+// --projection eigen P is kept: it is the top eigenvectors of x^T x, and Adam works in their basis.
 //
 // How to read it, top to bottom:
 //   1. host, first part     errors, text, options, random numbers, the memory plan (the same text in the CUDA trainer)

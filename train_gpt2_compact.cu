@@ -1,7 +1,8 @@
 // train_gpt2_compact.cu: trains GPT-2 with compressed activations (CompAct, arXiv 2410.15352) on one NVIDIA GPU, in one file.
 //
 // The method and its reference on the CPU are in train_gpt2_compact.cpp: a linear layer keeps z = x P instead of its input x,
-// with P (n, r) random and never stored; weight gradient and Adam's moments have r columns instead of n; the rest is exact.
+// with P (n, r) random and never stored, or the top eigenvectors of x^T x; weight gradient and Adam's moments have r columns
+// instead of n; the rest is exact.
 //
 // How to read it, top to bottom:
 //   1. host, first part     errors, text, options, random numbers, the memory plan (the same text as in the CPU trainer)
