@@ -1210,8 +1210,8 @@ static void make_z(Model& s, int which, int layer, float* z, const float* x, int
 
 // One panel: rows first..first+count-1 of a (., n) become Householder's vectors, each made after those before it, of length
 // 1; t (count, count), upper triangular, makes the reflections' product I - V t V^T (Schreiber and Van Loan, 1989). A vector
-// takes its row to a positive multiple of a unit vector, without cancellation (Golub and Van Loan, 5.1.3); where no more
-// than 1e-15 is left of a row, it is 0.
+// takes its row to a multiple of a unit vector, the sign being the other one (Golub and Van Loan, 5.1); where nothing is left
+// of a row, it is 0.
 static void householder_panel(float* a, float* t, int first, int count, int n) {
     std::fill(t, t + count * count, 0.0f);
     for (int j = 0; j < count; j++) {
@@ -1219,8 +1219,7 @@ static void householder_panel(float* a, float* t, int first, int count, int n) {
         int pivot = first + j;
 #pragma omp simd reduction(+ : rest)
         for (int i = pivot + 1; i < n; i++) rest += v[i] * v[i];
-        float x = v[pivot], length = sqrtf(x * x + rest);
-        v[pivot] = x <= 0 ? x - length : -rest / (x + length);
+        v[pivot] += copysignf(sqrtf(v[pivot] * v[pivot] + rest), v[pivot]);
         float squares = v[pivot] * v[pivot] + rest, scale = squares > 1e-30f ? 1 / sqrtf(squares) : 0.0f;
         for (int i = 0; i < n; i++) v[i] = i < pivot ? 0.0f : scale * v[i];
 #pragma omp parallel for schedule(static)
@@ -1249,6 +1248,13 @@ static void reflect(float* a, int rows, const float* v, const float* t, bool tra
 // a (r, n), the transpose of A, becomes the transpose of Q, where A = Q R with orthonormal columns and R's diagonal
 // positive. Householder's method in panels: it holds where columns are parallel, or none are left.
 static void orthonormalise(Model& s, float* a, int r, int n) {
+#pragma omp parallel for schedule(static)
+    for (int j = 0; j < r; j++) {  // a column's length is R's, not Q's
+        float *row = a + int64_t(j) * n, most = 0;
+#pragma omp simd reduction(max : most)
+        for (int i = 0; i < n; i++) most = std::max(most, fabsf(row[i]));
+        for (int i = 0; i < n && most > 0; i++) row[i] /= most;
+    }
     for (int first = 0; first < r; first += PANEL) {
         int count = std::min<int>(PANEL, r - first), rest = r - first - count;
         float *v = a + int64_t(first) * n, *t = s.t + first * PANEL;
@@ -1260,7 +1266,10 @@ static void orthonormalise(Model& s, float* a, int r, int n) {
         float* v = a + int64_t(first) * n;
         memcpy(s.reflectors, v, sizeof(float) * count * n);
         std::fill(v, v + int64_t(count) * n, 0.0f);
-        for (int j = 0; j < count; j++) v[int64_t(j) * n + first + j] = 1;
+        for (int j = 0; j < count; j++) {  // with the sign that makes R's diagonal positive
+            int64_t pivot = int64_t(j) * n + first + j;
+            v[pivot] = s.reflectors[pivot] > 0 ? -1 : 1;
+        }
         reflect(v, r - first, s.reflectors, s.t + first * PANEL, true, count, n, s.t_products);
     }
 }

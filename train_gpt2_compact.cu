@@ -1849,8 +1849,8 @@ static floatX* tape_z(const Model& s, int which, int layer, int N) {
 
 // One panel: rows first..first+count-1 of a (., n) become Householder's vectors, each made after those before it, of length
 // 1; t (count, count), upper triangular, makes the reflections' product I - V t V^T (Schreiber and Van Loan, 1989). A vector
-// takes its row to a positive multiple of a unit vector, without cancellation (Golub and Van Loan, 5.1.3); where no more
-// than 1e-15 is left of a row, it is 0. grid 1, block 32 count: warp k owns row first + k. For each vector the panel is read
+// takes its row to a multiple of a unit vector, the sign being the other one (Golub and Van Loan, 5.1); where nothing is left
+// of a row, it is 0. grid 1, block 32 count: warp k owns row first + k. For each vector the panel is read
 // twice and written once, all in L2.
 __global__ void __launch_bounds__(WARP* PANEL) householder_panel(float* a, float* t, int first, int count, int n) {
     __shared__ float T[PANEL][PANEL], dots[PANEL], scale;
@@ -1872,8 +1872,7 @@ __global__ void __launch_bounds__(WARP* PANEL) householder_panel(float* a, float
         rest = warp_sum(rest);
         __syncwarp();
         if (k == j && lane == 0) {
-            float x = row[pivot], length = sqrtf(x * x + rest), top = x <= 0 ? x - length : -rest / (x + length);
-            float squares = top * top + rest;
+            float x = row[pivot], top = x + copysignf(sqrtf(x * x + rest), x), squares = top * top + rest;
             row[pivot] = top;
             scale = squares > 1e-30f ? 1 / sqrtf(squares) : 0;
         }
@@ -1920,14 +1919,27 @@ static void reflect(float* a, int rows, const float* v, const float* t, bool tra
     matmul(a, CUDA_R_32F, by_t, false, v, false, CUDA_R_32F, rows, n, count, -1.0f, 1.0f);
 }
 
-// grid rows, block 256: row j of a (rows, n) becomes the unit vector first + j.
-__global__ void unit_rows_kernel(float* a, int first, int n) {
-    for (int i = threadIdx.x; i < n; i += blockDim.x) a[int64_t(blockIdx.x) * n + i] = i == first + int(blockIdx.x);
+// grid r, block 256: each row of a (r, n) over its largest element.
+__global__ void __launch_bounds__(256) scale_rows_kernel(float* a, int n) {
+    __shared__ float shared[WARP];
+    float *row = a + int64_t(blockIdx.x) * n, most = 0;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) most = fmaxf(most, fabsf(row[i]));
+    most = block_reduce(most, shared, true);
+    for (int i = threadIdx.x; i < n && most > 0; i += blockDim.x) row[i] /= most;
+}
+
+// grid rows, block 256: row j of a (rows, n) becomes the unit vector first + j, with the sign that makes R's diagonal
+// positive: the other one than its Householder vector, v (rows, n), has there.
+__global__ void unit_rows_kernel(float* a, const float* v, int first, int n) {
+    int64_t row = blockIdx.x, pivot = first + row;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) a[row * n + i] = i != pivot ? 0 : v[row * n + pivot] > 0 ? -1 : 1;
 }
 
 // a (r, n), the transpose of A, becomes the transpose of Q, where A = Q R with orthonormal columns and R's diagonal
 // positive. Householder's method in panels: it holds where columns are parallel, or none are left.
 static void orthonormalise(Model& s, float* a, int r, int n) {
+    scale_rows_kernel<<<r, 256>>>(a, n);  // a column's length is R's, not Q's
+    LAUNCHED();
     for (int first = 0; first < r; first += PANEL) {
         int count = std::min<int>(PANEL, r - first), rest = r - first - count;
         float *v = a + int64_t(first) * n, *t = s.t + first * PANEL;
@@ -1939,7 +1951,7 @@ static void orthonormalise(Model& s, float* a, int r, int n) {
         int count = std::min<int>(PANEL, r - first);
         float* v = a + int64_t(first) * n;
         CUDA(cudaMemcpyAsync(s.reflectors, v, sizeof(float) * count * n, cudaMemcpyDeviceToDevice));
-        unit_rows_kernel<<<count, 256>>>(v, first, n);
+        unit_rows_kernel<<<count, 256>>>(v, s.reflectors, first, n);
         LAUNCHED();
         reflect(v, r - first, s.reflectors, s.t + first * PANEL, true, count, n, s.t_products);
     }
