@@ -3,7 +3,8 @@
 // A linear layer y = x W^T + b needs its input x in the backward pass for one thing only, the weight gradient dy^T x.
 // Here it may keep z = x P instead, where P (n, r) is random and never stored. The weight gradient dy^T z, and with it
 // Adam's moments, then have r columns instead of n; Adam's step U is lifted back to the weight as U P^T. The forward
-// pass, and the gradient that flows to the layer below, stay exact. Rank ratio 1 keeps x: that is ordinary AdamW.
+// pass, and the gradient that flows to the layer below, stay exact. Rank ratio 1 keeps x: that is ordinary AdamW. With
+// --projection eigen P is kept: it is the top eigenvectors of x^T x, and Adam works in their basis.
 //
 // How to read it, top to bottom:
 //   1. host, first part     errors, text, options, random numbers, the memory plan (the same text in the CUDA trainer)
@@ -130,7 +131,7 @@ static double seconds() { return std::chrono::duration<double>(std::chrono::stea
 // ---- options: what the user asked for (parsed in the second part)
 
 enum { QKV, ATTPROJ, FC, FCPROJ, LINEARS };
-enum { GAUSSIAN, RADEMACHER, SPARSE };
+enum { GAUSSIAN, RADEMACHER, SPARSE, EIGEN };
 enum { KEEP, MOVE, RESET };
 enum { COSINE, LINEAR, CONSTANT, WSD };
 enum { TYPE_FP32, TYPE_BF16 };
@@ -139,7 +140,7 @@ enum { TAPE_FULL, TAPE_INT8 };
 enum { MASTER_FP32, MASTER_NONE };
 
 static const char* linear_names = "qkv,attproj,fc,fcproj";
-static const char* projection_names = "gaussian,rademacher,sparse";
+static const char* projection_names = "gaussian,rademacher,sparse,eigen";
 static const char* moments_names = "keep,move,reset";
 static const char* schedule_names = "cosine,linear,constant,wsd";
 static const char* type_names = "fp32,bf16";
@@ -155,6 +156,7 @@ struct Options {
     int schedule = COSINE;
     double rank = 0.25;
     int compress = 1 << QKV | 1 << FC | 1 << FCPROJ, projection = GAUSSIAN, gap = 50, moments = KEEP;
+    int refresh_iterations = 1;
     double alpha = 1.0;
     int recompute = 0, gelu = GELU_EXACT, tape = TAPE_FULL, master = MASTER_FP32;
     bool offload = false;
@@ -288,7 +290,7 @@ struct Tensor {
         return n;
     }
     int bits() const { return type == "2bit" ? 2 : type == "int8" || type == "byte" ? 8 : type == "bf16" ? 16 : 32; }
-    int64_t bytes() const { return (count() * bits() + 7) / 8; }
+    int64_t bytes() const { return count() / 8 * bits() + (count() % 8 * bits() + 7) / 8; }
 };
 
 // Matrix-product FLOPs of one training step, for each token of it.
@@ -356,10 +358,11 @@ static int64_t param_count(const Config& c, int param, int rank = 0) {
     return count;
 }
 
-// A linear layer's outputs, inputs and rank; r == n means full rank, no projection.
+// A linear layer's outputs, inputs and rank; r == n means full rank, no projection, but for an eigenbasis: then it is whole.
 struct Linear {
     int m, n, r;
-    bool compressed() const { return r < n; }
+    bool eigen = false;
+    bool compressed() const { return eigen || r < n; }
 };
 
 static Linear linear_shape(const Config& c, const Options& o, int which) {
@@ -368,6 +371,7 @@ static Linear linear_shape(const Config& c, const Options& o, int which) {
     Linear linear = {param_rows[weight].rows * c.C, param_rows[weight].columns * c.C, 0};
     double r = o.rank <= 1.0 ? round(o.rank * linear.n) : o.rank;
     linear.r = o.compress >> which & 1 ? std::max(1, int(std::min<double>(r, linear.n))) : linear.n;
+    linear.eigen = o.compress >> which & 1 && o.projection == EIGEN;
     return linear;
 }
 
@@ -423,7 +427,8 @@ static std::string levels_help() {
     return out;
 }
 
-// Causal attention counts half of T x T; the update's lift is spread over the tokens of an optimizer step.
+// Causal attention counts half of T x T; the update's lift is spread over the tokens of an optimizer step, a refresh of an
+// eigenbasis over those of all steps to the next one.
 static Flops matrix_flops(const Config& c, const Options& o, const Linear* linears) {
     double L = c.L, attention = double(o.seq) * c.C, head = 2.0 * c.V * c.C;
     Flops f = {head + L * 2 * attention, 2 * head + L * 5 * attention, 0, 0, 0};
@@ -434,6 +439,8 @@ static Flops matrix_flops(const Config& c, const Options& o, const Linear* linea
         if (!linears[i].compressed() || o.projection == SPARSE) continue;
         f.projection += L * 2 * n * r;
         f.update += L * 2 * m * n * r / o.total_batch;
+        if (!linears[i].eigen || o.gap == 0) continue;
+        f.projection += L * o.refresh_iterations * 4 * n * r * (double(o.batch) * o.seq + r) / (double(o.gap) * o.total_batch);
     }
     for (int i = 0; i < TAPE_ROWS; i++) {
         int by = tape_rows[i].made_by;
@@ -928,6 +935,8 @@ struct Model {
     Linear linear[LINEARS];
     int64_t epoch;  // of the projections
     float *params[PARAMS], *grads[PARAMS], *m[PARAMS], *v[PARAMS];
+    float* basis[LINEARS];  // (L, r, n): Q^T of the eigenbasis
+    int refresh;            // iterations of the bases that the next forward pass makes
     // tape; a row is kept in one of these ways, as kept[row] says, or is null in all
     int kept[TAPE_ROWS];
     float* tape[TAPE_ROWS];                            // (L, N, width C)
@@ -945,6 +954,8 @@ struct Model {
     float* z_now;                  // (N, r) z where it is not on the tape
     float *p, *p_next, *p_change;  // P (n, r), or (n) signs; the next epoch's; (r, r) the change between them
     int *shift, *shift_next;       // sparse: a rotation for each stripe of r inputs
+    float *y, *reflectors;         // (r, n) Y^T, then the new Q^T; (PANEL, n) Householder's vectors
+    float *t, *t_products;         // (r, PANEL) T of each panel; twice (r, PANEL)
     float* logits;                 // (CHUNK, V)
     float* scratch;                // attention's tiles, for each thread
     // data
@@ -952,6 +963,7 @@ struct Model {
     float* losses;          // (N)
 };
 
+enum { PANEL = 32 };   // columns that Householder's method takes at a time
 enum { CHUNK = 256 };  // tokens whose logits exist at one time
 
 static bool moments_move(const Options& o) { return o.moments == MOVE && o.gap > 0; }
@@ -989,6 +1001,12 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
                      &group.home[i]);
         }
     }
+    for (int i = 0; i < PARAMS; i++) {
+        int which = param_rows[i].linear;
+        if (which < 0 || !s.linear[which].eigen) continue;
+        plan_add(plan, "basis", std::string("basis.") + param_rows[i].name, "fp32", {L, s.linear[which].r, s.linear[which].n},
+                 &s.basis[which]);
+    }
 
     for (int i = 0; i < TAPE_ROWS; i++) {
         const TapeRow& row = tape_rows[i];
@@ -997,10 +1015,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
         if (s.kept[i] == WHOLE) plan_add(plan, "tape", name, "fp32", {L, N, row.width * C}, &s.tape[i]);
         if (s.kept[i] == AS_Z)
             plan_add(plan, "tape", name + ".z", "fp32", {L, N, s.linear[row.input_of].r}, &s.z[row.input_of]);
-        if (s.kept[i] == AS_2BIT) plan_add(plan, "tape", name + ".2bit", "2bit", {L, N, row.width * C}, &s.codes[i]);
-        if (s.kept[i] != AS_INT8) continue;
-        plan_add(plan, "tape", name + ".int8", "int8", {L, N, row.width * C}, &s.codes[i]);
-        plan_add(plan, "tape", name + ".scale", "fp32", {L, N, scales_of(c, i)}, &s.scales[i]);
+        if (s.kept[i] == AS_INT8) plan_add(plan, "tape", name + ".scale", "fp32", {L, N, scales_of(c, i)}, &s.scales[i]);
     }
     plan_add(plan, "tape", "ln1_mean", "fp32", {L, N}, &s.ln1_mean);
     plan_add(plan, "tape", "ln1_rstd", "fp32", {L, N}, &s.ln1_rstd);
@@ -1009,6 +1024,12 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     plan_add(plan, "tape", "lse", "fp32", {L, N, c.NH}, &s.lse);
     plan_add(plan, "tape", "lnf_mean", "fp32", {N}, &s.lnf_mean);
     plan_add(plan, "tape", "lnf_rstd", "fp32", {N}, &s.lnf_rstd);
+    for (int i = 0; i < TAPE_ROWS; i++) {  // after all that has to begin on 4 bytes
+        const TapeRow& row = tape_rows[i];
+        std::string name = row.name;
+        if (s.kept[i] == AS_INT8) plan_add(plan, "tape", name + ".int8", "int8", {L, N, row.width * C}, &s.codes[i]);
+        if (s.kept[i] == AS_2BIT) plan_add(plan, "tape", name + ".2bit", "2bit", {L, N, row.width * C}, &s.codes[i]);
+    }
 
     // The stream out of the last block is in no row of the tape. qkv comes back into `spare`, unless the block's other half has
     // to be computed while it waits.
@@ -1020,7 +1041,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     plan_add(plan, "workspace", "wide", "fp32", {N, 4 * C}, &s.wide);
     plan_add(plan, "workspace", "spare", "fp32", {N, spare_is_wide(s) ? 4 * C : C}, &s.spare);
 
-    int64_t z_now = 0, p_count = 0, p_change = 0, stripes = 0;
+    int64_t z_now = 0, p_count = 0, p_change = 0, stripes = 0, eigen_r = 0, eigen_n = 0, eigen_count = 0;
     for (int i = 0; i < LINEARS; i++) {
         const Linear& l = s.linear[i];
         if (!l.compressed()) continue;
@@ -1028,14 +1049,21 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
         p_count = std::max<int64_t>(p_count, o.projection == SPARSE ? l.n : int64_t(l.n) * l.r);
         p_change = std::max<int64_t>(p_change, int64_t(l.r) * l.r);
         stripes = std::max<int64_t>(stripes, o.projection == SPARSE ? (l.n + l.r - 1) / l.r : 0);
+        if (!l.eigen) continue;
+        eigen_r = std::max<int64_t>(eigen_r, l.r), eigen_n = std::max<int64_t>(eigen_n, l.n);
+        eigen_count = std::max<int64_t>(eigen_count, int64_t(l.r) * l.n);
     }
     bool move = moments_move(o);
     plan_add(plan, "workspace", "z", "fp32", {N, z_now}, &s.z_now);
-    plan_add(plan, "workspace", "projection", "fp32", {p_count}, &s.p);
+    plan_add(plan, "workspace", "projection", "fp32", {o.projection == EIGEN ? 0 : p_count}, &s.p);
     plan_add(plan, "workspace", "projection_shift", "int32", {stripes}, &s.shift);
     plan_add(plan, "workspace", "projection_next", "fp32", {move ? p_count : 0}, &s.p_next);
     plan_add(plan, "workspace", "projection_next_shift", "int32", {move ? stripes : 0}, &s.shift_next);
     plan_add(plan, "workspace", "projection_change", "fp32", {move ? p_change : 0}, &s.p_change);
+    plan_add(plan, "workspace", "qr", "fp32", {eigen_count}, &s.y);
+    plan_add(plan, "workspace", "qr_reflectors", "fp32", {PANEL, eigen_n}, &s.reflectors);
+    plan_add(plan, "workspace", "qr_t", "fp32", {eigen_r, PANEL}, &s.t);
+    plan_add(plan, "workspace", "qr_products", "fp32", {2, eigen_r, PANEL}, &s.t_products);
     plan_add(plan, "workspace", "logits", "fp32", {std::min<int64_t>(CHUNK, N), c.V}, &s.logits);
     plan_add(plan, "workspace", "attention_tiles", "fp32", {omp_get_max_threads(), int64_t(attention_scratch(c.C / c.NH))},
              &s.scratch);
@@ -1114,7 +1142,7 @@ static void draw_signs(float* out, int64_t count, float scale, uint64_t seed, ui
 
 // P (n, r) with E[P P^T] = I, drawn anew wherever it is needed. gaussian: N(0, 1/r) (CompAct, section 3.1); rademacher:
 // signs / sqrt(r); sparse: one sign in each row, p[k] in column (k + shift[k / r]) mod r, so that z is a signed fold of x.
-// Another projection is another branch here, in project, and in lift.
+// Another projection is another branch here, in project, and in lift. An eigenbasis is not drawn: see below.
 static void draw_projection(float* p, int* shift, const Linear& l, int projection, uint64_t seed, uint64_t stream) {
     int64_t count = int64_t(l.n) * l.r;
     if (projection == GAUSSIAN) {
@@ -1127,9 +1155,9 @@ static void draw_projection(float* p, int* shift, const Linear& l, int projectio
     }
 }
 
-// z (N, r) = x P, x (N, n)
+// z (N, r) = x P, x (N, n). Dense p is (n, r), an eigenbasis its transpose.
 static void project(float* z, const float* x, const float* p, const int* shift, const Linear& l, int projection, int N) {
-    if (projection != SPARSE) return matmul(z, x, false, p, false, N, l.r, l.n, 1.0f, 0.0f);
+    if (projection != SPARSE) return matmul(z, x, false, p, l.eigen, N, l.r, l.n, 1.0f, 0.0f);
 #pragma omp parallel for schedule(static)
     for (int i = 0; i < N; i++) {
         const float* xi = x + size_t(i) * l.n;
@@ -1146,7 +1174,7 @@ static void project(float* z, const float* x, const float* p, const int* shift, 
 // W (m, n) = keep W - step U P^T, U (m, r): the low-rank step of the optimizer, lifted (CompAct, algorithm 2)
 static void lift(float* w, const float* u, const float* p, const int* shift, const Linear& l, int projection, float keep,
                  float step) {
-    if (projection != SPARSE) return matmul(w, u, false, p, true, l.m, l.n, l.r, -step, keep);
+    if (projection != SPARSE) return matmul(w, u, false, p, !l.eigen, l.m, l.n, l.r, -step, keep);
 #pragma omp parallel for schedule(static)
     for (int o = 0; o < l.m; o++) {
         float* wo = w + size_t(o) * l.n;
@@ -1159,14 +1187,118 @@ static void lift(float* w, const float* u, const float* p, const int* shift, con
     }
 }
 
-// Draws the present P of a layer into s.p and projects x with it.
-static void make_z(Model& s, int which, int layer, float* z, const float* x, int N) {
-    const Linear& l = s.linear[which];
-    draw_projection(s.p, s.shift, l, s.options.projection, s.options.seed, stream_of(which, layer, s.epoch));
-    project(z, x, s.p, s.shift, l, s.options.projection, N);
+static int weight_of(int which) { return which == QKV ? QKVW : which == ATTPROJ ? ATTPROJW : which == FC ? FCW : FCPROJW; }
+
+static float* basis_at(const Model& s, int which, int layer) {
+    return s.basis[which] + layer * int64_t(s.linear[which].r) * s.linear[which].n;
 }
 
-static int weight_of(int which) { return which == QKV ? QKVW : which == ATTPROJ ? ATTPROJW : which == FC ? FCW : FCPROJW; }
+// The present P of a layer: drawn into s.p, or its eigenbasis.
+static const float* projection_now(Model& s, int which, int layer) {
+    const Linear& l = s.linear[which];
+    if (l.eigen) return basis_at(s, which, layer);
+    draw_projection(s.p, s.shift, l, s.options.projection, s.options.seed, stream_of(which, layer, s.epoch));
+    return s.p;
+}
+
+static void make_z(Model& s, int which, int layer, float* z, const float* x, int N) {
+    project(z, x, projection_now(s, which, layer), s.shift, s.linear[which], s.options.projection, N);
+}
+
+// ---- the eigenbasis: P is the top r eigenvectors of x^T x, followed by orthogonal iteration, so that Adam works in that basis
+// (SOAP, arXiv 2409.11321, on one side). Columns keep their order and sign from one refresh to the next: so do the moments.
+
+// One panel: rows first..first+count-1 of a (., n) become Householder's vectors, each made after those before it, of length
+// 1; t (count, count), upper triangular, makes the reflections' product I - V t V^T (Schreiber and Van Loan, 1989). A vector
+// takes its row to a multiple of a unit vector, the sign being the other one (Golub and Van Loan, 5.1); where nothing is left
+// of a row, it is 0.
+static void householder_panel(float* a, float* t, int first, int count, int n) {
+    std::fill(t, t + count * count, 0.0f);
+    for (int j = 0; j < count; j++) {
+        float *v = a + int64_t(first + j) * n, dots[PANEL], rest = 0;
+        int pivot = first + j;
+#pragma omp simd reduction(+ : rest)
+        for (int i = pivot + 1; i < n; i++) rest += v[i] * v[i];
+        v[pivot] += copysignf(sqrtf(v[pivot] * v[pivot] + rest), v[pivot]);
+        float squares = v[pivot] * v[pivot] + rest, scale = squares > 1e-30f ? 1 / sqrtf(squares) : 0.0f;
+        for (int i = 0; i < n; i++) v[i] = i < pivot ? 0.0f : scale * v[i];
+#pragma omp parallel for schedule(static)
+        for (int k = 0; k < count; k++) {
+            float *row = a + int64_t(first + k) * n, dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (int i = pivot; i < n; i++) dot += v[i] * row[i];
+            dots[k] = dot;
+            for (int i = pivot; k > j && i < n; i++) row[i] -= 2 * dot * v[i];
+        }
+        for (int i = 0; i < j; i++) {
+            for (int k = i; k < j; k++) t[i * count + j] -= 2 * t[i * count + k] * dots[k];
+        }
+        t[j * count + j] = 2;
+    }
+}
+
+// a (rows, n) -= (a V^T) t V, with t transposed or not; V (count, n)
+static void reflect(float* a, int rows, const float* v, const float* t, bool transposed, int count, int n, float* products) {
+    float* by_t = products + int64_t(rows) * count;
+    matmul(products, a, false, v, true, rows, count, n, 1.0f, 0.0f);
+    matmul(by_t, products, false, t, transposed, rows, count, count, 1.0f, 0.0f);
+    matmul(a, by_t, false, v, false, rows, n, count, -1.0f, 1.0f);
+}
+
+// a (r, n), the transpose of A, becomes the transpose of Q, where A = Q R with orthonormal columns and R's diagonal
+// positive. Householder's method in panels: it holds where columns are parallel, or none are left.
+static void orthonormalise(Model& s, float* a, int r, int n) {
+#pragma omp parallel for schedule(static)
+    for (int j = 0; j < r; j++) {  // a column's length is R's, not Q's
+        float *row = a + int64_t(j) * n, most = 0;
+#pragma omp simd reduction(max : most)
+        for (int i = 0; i < n; i++) most = std::max(most, fabsf(row[i]));
+        for (int i = 0; i < n && most > 0; i++) row[i] /= most;
+    }
+    for (int first = 0; first < r; first += PANEL) {
+        int count = std::min<int>(PANEL, r - first), rest = r - first - count;
+        float *v = a + int64_t(first) * n, *t = s.t + first * PANEL;
+        householder_panel(a, t, first, count, n);
+        if (rest > 0) reflect(v + int64_t(count) * n, rest, v, t, false, count, n, s.t_products);
+    }
+    for (int first = (r - 1) / PANEL * PANEL; first >= 0; first -= PANEL) {  // the panels' product, from the last one
+        int count = std::min<int>(PANEL, r - first);
+        float* v = a + int64_t(first) * n;
+        memcpy(s.reflectors, v, sizeof(float) * count * n);
+        std::fill(v, v + int64_t(count) * n, 0.0f);
+        for (int j = 0; j < count; j++) {  // with the sign that makes R's diagonal positive
+            int64_t pivot = int64_t(j) * n + first + j;
+            v[pivot] = s.reflectors[pivot] > 0 ? -1 : 1;
+        }
+        reflect(v, r - first, s.reflectors, s.t + first * PANEL, true, count, n, s.t_products);
+    }
+}
+
+// M <- M P_old^T P_new: the first moment moves into the space of a new projection (Flora, arXiv 2402.03293). change (r, r)
+// is P_old^T P_new; the gradient's memory, free until the next backward pass, serves for the product.
+static void move_moment(Model& s, int which, int layer, const float* change) {
+    const Linear& l = s.linear[which];
+    float *m = param_at(s, s.m, weight_of(which), layer), *moved = param_at(s, s.grads, weight_of(which), layer);
+    matmul(moved, m, false, change, false, l.m, l.r, l.r, 1.0f, 0.0f);
+    memcpy(m, moved, sizeof(float) * l.m * l.r);
+}
+
+// The basis Q follows the layer's inputs x (N, n): Y = x^T (x Q), Q <- the orthonormal factor of Y, s.refresh times.
+static void refresh_basis(Model& s, int which, int layer, const float* x, int N) {
+    const Linear& l = s.linear[which];
+    float *q = basis_at(s, which, layer), *z = s.z[which] ? at_layer(s.z[which], layer, int64_t(N) * l.r) : s.z_now;
+    size_t bytes = sizeof(float) * l.r * l.n;
+    if (moments_move(s.options)) memcpy(s.p_next, q, bytes);
+    for (int i = 0; i < s.refresh; i++) {
+        make_z(s, which, layer, z, x, N);
+        matmul(s.y, z, true, x, false, l.r, l.n, N, 1.0f, 0.0f);
+        orthonormalise(s, s.y, l.r, l.n);
+        memcpy(q, s.y, bytes);
+    }
+    if (!moments_move(s.options)) return;
+    matmul(s.p_change, s.p_next, false, q, true, l.r, l.r, l.n, 1.0f, 0.0f);
+    move_moment(s, which, layer, s.p_change);
+}
 
 // y (N, m) = x W^T + b, plus residual (N, m) where it is given; when training, keeps z if the tape has a place for it.
 static void linear_forward(Model& s, int which, int layer, float* y, const float* x, const float* residual, int N,
@@ -1180,6 +1312,7 @@ static void linear_forward(Model& s, int which, int layer, float* y, const float
         for (int j = 0; j < l.m; j++) yi[j] = residual ? residual[size_t(i) * l.m + j] + b[j] : b[j];
     }
     matmul(y, x, false, w, true, N, l.m, l.n, 1.0f, 1.0f);
+    if (training && l.eigen && s.refresh > 0) refresh_basis(s, which, layer, x, N);
     if (training && s.z[which]) make_z(s, which, layer, at_layer(s.z[which], layer, int64_t(N) * l.r), x, N);
 }
 
@@ -1197,7 +1330,8 @@ static void linear_backward(Model& s, int which, int layer, float* dx, const flo
     matmul(dx, dy, false, param_at(s, s.params, weight_of(which), layer), false, N, l.n, l.m, 1.0f, 0.0f);
 }
 
-// W -= lr (alpha U P^T + wd W) with U = Adam's direction in the compressed space; at full rank W -= lr (U + wd W).
+// W -= lr (alpha U P^T + wd W) with U = Adam's direction in the compressed space; at full rank W -= lr (U + wd W). Through an
+// eigenbasis the step is sqrt(n / r) times as long: its size is then that of full rank.
 static void linear_update(Model& s, int which, int layer, const Adam& a) {
     const Linear& l = s.linear[which];
     int weight = weight_of(which);
@@ -1207,24 +1341,24 @@ static void linear_update(Model& s, int which, int layer, const Adam& a) {
     if (!l.compressed()) return adam_update(w, g, m, v, count, a);
 #pragma omp parallel for simd schedule(static)
     for (int64_t i = 0; i < count; i++) g[i] = adam_direction(a, g[i], m + i, v + i);  // U takes the gradient's place
-    draw_projection(s.p, s.shift, l, s.options.projection, s.options.seed, stream_of(which, layer, s.epoch));
-    lift(w, g, s.p, s.shift, l, s.options.projection, 1.0f - a.lr * a.decay, a.lr * float(s.options.alpha));
+    float size = l.eigen ? sqrtf(float(l.n) / l.r) : 1.0f;  // Q Q^T is no more than I, where a random P P^T is I on average
+    lift(w, g, projection_now(s, which, layer), s.shift, l, s.options.projection, 1.0f - a.lr * a.decay,
+         a.lr * float(s.options.alpha) * size);
 }
 
 // A new epoch's P: the moments stay as they are (CompAct), or start again from zero, or the first of them moves into the
-// new space, M <- M P_old^T P_new (Flora, arXiv 2402.03293). The gradient's memory is free between steps and serves here.
+// new space. An eigenbasis moves it when it is refreshed.
 static void linear_next_epoch(Model& s, int which, int layer) {
     const Linear& l = s.linear[which];
     const Options& o = s.options;
-    int64_t count = int64_t(l.m) * l.r;
-    float *m = param_at(s, s.m, weight_of(which), layer), *v = param_at(s, s.v, weight_of(which), layer);
     if (o.moments == RESET) {
+        int64_t count = int64_t(l.m) * l.r;
+        float *m = param_at(s, s.m, weight_of(which), layer), *v = param_at(s, s.v, weight_of(which), layer);
         std::fill(m, m + count, 0.0f);
         std::fill(v, v + count, 0.0f);
-    } else if (o.moments == MOVE) {
-        float* moved = param_at(s, s.grads, weight_of(which), layer);
-        draw_projection(s.p, s.shift, l, o.projection, o.seed, stream_of(which, layer, s.epoch));
-        draw_projection(s.p_next, s.shift_next, l, o.projection, o.seed, stream_of(which, layer, s.epoch + 1));
+    } else if (o.moments == MOVE && !l.eigen) {
+        draw_projection(s.p, s.shift, l, o.projection, o.seed, stream_of(which, layer, s.epoch - 1));
+        draw_projection(s.p_next, s.shift_next, l, o.projection, o.seed, stream_of(which, layer, s.epoch));
         if (o.projection == SPARSE) {
             std::fill(s.p_change, s.p_change + l.r * int64_t(l.r), 0.0f);
             for (int k = 0; k < l.n; k++) {
@@ -1234,8 +1368,7 @@ static void linear_next_epoch(Model& s, int which, int layer) {
         } else {
             matmul(s.p_change, s.p, true, s.p_next, false, l.r, l.r, l.n, 1.0f, 0.0f);
         }
-        matmul(moved, m, false, s.p_change, false, l.m, l.r, l.r, 1.0f, 0.0f);
-        memcpy(m, moved, sizeof(float) * count);
+        move_moment(s, which, layer, s.p_change);
     }
 }
 
@@ -1402,6 +1535,7 @@ static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
         std::fill(s.grads[i], s.grads[i] + param_count(c, i), 0.0f);
     }
     model_forward(s, B, T, true);
+    s.refresh = 0;
     classifier(s, N, true, scale, beta);
     layernorm_backward(s.dresidual, s.grads[LNFW], s.grads[LNFB], s.spare, s.now[RESIDUAL], s.lnf_mean, s.lnf_rstd,
                        s.params[LNFW], N, c.C, 0.0f);
@@ -1409,18 +1543,22 @@ static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
     embedding_backward(s.grads[WTE], s.grads[WPE], s.dresidual, s.inputs, B, T, c.C);
 }
 
+enum { START_ITERATIONS = 4 };  // of an eigenbasis from a random start
+
 // Before optimizer step `step` (from 0): the projections' epoch advances every --gap steps, for all layers together.
 static void model_begin_step(Model& s, int64_t step) {
-    int64_t gap = s.options.gap;
-    s.epoch = gap > 0 ? step / gap : 0;
-    if (gap == 0 || step == 0 || step % gap != 0) return;
-    s.epoch--;  // the moments still stand in the old one
+    const Options& o = s.options;
+    bool advances = o.gap > 0 && step > 0 && step % o.gap == 0;
+    s.epoch = o.gap > 0 ? step / o.gap : 0;
+    s.refresh = step == 0 ? START_ITERATIONS : advances ? o.refresh_iterations : 0;
     for (int layer = 0; layer < s.config.L; layer++) {
         for (int which = 0; which < LINEARS; which++) {
-            if (s.linear[which].compressed()) linear_next_epoch(s, which, layer);
+            const Linear& l = s.linear[which];
+            if (l.eigen && step == 0)
+                draw_normals(basis_at(s, which, layer), 0, int64_t(l.r) * l.n, 1.0f, o.seed, stream_of(which, layer, 0));
+            if (l.compressed() && advances) linear_next_epoch(s, which, layer);
         }
     }
-    s.epoch++;
 }
 
 // Global norm of all gradients, the compressed ones as they are: E||G||^2 = ||dW||^2.
@@ -1481,10 +1619,12 @@ static double model_update(Model& s, const Plan& plan, int64_t step, double lr) 
 static std::vector<float> model_projection(Model& s, int which, int layer) {
     const Linear& l = s.linear[which];
     std::vector<float> out(int64_t(l.n) * l.r, 0.0f);
-    bool sparse = s.options.projection == SPARSE;
-    draw_projection(s.p, s.shift, l, s.options.projection, s.options.seed, stream_of(which, layer, s.epoch));
-    if (!sparse) std::copy(s.p, s.p + out.size(), out.begin());
-    for (int k = 0; sparse && k < l.n; k++) out[int64_t(k) * l.r + (k + s.shift[k / l.r]) % l.r] = s.p[k];
+    const float* p = projection_now(s, which, layer);
+    for (int k = 0; k < l.n; k++) {
+        if (s.options.projection == SPARSE) out[int64_t(k) * l.r + (k + s.shift[k / l.r]) % l.r] = p[k];
+        for (int j = 0; s.options.projection != SPARSE && j < l.r; j++)
+            out[int64_t(k) * l.r + j] = l.eigen ? p[int64_t(j) * l.n + k] : p[int64_t(k) * l.r + j];
+    }
     return out;
 }
 
@@ -2034,10 +2174,11 @@ static std::string checkpoint_path(const std::string& dir, const char* kind, int
     return dir + "/" + kind + text("_%08lld.bin", (long long)step);
 }
 
-// What a state holds: the weights and the moments.
+// What a state holds: the weights, the moments, and the bases that cannot be drawn again.
 static std::vector<Tensor> saved_tensors(const Plan& plan) {
     std::vector<Tensor> saved = weights_of(plan);
     tensors_of(plan, "moments", saved);
+    tensors_of(plan, "basis", saved);
     return saved;
 }
 
@@ -2179,6 +2320,7 @@ static std::vector<OptionRow> option_table(Options& o) {
         {0, "projection", "P", KIND_CHOICE, &o.projection, "", 0, 0, projection_names},
         {0, "gap", "T", KIND_INT, &o.gap, "steps between new projections; 0: never", 0, MANY},
         {0, "alpha", "A", KIND_REAL, &o.alpha, "scale of a compressed layer's step", 0, MANY},
+        {0, "refresh-iterations", "K", KIND_INT, &o.refresh_iterations, "of an eigenbasis, every --gap steps", 1, 1000},
         {0, "moments", "M", KIND_CHOICE, &o.moments, "Adam's, at a new projection: ", 0, 0, moments_names},
         {'r', "recompute", "N", KIND_INT, &o.recompute, levels_help(), 0, NEVER - 1},
         {0, "gelu", "G", KIND_CHOICE, &o.gelu, "2bit keeps 2 bits of each of fch, for a derivative in steps: ", 0, 0, gelu_names},
@@ -2249,7 +2391,8 @@ static int64_t bytes_of(const std::string& given, const std::string& value) {
         unit = pow(binary ? 1024 : 1000, power + 1.0);
         rest.erase(0, binary ? 2 : 1);
     }
-    bool digits = value.find_first_of("0123456789") <= value.find_first_not_of(".0123456789");
+    size_t length = end - value.c_str();  // of the number, which strtod would also take in hexadecimal, or infinite
+    bool digits = length > 0 && value[0] != '+' && value.find_first_not_of("+.eE0123456789") >= length;
     if (!digits || (!rest.empty() && rest != "B" && rest != "b") || !(x * unit >= 0 && x * unit < 1e18))
         refuse(given + " is not a size such as 24GB, 24GiB or 500MB");
     return int64_t(x * unit);
@@ -2269,20 +2412,18 @@ static void set_option(const OptionRow& row, const std::string& value) {
     if (row.kind == KIND_PLAN && value != "text" && value != "json")
         refuse(given + " is not known; --plan and --plan=json are");
     if (row.kind != KIND_CHOICE && row.kind != KIND_SET) return;
-    int mask = 0;
+    int mask = 0, count = 1 + int(std::count(row.names, row.names + strlen(row.names), ','));
     bool set = row.kind == KIND_SET;
     for (size_t at = 0, comma; at <= value.size() && !(set && value == "none"); at = comma + 1) {
         comma = set ? std::min(value.find(',', at), value.size()) : value.size();
         std::string piece = value.substr(at, comma - at);
         int i = 0;
-        while (i < 8 && ((set && piece == "none") || names_of(row.names, 1 << i) != piece)) i++;
+        while (i < count && names_of(row.names, 1 << i) != piece) i++;
+        if (i == count) refuse(given + (set ? " is neither none nor a list from " : " is not one of ") + row.names);
         mask |= 1 << i;
-        if (row.kind == KIND_CHOICE) *(int*)row.value = i;
+        if (!set) *(int*)row.value = i;
     }
-    if (mask >> 8 || (row.kind == KIND_CHOICE && mask == 0)) {
-        refuse(given + (row.kind == KIND_SET ? " is neither none nor a list from " : " is not one of ") + row.names);
-    }
-    if (row.kind == KIND_SET) *(int*)row.value = mask;
+    if (set) *(int*)row.value = mask;
 }
 
 static Options parse_options(int argc, char** argv) {
@@ -2386,14 +2527,14 @@ static void fit_memory(Options& o, const Config& c) {
 static void settle_options(Options& o, const Config& c) {
     if (o.seq == 0) o.seq = c.context;
     if (o.seq > c.context) refuse("--seq: " + str(o.seq) + " is more than the model's context of " + str(c.context));
+    if (o.gelu == GELU_2BIT && o.recompute >= tape_rows[FCH].gone_from)
+        refuse("--gelu: 2bit keeps bits of what --recompute " + str(o.recompute) + " computes again; choose one of them");
     if (o.memory > 0 && o.total_batch % o.seq == 0) fit_memory(o, c);
     int64_t micro = int64_t(o.batch) * o.seq;
     if (micro > 1 << 30) refuse("--batch: " + str(o.batch) + " sequences of " + str(o.seq) + " are more than 2^30 tokens");
     if (o.total_batch == 0) o.total_batch = int(micro);
     if (o.total_batch % micro != 0)
         refuse("--total-batch: " + str(o.total_batch) + " is no multiple of --batch times --seq, " + str(micro));
-    if (o.gelu == GELU_2BIT && o.recompute >= tape_rows[FCH].gone_from)
-        refuse("--gelu: 2bit keeps bits of what --recompute " + str(o.recompute) + " computes again; choose one of them");
     if (o.offload && !o.dump.empty()) refuse("--dump: reads the whole tape; leave --offload away");
     if (o.resume && o.out.empty()) refuse("--resume: needs --out, the folder with the checkpoints");
     if (o.checkpoint_every != 0 && o.out.empty()) refuse("--checkpoint-every: needs --out, a folder for the checkpoints");
@@ -2427,7 +2568,7 @@ struct Plans {
 
 static Plans make_plans(Model& s, const Config& c, const Options& o) {
     Options full = o;
-    full.rank = 1.0;
+    full.rank = 1.0, full.projection = GAUSSIAN;
     Options level_2 = full;
     level_2.recompute = 2, level_2.gelu = GELU_EXACT, level_2.tape = TAPE_FULL, level_2.master = MASTER_FP32;
     level_2.offload = false;
@@ -2584,7 +2725,7 @@ static void describe(const Options& o, const Config& c, const Data& train, const
            o.total_batch / o.seq / o.batch, commas(o.total_batch).c_str(), commas(steps).c_str(),
            double(steps) * (o.total_batch / o.seq) / train.sequences);
     std::string method = "full rank";
-    if (o.rank != 1.0 && o.compress != 0) {
+    if ((o.rank != 1.0 || o.projection == EIGEN) && o.compress != 0) {
         method = text("rank %g of ", o.rank) + names_of(linear_names, o.compress) + "; " +
                  names_of(projection_names, 1 << o.projection) +
                  text(", new every %d steps, alpha %g, moments ", o.gap, o.alpha) + names_of(moments_names, 1 << o.moments);

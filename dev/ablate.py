@@ -4,8 +4,8 @@ Trains at several rank ratios, projections and so on, and compares loss, memory 
 combination of what is listed, and writes into --out: results.csv, results.md, pictures, and a folder a run.
 
 Whatever is not an option of this program goes to the trainer as it is: --train, -e, -b, --steps, --lr (see the trainer's
---help). What is not listed is as the trainer has it by default. Full rank, which knows no projection, gap, alpha, moments
-and compressed layers, is run once per level and seed.
+--help). What is not listed is as the trainer has it by default. Ratio 1 is full rank, which knows no projection, gap, alpha,
+moments and compressed layers, and is run once per level and seed; if eigen is among --projections, its whole basis as well.
 
 Started again, it goes on: runs that are done stay as they are; those that failed or were cut off begin anew. A run is
 known by the trainer's name and all its options, given or default: with another option it is another run.
@@ -43,7 +43,8 @@ from tqdm import tqdm
 
 FIRST_STEPS = 5  # they also pay for touching memory and for clocks to settle: their speed does not count
 LAST_STEPS = 20  # whose mean is the final training loss: that of one step is noisy
-COMPRESSION = {"projection": "projections", "gap": "gaps", "alpha": "alphas", "moments": "moments", "compress": "compress"}  # option: its list
+COMPRESSION = {"projection": "projections", "gap": "gaps", "refresh-iterations": "refresh", "alpha": "alphas", "moments": "moments",
+               "compress": "compress"}  # option: its list
 AT_EDGE = "taken, at the edge of the list"
 
 # ---------------------------------------------------------------------------- the command line
@@ -92,7 +93,8 @@ def parse_options(words):
     parser = Parser(__doc__)
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where results and runs go")
     parser.add_argument("--ratios", metavar="LIST", type=listed(ratio), default=["1", "0.5", "0.25", "0.125"], help="rank ratios (1,1/2,1/4,1/8)")
-    for name, what in (("projections", "say gaussian,sparse"), ("gaps", "steps between new projections"), ("alphas", "scales of the update"),
+    for name, what in (("projections", "say gaussian,sparse,eigen"), ("gaps", "steps between new projections"),
+                       ("refresh", "of --refresh-iterations; only eigen has them"), ("alphas", "scales of the update"),
                        ("moments", "say keep,move"), ("levels", "of --recompute"), ("seeds", "")):
         parser.add_argument("--" + name, metavar="LIST", type=listed(), default=[None], help=what)
     parser.add_argument("--compress", metavar="LISTS", type=listed(separator="/"), default=[None],
@@ -105,6 +107,8 @@ def parse_options(words):
     args, args.trainer = parser.parse_known_args(words)
     if len(args.lr_sweep) == 1 and args.lr_sweep[0]:
         raise Problem("--lr-sweep: wants two rates or more; for one, --lr")
+    if args.refresh != [None] and "eigen" not in args.projections:
+        raise Problem("--refresh: only eigen has iterations; --projections, which must list it, does not")
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise Problem(f"--out: {args.out} is a file; a folder is wanted")
     return args
@@ -134,11 +138,25 @@ def list_methods(args):
     """The methods, each a dict of the trainer's options that are listed: all but the seed and the learning rate."""
     methods = []
     for rank, level, *values in itertools.product(args.ratios, args.levels, *(getattr(args, name) for name in COMPRESSION.values())):
-        method = {"rank": rank, "recompute": level, **dict(zip(COMPRESSION, values))}
+        full_rank = {"rank": "1", "recompute": level}
+        method = dict(full_rank, rank=rank, **dict(zip(COMPRESSION, values)))
+        eigen = method["projection"] == "eigen"
+        if not eigen:
+            method["refresh-iterations"] = None
         if rank == "1" or method["compress"] == "none":
-            method = {"rank": "1", "recompute": level}
-        methods.append({name: value for name, value in method.items() if value is not None})
+            methods.append(full_rank)
+        if (rank != "1" or eigen) and method["compress"] != "none":
+            methods.append(method)
+    methods = [{name: value for name, value in method.items() if value is not None} for method in methods]
     return [method for i, method in enumerate(methods) if method not in methods[:i]]
+
+
+def ratio_of(run):
+    return 1 if plot.is_full_rank(run.options) else run.options["rank"]
+
+
+def labels(runs, *leave_out):
+    return plot.labels([run.options for run in runs], leave_out)
 
 
 def environment(jobs):
@@ -172,6 +190,8 @@ def plan_run(args, number, method, seed, lr):
         settled, wanted = meaning(str(options[name])), meaning(value)
         if settled != wanted and not (isinstance(settled, float) and isinstance(wanted, float) and math.isclose(settled, wanted, rel_tol=1e-6)):
             raise Problem(f"--{name}: is {value} by what is listed, and {options[name]} by the flags for the trainer; drop one of the two")
+    if method["rank"] == "1" and "projection" not in method and not plot.is_full_rank(options):
+        raise Problem("--projection: eigen, for which ratio 1 is not full rank, is to be listed by --projections")
     if not options["train"]:
         raise Problem("--train: is missing; give it token shards or any text file")
     if options["steps"] < 1:
@@ -305,9 +325,7 @@ def val_loss(run):
 
 def row_of(run, full_rank):
     """A run's figures, {column: value}; None where there is none. full_rank: {(level, seed): validation loss}."""
-    full = plot.is_full_rank(run.options)
-    row = {"name": run.name, "ratio": 1 if full else run.options["rank"]}
-    row.update((name, None if full else run.options[name]) for name in COMPRESSION)
+    row = {"name": run.name, "ratio": ratio_of(run), **{name: run.options[name] if plot.has_meaning(run.options, name) else None for name in COMPRESSION}}
     row.update(level=run.options["recompute"], seed=run.options["seed"], lr=run.options["lr"], lr_choice=run.lr_choice, steps=run.options["steps"])
     row.update(dict.fromkeys(["final_train_loss", "final_val_loss", "best_val_loss", "perplexity_above_full_rank_percent"]))
     row.update(plan_bytes=run.plan["total_bytes"], full_rank_bytes=run.plan["full_rank_total_bytes"],
@@ -344,7 +362,9 @@ def shown(column, value):
         return f"{value:.4f}"
     if column.endswith("_percent"):
         return f"{value:+.2f}"
-    if column in ("flops_per_token", "tokens_per_second"):
+    if column == "flops_per_token":
+        return f"{value / 1e6:,.2f} M"
+    if column == "tokens_per_second":
         return f"{value:,.0f}"
     return f"{value:.1f}" if column == "seconds" else f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -368,8 +388,7 @@ def markdown(args, runs, rows, pictures):
         text += f"- {args.jobs} runs at once: their speeds are lower than that of one alone\n"
 
     those = [run for run in runs if counts(run)]
-    names = plot.labels([run.options for run in those], leave_out=["seed", "lr"])
-    names = {run.method: name or "all" for run, name in zip(those, names)}
+    names = {run.method: name or "all" for run, name in zip(those, labels(those, "seed", "lr"))}
     if names:
         figures = ["final_train_loss", "final_val_loss", "perplexity_above_full_rank_percent", "tokens_per_second"]
         head = ["method", "runs", "lr", "training loss", "validation loss", "perplexity above full rank, %", "tokens/s", "plan", "of full rank's",
@@ -378,21 +397,22 @@ def markdown(args, runs, rows, pictures):
         for number, name in names.items():
             chosen = [row for run, row in zip(runs, rows) if run.method == number and counts(run)]
             plan = chosen[0]["plan_bytes"]
-            lines.append([name, len(chosen), f"{chosen[0]['lr']:g}", *(over_seeds(column, chosen) for column in figures), shown("plan_bytes", plan),
-                          f"{100 * plan / chosen[0]['full_rank_bytes']:.0f} %", shown("flops_per_token", chosen[0]["flops_per_token"])])
+            edge = " (edge)" if chosen[0]["lr_choice"] == AT_EDGE else ""
+            lines.append([name, len(chosen), f"{chosen[0]['lr']:g}{edge}", *(over_seeds(column, chosen) for column in figures),
+                          shown("plan_bytes", plan), f"{100 * plan / chosen[0]['full_rank_bytes']:.0f} %",
+                          shown("flops_per_token", chosen[0]["flops_per_token"])])
         text += "\n## Methods\n\nMean ± standard deviation over seeds. The training loss is the mean of the last "
         text += f"{LAST_STEPS} steps, the speed the median of all steps but the first {FIRST_STEPS}; the plan is all the memory of a run.\n\n"
         text += table(head, lines)
-        edges = [f"{names[run.method]}: {run.lr}" for run in those if run.lr_choice == AT_EDGE]
-        if edges:
-            text += f"\n**Best at the edge of the list of learning rates; a wider one may have better:** {'; '.join(dict.fromkeys(edges))}.\n"
+        if any(run.lr_choice == AT_EDGE for run in those):
+            text += "\n**(edge): best at the edge of the list of learning rates; a wider one may have better.**\n"
     text += "".join(f"\n![{os.path.basename(path)}]({os.path.basename(path)})\n" for path in pictures)
 
     differing = [column for column in rows[0] if len({str(row[column]) for row in rows if row[column] is not None}) > 1]
     alike = {column: next((row[column] for row in rows if row[column] is not None), "") for column in rows[0] if column not in differing}
     alike = [f"{column} {shown(column, value)}" for column, value in alike.items() if value != ""]
     text += f"\n## Runs\n\nThe seconds are those of the training steps alone. Alike in all runs that have it: {', '.join(alike)}.\n\n"
-    text += table(differing, [[shown(column, row[column]) for column in differing] for row in rows])
+    text += table([column.replace("_", " ") for column in differing], [[shown(column, row[column]) for column in differing] for row in rows])
     return text
 
 
@@ -408,31 +428,29 @@ def write_tables(args, runs, pictures=()):
     write_whole(os.path.join(args.out, "results.md"), markdown(args, runs, rows, pictures))
 
 
-def ratio_of(run):
-    return 1.0 if plot.is_full_rank(run.options) else float(run.options["rank"])
-
-
 def draw(args, runs):
     """The pictures, of the runs that are done. Returns their paths."""
     those = sorted(filter(counts, runs), key=lambda run: run.method)
     methods = list(dict.fromkeys(run.method for run in those))
     # A line is one way to compress, and its points are the ratios; full rank has a line for each level. A line has a colour, a ratio a marker.
-    lines = dict(zip([run.method for run in those], plot.labels([run.options for run in those], leave_out=["rank", "seed", "lr"])))
-    compressed = [run for run in those if ratio_of(run) < 1]
-    numbers = {line: 1 + i for i, line in enumerate(dict.fromkeys(lines[run.method] for run in compressed))}
+    lines = dict(zip([run.method for run in those], labels(those, "rank", "seed", "lr")))
+    compressed = [run for run in those if not plot.is_full_rank(run.options)]
+    # the lowest ratio has all lines, in the order of the lists; ratio 1 has not
+    numbers = {line: 1 + i for i, line in enumerate(dict.fromkeys(lines[run.method] for run in sorted(compressed, key=ratio_of)))}
     ratios = sorted({ratio_of(run) for run in compressed}, reverse=True)
     markers = dict(zip(ratios, itertools.cycle(plot.MARKERS)))
     levels = list(dict.fromkeys(run.options["recompute"] for run in those))
 
     def look_of_line(run):
-        if ratio_of(run) == 1:  # a star, black at the first level
+        if plot.is_full_rank(run.options):  # a star, black at the first level
             return dict(plot.look(0), color=str(0.35 * levels.index(run.options["recompute"]) % 1), marker="*", markersize=10, linestyle="none")
-        return plot.look(numbers[lines[run.method]])
+        number = numbers[lines[run.method]]
+        return plot.look(number, number - 1 if len(numbers) <= 6 else None)  # as long as they last, each colour has its own dashes
 
     def look_of_method(run):
-        if ratio_of(run) == 1:
+        if plot.is_full_rank(run.options):
             return dict(look_of_line(run), linestyle="-")
-        if len(numbers) > 6 or len(ratios) > 4:  # too few colours, or dashes
+        if len(numbers) > 6 or len(ratios) > 7:  # too few colours, or markers
             return plot.look(1 + methods.index(run.method))
         return plot.look(numbers[lines[run.method]], ratios.index(ratio_of(run)))
 
@@ -441,20 +459,26 @@ def draw(args, runs):
         groups, starts, found = {}, {}, []
         for run in sorted(those, key=ratio_of, reverse=True):
             if y(run) is not None:
-                groups.setdefault((ratio_of(run) == 1, lines[run.method]), {}).setdefault(ratio_of(run), []).append(run)
-        for (full, line), points in groups.items():  # full rank comes first
-            run = next(iter(points.values()))[0]
+                line = lines[run.method]
+                number = 0 if plot.is_full_rank(run.options) else numbers[line]
+                groups.setdefault((number, line), {}).setdefault(ratio_of(run), []).append(run)
+        for (number, line), points in sorted(groups.items()):  # full rank comes first
+            full, run = number == 0, next(iter(points.values()))[0]
             level, look = run.options["recompute"], look_of_line(run)
             points = [(x(same[0]), [y(run) for run in same], markers[ratio] if by_ratio and not full else look["marker"])
                       for ratio, same in points.items()]
             if full:
                 starts[level] = (points[0][0], plot.mean_and_deviation(points[0][1])[0])
             label = ", ".join(filter(None, ["full rank", line])) if full else line or run.options["projection"]
-            found.append(SimpleNamespace(label=label, look=look, points=points, start=None if full else starts.get(level)))
+            start = None if full or run.options["projection"] == "eigen" else starts.get(level)  # eigen's ratio 1 is its own
+            found.append(SimpleNamespace(label=label, look=look, points=points, start=start))
         return found
 
     def memory(run):
         return run.plan["total_bytes"] / size
+
+    def flops(run):
+        return run.plan["flops_per_token"]["total"] / 1e6
 
     paths = []
 
@@ -466,18 +490,20 @@ def draw(args, runs):
     loss, plan = "final validation loss (nats per token)", f"memory of a run ({unit})"
     told = {marker: f"rank {plot.rank_text(ratio)}" for ratio, marker in markers.items()}
     if those:
-        names = [name or run.name for run, name in zip(those, plot.labels([run.options for run in those], leave_out=["seed"]))]
+        names = [name or run.name for run, name in zip(those, labels(those, "seed"))]
         plot.draw_curves([run.log for run in those], names, [look_of_method(run) for run in those], path("curves.png"))
     if any(val_loss(run) is not None for run in those):
         ticks = {ratio_of(run): plot.rank_text(ratio_of(run)) for run in those}
-        plot.draw_series(series(ratio_of, val_loss), path("loss_ratio.png"), "Loss against rank ratio", "rank ratio (1: full rank)", loss, ticks)
+        plot.draw_series(series(ratio_of, val_loss), path("loss_ratio.png"), "Loss against rank ratio", "rank ratio", loss, ticks)
         plot.draw_series(series(memory, val_loss, True), path("loss_memory.png"), "Loss against memory", plan, loss, markers=told, frontier=True)
+        plot.draw_series(series(flops, val_loss, True), path("loss_flops.png"), "Loss against matrix FLOPs",
+                         "FLOPs of matrix products per token (millions)", loss, markers=told, frontier=True)
     if those:
         plot.draw_series(series(memory, lambda run: speed(run.log), True), path("speed_memory.png"), "Speed against memory", plan,
                          "speed (tokens per second)", markers=told)
     swept = [run for run in runs if run.lr and run.log and run.method in methods and run.options["seed"] == runs[0].options["seed"]]
     if swept:
-        names = dict(zip([run.method for run in swept], plot.labels([run.options for run in swept], leave_out=["lr"])))
+        names = dict(zip([run.method for run in swept], labels(swept, "lr")))
         found = []
         for number, name in names.items():
             same = sorted((run for run in swept if run.method == number), key=lambda run: run.options["lr"])

@@ -31,7 +31,7 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 DASHES = ["-", "--", "-.", ":"]
 
 MOST_RAW = 12  # runs whose unsmoothed curves are drawn too; those of more would hide everything
-COMPRESSION = ["compress", "projection", "gap", "alpha", "moments"]  # options without a meaning at full rank
+COMPRESSION = ["compress", "projection", "gap", "refresh-iterations", "alpha", "moments"]  # options without a meaning at full rank
 NO_MATTER = ["out", "plan", "tokenizer", "resume", "dump"]  # options that do not change what is learnt
 
 # ---------------------------------------------------------------------------- logs
@@ -79,7 +79,13 @@ def smooth(values, reach):
 
 
 def is_full_rank(options):
-    return float(options["rank"]) == 1 or options["compress"] == "none"
+    """At ratio 1 a basis of eigenvectors is whole, and still a projection."""
+    return options["compress"] == "none" or float(options["rank"]) == 1 and options["projection"] != "eigen"
+
+
+def has_meaning(options, name):
+    """Whether an option means something to a run: at full rank those of compression do not, and only eigen has iterations."""
+    return name not in COMPRESSION or not is_full_rank(options) and (name != "refresh-iterations" or options["projection"] == "eigen")
 
 
 def rank_text(rank):
@@ -92,7 +98,7 @@ def words(options, name):
     value = options.get(name)
     if name == "rank":
         return "full rank" if is_full_rank(options) else f"rank {rank_text(value)}"
-    if value is None or (name in COMPRESSION and is_full_rank(options)):
+    if value is None or not has_meaning(options, name):
         return ""
     if isinstance(value, bool) or value == "":
         return name if value else f"no {name}"
@@ -187,8 +193,8 @@ def draw_series(series, path, title, xlabel, ylabel, ticks=None, markers=None, f
     handles, places = [], []
     joined = [one for one in series if one.look["linestyle"] != "none"]
     for one in series:
-        # where the series have the same x, error bars would hide each other
-        aside = 1.03 ** (joined.index(one) - (len(joined) - 1) / 2) if ticks and several and one in joined else 1
+        # where the series have the same x, error bars would hide each other; the middle is full rank's
+        aside = 1.03 ** (joined.index(one) - (len(joined) - 1) // 2 - 0.5) if ticks and several and one in joined else 1
         means = [(x * aside, *mean_and_deviation(ys)) for x, ys, _ in one.points]
         places += [(x, y) for x, y, _ in means]
         axis.plot(*zip(*([one.start] if one.start else []), *((x, y) for x, y, _ in means)), **dict(one.look, marker=None), zorder=2)

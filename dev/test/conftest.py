@@ -1,6 +1,7 @@
 """What the tests of the trainer's behaviour share: small data and short runs."""
 
 import json
+import math
 import os
 import subprocess
 
@@ -131,6 +132,46 @@ def check_one_line(stderr, *names, said=""):
     assert stderr.startswith(NAME) and stderr.endswith("\n") and stderr.count("\n") == 1, said
     for name in names:
         assert str(name) in stderr, f"'{name}' is not named:\n{said}"
+
+
+# ---------------------------------------------------------------------------- projections
+
+def philox(seed, stream, index):
+    """Philox4x32-10's block for each index: (len(index), 4) words. Salmon et al., SC'11."""
+    low = np.uint64(0xFFFFFFFF)
+    index, thirty_two = np.asarray(index, np.uint64), np.uint64(32)
+    c = [index & low, index >> thirty_two, np.full_like(index, stream & 0xFFFFFFFF), np.full_like(index, stream >> 32)]
+    k = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        p, q = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        c = [(q >> thirty_two) ^ c[1] ^ np.uint64(k[0]), q & low, (p >> thirty_two) ^ c[3] ^ np.uint64(k[1]), p & low]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return np.stack(c, 1)
+
+
+def draw(kind, n, r, seed, linear, layer, epoch):
+    """P (n, r) in double precision, from the description of the random stream. A run's dump shows P of epoch 0 alone. Of an
+    eigenbasis it is what its first iteration starts from."""
+    stream = epoch << 32 | layer << 8 | ["qkv", "attproj", "fc", "fcproj"].index(linear)
+
+    def signs(count):
+        words = philox(seed, stream, np.arange((count + 127) // 128))
+        bits = words[:, :, None] >> np.arange(32, dtype=np.uint64) & np.uint64(1)
+        return 1.0 - 2.0 * bits.reshape(-1)[:count].astype(float)
+
+    if kind == "eigen":
+        return draw("gaussian", r, n, seed, linear, layer, 0).T * math.sqrt(n)
+    if kind == "rademacher":
+        return signs(n * r).reshape(n, r) / math.sqrt(r)
+    if kind == "gaussian":  # Box-Muller as in cuRAND: u in (0, 1], an angle in (0, 2 pi]
+        u = (philox(seed, stream, np.arange((n * r + 3) // 4)).astype(float) + 0.5) / 2.0**32
+        length, angle = np.sqrt(-2 * np.log(u[:, [0, 2]])), 2 * math.pi * u[:, [1, 3]]
+        return np.stack([length * np.sin(angle), length * np.cos(angle)], 2).reshape(-1)[:n * r].reshape(n, r) / math.sqrt(r)
+    stripes = np.arange((n + r - 1) // r)
+    shift = philox(seed, stream, (1 << 32) + stripes)[:, 0].astype(int) % r
+    P = np.zeros((n, r))
+    P[np.arange(n), (np.arange(n) + shift[np.arange(n) // r]) % r] = signs(n)
+    return P
 
 
 # ---------------------------------------------------------------------------- plans

@@ -26,9 +26,10 @@ sys.path.insert(0, str(ROOT / "dev"))
 import ablate  # noqa: E402
 import plot  # noqa: E402
 
-PICTURES = ["curves.png", "loss_memory.png", "loss_ratio.png", "speed_memory.png"]
+PICTURES = ["curves.png", "loss_flops.png", "loss_memory.png", "loss_ratio.png", "speed_memory.png"]
 STEPS = 24
-BLACK, BLUE, ORANGE = "#000000", "#0072B2", "#D55E00"  # full rank, the first projection, the second
+BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"  # full rank, the projections as they are listed
+METHODS = ["full rank", "rank 1, eigen", *(f"rank {ratio}, {p}" for ratio in ("1/2", "1/4") for p in ("gaussian", "sparse", "eigen"))]
 
 # A trainer that notes in `calls`, a line a time, when a run begins (+) and ends (-) and with which flags; plans it leaves alone.
 # Those runs whose flags hold $WHERE go wrong in the way that $HOW names.
@@ -104,9 +105,9 @@ def sweep(tmp_path):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A sweep that is done, to look at: full rank, and two ratios by two projections, each with two seeds."""
+    """A sweep that is done, to look at: full rank, eigen's whole basis, and two ratios by three projections, each with two seeds."""
     made = Sweep(tmp_path_factory.mktemp("sweep"))
-    made.said = made.run("--ratios", "1,1/2,0.25", "--projections", "gaussian,sparse", "--seeds", "1,2", "-v", 8)
+    made.said = made.run("--ratios", "1,1/2,0.25", "--projections", "gaussian,sparse,eigen", "--seeds", "1,2", "-v", 8)
     made.command = made.process.args
     return made
 
@@ -130,25 +131,28 @@ def gone(pid):
 # ---------------------------------------------------------------------------- a whole sweep
 
 def test_which_runs(done):
-    """Full rank is run once a seed, not once a projection; a ratio reaches the trainer as a number."""
-    assert len(done.begun) == len(set(done.begun)) == 10 and done.folders == sorted(row["name"] for row in done.rows)
+    """Full rank is run once a seed, not once a projection, and is not eigen at ratio 1; a ratio reaches the trainer as a number."""
+    assert len(done.begun) == len(set(done.begun)) == 16 and done.folders == sorted(row["name"] for row in done.rows)
     options = [formats.read_log(done.out / name)[0]["options"] for name in done.folders]
-    ran = sorted((o["rank"], o["projection"] if o["rank"] < 1 else "", o["seed"]) for o in options)
-    assert ran == sorted([(1, "", seed) for seed in (1, 2)] + [(ratio, projection, seed) for ratio in (0.5, 0.25)
-                                                               for projection in ("gaussian", "sparse") for seed in (1, 2)])
+    ran = sorted((o["rank"], o["projection"], o["seed"]) for o in options)
+    assert ran == sorted([(1, projection, seed) for projection in ("gaussian", "eigen") for seed in (1, 2)] +
+                         [(ratio, projection, seed) for ratio in (0.5, 0.25) for projection in ("gaussian", "sparse", "eigen") for seed in (1, 2)])
+    begins = sorted(name[:name.index("-r0-lr0.01-s")] for name in done.folders)
+    assert begins == sorted(2 * ["full", "1-eigen"] + [f"{ratio}-{p}" for ratio in (0.5, 0.25) for p in 2 * ("gaussian", "sparse", "eigen")])
     assert all(o["steps"] == STEPS and o["lr"] == 0.01 and o["channels"] == 16 for o in options)
-    assert "10 of 10 runs are done" in done.said and len(re.findall(r"val \d\.\d{4}\n", done.said)) == 10
+    assert "16 of 16 runs are done" in done.said and len(re.findall(r"val \d\.\d{4}\n", done.said)) == 16
 
 
 def test_the_csv_says_what_the_logs_say(done):
     logs = {name: formats.read_log(done.out / name) for name in done.folders}
-    base = {head["options"]["seed"]: evaluations[-1]["val_loss"] for head, _, evaluations in logs.values() if head["options"]["rank"] == 1}
+    base = {head["options"]["seed"]: evaluations[-1]["val_loss"] for name, (head, _, evaluations) in logs.items() if name.startswith("full")}
     for row in done.rows:
         head, steps, evaluations = logs[row["name"]]
-        options, plan, full = head["options"], head["plan"], row["ratio"] == "1"
+        options, plan, full = head["options"], head["plan"], row["name"].startswith("full")
         assert [evaluation["step"] for evaluation in evaluations] == [8, 16, 24]
         for column, option in (("projection", "projection"), ("gap", "gap"), ("alpha", "alpha"), ("moments", "moments"), ("compress", "compress")):
             assert row[column] == ("" if full else str(options[option]))
+        assert row["refresh-iterations"] == ("1" if options["projection"] == "eigen" else "")
         assert float(row["ratio"]) == options["rank"] and row["level"] == "0" and row["seed"] == str(options["seed"])
         assert row["lr"] == "0.01" and row["steps"] == "24" and row["status"] == "ok"
         figures = {"final_train_loss": statistics.mean(step["loss"] for step in steps[-20:]),
@@ -160,19 +164,21 @@ def test_the_csv_says_what_the_logs_say(done):
                    "seconds": sum(step["ms"] for step in steps) / 1000}
         for column, value in figures.items():
             assert float(row[column]) == pytest.approx(value, rel=1e-9, abs=1e-9), column
-    assert len({row["final_val_loss"] for row in done.rows}) == 10 and len({row["plan_bytes"] for row in done.rows}) == 5
+    for column, count in (("final_val_loss", 16), ("plan_bytes", 8), ("flops_per_token", 8)):
+        assert len({row[column] for row in done.rows}) == count, column
 
 
 def test_the_table(done):
     lines = [line.strip("| ").split(" | ") for line in done.table.splitlines() if line.startswith("| ")]
-    methods = {line[0]: line for line in lines[2:7]}
-    assert list(methods) == ["full rank", "rank 1/2, gaussian", "rank 1/2, sparse", "rank 1/4, gaussian", "rank 1/4, sparse"]
-    for projection in ("gaussian", "sparse"):
-        rows = [row for row in done.rows if row["ratio"] == "0.25" and row["projection"] == projection]
+    methods = {line[0]: line for line in lines[2:10]}
+    assert list(methods) == METHODS
+    for method, begin in (("rank 1/4, gaussian", "0.25-gaussian"), ("rank 1/4, sparse", "0.25-sparse"), ("rank 1, eigen", "1-eigen")):
+        rows = [row for row in done.rows if row["name"].startswith(begin)]
         losses = [float(row["final_val_loss"]) for row in rows]
-        line = methods[f"rank 1/4, {projection}"]
+        line = methods[method]
         assert line[1] == "2" and line[4] == f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
         assert line[8] == f"{100 * int(rows[0]['plan_bytes']) / int(rows[0]['full_rank_bytes']):.0f} %"
+        assert line[9] == f"{int(rows[0]['flops_per_token']) / 1e6:.2f} M"
     assert methods["full rank"][5] == "+0.00 ± 0.00" and "lr 0.01" in done.table and "status ok" in done.table
     for name in PICTURES + done.folders:
         assert name in done.table
@@ -199,7 +205,7 @@ def check_picture(path, *colours):
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures(done, name):
-    check_picture(done.out / name, BLACK, BLUE, ORANGE)
+    check_picture(done.out / name, BLACK, BLUE, ORANGE, GREEN)
     assert not list(done.out.glob("*.part"))
 
 
@@ -274,36 +280,49 @@ def test_pictures_hold_the_sweep(done, figures, monkeypatch):
     monkeypatch.setattr(sys, "argv", done.command[1:])
     with pytest.raises(SystemExit) as caught:
         ablate.main()
-    assert caught.value.code == 0 and len(done.begun) == 10
-    curves, loss_ratio, loss_memory, speed_memory = figures
-    check_legend(curves, ["full rank", "rank 1/2, gaussian", "rank 1/2, sparse", "rank 1/4, gaussian", "rank 1/4, sparse"])
-    assert len(curves.axes[1].lines) == 10
-    check_legend(loss_ratio, ["full rank", "gaussian", "sparse"])
-    check_legend(speed_memory, ["full rank", "gaussian", "sparse", "rank 1/2", "rank 1/4"])
-    columns = {loss_memory: ("plan_bytes", "final_val_loss", 2**20), speed_memory: ("plan_bytes", "tokens_per_second", 2**20),
-               loss_ratio: ("ratio", "final_val_loss", 1)}
-    for figure, (x, y, unit) in columns.items():
+    assert caught.value.code == 0 and len(done.begun) == 16
+    curves, loss_ratio, loss_memory, loss_flops, speed_memory = figures
+    check_legend(curves, METHODS)
+    assert len(curves.axes[1].lines) == 16
+    check_legend(loss_ratio, ["full rank", "gaussian", "sparse", "eigen"])
+    check_legend(speed_memory, ["full rank", "gaussian", "sparse", "eigen", "rank 1", "rank 1/2", "rank 1/4"])
+    colours = {"": BLACK, "gaussian": BLUE, "sparse": ORANGE, "eigen": GREEN}
+    loss, memory = ("final_val_loss", "final validation loss (nats per token)"), ("plan_bytes", "memory of a run (MiB)", 2**20)
+    flops = ("flops_per_token", "FLOPs of matrix products per token (millions)", 1e6)
+    for figure, (x, x_name, unit), (y, y_name) in (
+            (loss_ratio, ("ratio", "rank ratio", 1), loss), (loss_memory, memory, loss), (loss_flops, flops, loss),
+            (speed_memory, memory, ("tokens_per_second", "speed (tokens per second)"))):
         wanted = {}
         for row in done.rows:
-            mark = {"1": "*", "0.5": "o", "0.25": "s"}[row["ratio"]] if x == "plan_bytes" else {"": "*", "gaussian": "s", "sparse": "^"}[row["projection"]]
-            key = (row["ratio"], {"": BLACK, "gaussian": BLUE, "sparse": ORANGE}[row["projection"]], mark)
+            mark = {"1": "o", "0.5": "s", "0.25": "^"}[row["ratio"]] if x != "ratio" else {"gaussian": "o", "sparse": "s"}.get(row["projection"], "^")
+            key = (row["ratio"], colours[row["projection"]], mark if row["projection"] else "*")
             wanted.setdefault(key, [float(row[x]) / unit, []])[1].append(float(row[y]))
-        x_name, y_name = ("memory of a run (MiB)" if x == "plan_bytes" else "rank ratio"), ("loss (nats" if y == "final_val_loss" else "tokens per second")
-        assert x_name in figure.axes[0].get_xlabel() and y_name in figure.axes[0].get_ylabel()
-        points = [(container[0].get_xydata()[0], to_hex(container[0].get_color()).upper(), container[0].get_marker()) for container in figure.axes[0].containers]
+        axis, = figure.axes
+        assert axis.get_xlabel() == x_name and axis.get_ylabel() == y_name
+        points = [(container[0].get_xydata()[0], to_hex(container[0].get_color()).upper(), container[0].get_marker()) for container in axis.containers]
         full, = (list(place) for place, colour, _ in points if colour == BLACK)
-        assert len(points) == 5 and [line.get_xydata()[0].tolist() for line in figure.axes[0].lines if len(line.get_xdata()) == 3] == [full, full]
+        joined = {to_hex(line.get_color()).upper(): line for line in axis.lines if len(line.get_xdata()) == 3}
+        starts = [joined[colour].get_xydata()[0].tolist() == full for colour in (BLUE, ORANGE, GREEN)]
+        assert len(points) == 8 and starts == [True, True, False]  # eigen's line begins at its own ratio 1, not at full rank
+        assert [joined[colour].get_linestyle() for colour in (BLUE, ORANGE, GREEN)] == ["-", "--", "-."]
         for (_, colour, mark), (at, ys) in wanted.items():
-            near = pytest.approx([at, statistics.mean(ys)], rel=0.02 if figure is loss_ratio else 1e-9)  # there, error bars stand side by side
+            near = pytest.approx([at, statistics.mean(ys)], rel=0.05 if figure is loss_ratio else 1e-9)  # there, error bars stand side by side
             assert [1 for place, c, m in points if (c, m) == (colour, mark) and list(place) == near], (x, y, colour, mark)
 
 
 def test_looks():
-    """No two of 24 lines look alike; nor do six lines of four ratios."""
-    for looks in ([plot.look(number) for number in range(25)], [plot.look(number, kind) for number in range(1, 7) for kind in range(4)]):
+    """No two of 24 lines look alike; nor do six lines of seven ratios."""
+    for looks in ([plot.look(number) for number in range(25)], [plot.look(number, kind) for number in range(1, 7) for kind in range(7)]):
         assert len({tuple(look.values()) for look in looks}) == len(looks)
     assert plot.look(0)["color"] == BLACK and plot.look(1)["color"] == BLUE and plot.look(2, 3)["color"] == ORANGE
 
+
+def test_many_ratios_have_one_colour(sweep):
+    sweep.run("--ratios", "1,1/2,1/4,1/8,1/16", "--projections", "eigen")
+    assert [row["status"] for row in sweep.rows] == ["ok"] * 6
+    for name in PICTURES:
+        check_picture(sweep.out / name, BLACK, BLUE)
+        assert pixels(sweep.out / name, ORANGE) == pixels(sweep.out / name, GREEN) == 0
 
 # ---------------------------------------------------------------------------- sweeps that break off
 
@@ -413,11 +432,16 @@ def check_rates(sweep, rates):
     return taken
 
 
+def rates_in_table(sweep):
+    return [line.strip("| ").split(" | ")[:3] for line in sweep.table.splitlines() if "±" in line and "|" in line]
+
+
 def test_learning_rates(sweep):
     options = ["--ratios", "1,1/4", "--seeds", "1,2"]
     said = sweep.run(*options, "--lr-sweep", "1e-2,1e-4,1e-3")
     assert check_rates(sweep, [1e-2, 1e-4, 1e-3]) == {"1": 0.01, "0.25": 0.01} and len(sweep.begun) == 8
-    assert said.count("at its edge") == 2 and "Best at the edge" in sweep.table
+    assert said.count("at its edge") == 2 and "best at the edge" in sweep.table
+    assert rates_in_table(sweep) == [["full rank", "2", "0.01 (edge)"], ["rank 1/4", "2", "0.01 (edge)"]]
     said = sweep.run(*options, "--lr-sweep", "1e-2,1e-4,1e-3,1")  # the runs that there are stay and count
     assert check_rates(sweep, [1e-2, 1e-4, 1e-3, 1]) == {"1": 0.01, "0.25": 0.01} and len(sweep.begun) == 10
     assert "edge" not in said + sweep.table
@@ -426,8 +450,7 @@ def test_learning_rates(sweep):
         if row["seed"] == "2":
             above = 100 * math.expm1(float(row["final_val_loss"]) - float(base["final_val_loss"]))
             assert float(row["perplexity_above_full_rank_percent"]) == pytest.approx(above)
-    assert [line.strip("| ").split(" | ")[:3] for line in sweep.table.splitlines() if "±" in line and "|" in line] == [
-        ["full rank", "2", "0.01"], ["rank 1/4", "2", "0.01"]]
+    assert rates_in_table(sweep) == [["full rank", "2", "0.01"], ["rank 1/4", "2", "0.01"]]
     for name in PICTURES + ["loss_lr.png"]:
         check_picture(sweep.out / name, BLACK, BLUE)
 
@@ -462,6 +485,9 @@ def line_of(program, options, monkeypatch, capfd):
     (["--lr-sweep", "1e-3,1e-2", "-v", "0"], "--lr-sweep: chooses by validation loss, which --val-every 0"),
     (["--jobs", "0"], "--jobs: '0' is not a whole number"),
     (["--projections", "gaussian,cauchy"], "train_gpt2_compact: --projection: 'cauchy' "),
+    (["--refresh", "1,2"], "--refresh: only eigen has iterations"),
+    (["--projections", "eigen", "--refresh", "0"], "train_gpt2_compact: --refresh-iterations: "),
+    (["--projection", "eigen"], "--projection: eigen, for which ratio 1 is not full rank, is to be listed by --projections"),
     (["--nonsense"], "train_gpt2_compact: --nonsense: "),
     (["--rank", "0.3"], "--rank: is 1 by what is listed, and 0.3 by the flags for the trainer"),
     (["--train", "nothing.txt"], "train_gpt2_compact: --train: no file matches 'nothing.txt'"),
@@ -511,6 +537,19 @@ def test_methods():
     assert len(methods("--alphas", "1,0.25,1.0", "--moments", "keep,move")) == 13
 
 
+def test_methods_of_eigen():
+    """Ratio 1 is full rank and, of eigen, the whole basis; only eigen has iterations."""
+    full, whole, quarter = {"rank": "1"}, {"rank": "1", "projection": "eigen"}, {"rank": "0.25", "projection": "eigen"}
+    assert methods("--projections", "eigen", "--ratios", "1,1/4") == [full, whole, quarter]
+    for projections in ("gaussian,eigen", "eigen,gaussian"):
+        assert methods("--projections", projections, "--ratios", "1") == [full, whole]
+    assert methods("--projections", "eigen", "--ratios", "1,1/4", "--compress", "none/fc") == [
+        full, dict(whole, compress="fc"), dict(quarter, compress="fc")]
+    assert methods("--projections", "gaussian,eigen", "--ratios", "1,1/4", "--refresh", "1,3") == [
+        full, *(dict(whole, **{"refresh-iterations": k}) for k in "13"), dict(quarter, projection="gaussian"),
+        *(dict(quarter, **{"refresh-iterations": k}) for k in "13")]
+
+
 def test_what_makes_a_run_another(tmp_path):
     (tmp_path / "text.txt").write_text(make_text(3000))
     (tmp_path / "other").symlink_to(TRAINER)
@@ -526,6 +565,22 @@ def test_what_makes_a_run_another(tmp_path):
     others = [name("--gap", 49), name("-l", "4e-4"), name("-b", 3), name("-c", 0.2), name("--clip", 2), name("--overfit"), name(seed="2"),
               name(binary=str(tmp_path / "other"))]
     assert len({first, *others}) == 9
+
+
+def test_names_of_eigen(tmp_path, monkeypatch):
+    """What sets apart runs of eigen by their iterations: folder, labels, column; other methods have none of it."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(make_text(3000))
+    args = ablate.parse_options(["--out", "out", "--train", "text.txt", "--steps", "3", "--ratios", "1,1/4", "--projections", "sparse,eigen",
+                                 "--refresh", "1,3", *map(str, TINY)])
+    args.binary = TRAINER
+    runs = [ablate.plan_run(args, number, method, None, None) for number, method in enumerate(ablate.list_methods(args))]
+    assert len({run.folder for run in runs}) == 6 and [run.name.split("-r0")[0] for run in runs] == [
+        "full", "1-eigen", "1-eigen", "0.25-sparse", "0.25-eigen", "0.25-eigen"]
+    assert ablate.labels(runs) == ["full rank", "rank 1, eigen, refresh-iterations 1", "rank 1, eigen, refresh-iterations 3", "rank 1/4, sparse",
+                                   "rank 1/4, eigen, refresh-iterations 1", "rank 1/4, eigen, refresh-iterations 3"]
+    assert ablate.labels([runs[0], runs[2], runs[3]]) == ["full rank", "rank 1, eigen", "rank 1/4, sparse"]
+    assert [ablate.row_of(run, {})["refresh-iterations"] for run in runs] == [None, 1, 3, None, 1, 3]
 
 
 def test_which_binary(tmp_path, monkeypatch):
@@ -600,6 +655,10 @@ def test_labels():
     assert labels({}) == [""] and labels({}, {"out": "y"}) == ["", ""]
     assert labels({"rank": 1}, {}, {"projection": "sparse"}) == ["full rank", "rank 1/4, gaussian", "rank 1/4, sparse"]
     assert labels({"compress": "none", "gap": 5}, {"rank": 0.333333333}) == ["full rank", "rank 1/3"]  # a gap means nothing at full rank
+    assert labels({"rank": 1, "projection": "eigen"}, {"rank": 1}, {"rank": 1, "projection": "eigen", "compress": "none"}) == [
+        "rank 1", "full rank", "full rank"]
+    assert labels({"refresh-iterations": 1, "projection": "eigen"}, {"refresh-iterations": 3, "projection": "eigen"}, {"refresh-iterations": 1}) == [
+        "eigen, refresh-iterations 1", "eigen, refresh-iterations 3", "gaussian"]
     assert labels({"seed": 2, "lr": 1e-4}, {}) == ["lr 0.0001, seed 2", "lr 0.001, seed 1"]
     assert labels({"seed": 2, "lr": 1e-4}, {}, leave_out=["seed"]) == ["lr 0.0001", "lr 0.001"]
     assert labels({"recompute": 2}, {}) == ["recompute 2", "recompute 0"] and labels({"overfit": True}, {}) == ["overfit", "no overfit"]

@@ -14,7 +14,7 @@ import formats
 from conftest import LEVELS, NAME, TINY, VOCAB, check_one_line, environment, make_text
 
 METHODS = [["--rank", 1.0]] + [["--projection", p, "--moments", m]
-                               for p in ("gaussian", "rademacher", "sparse") for m in ("keep", "move", "reset")]
+                               for p in ("gaussian", "rademacher", "sparse", "eigen") for m in ("keep", "move", "reset")]
 FEW_BITS = ["--gelu 2bit -r 2", "--tape int8 -r 4", "--master none", "--master none --gelu 2bit --tape int8 --moments move"]
 CONSTANT = ["-k", "constant", "-l", 1e-2]  # a rate that does not depend on --steps
 

@@ -31,11 +31,12 @@ FLASH = ["attention_flash_forward", "attention_flash_dq", "attention_flash_dkv"]
 
 # Kernels whose time is that of moving bytes: each reads what is large in it by 16 bytes a thread. Not here: fold_kernel,
 # quantize_kernel, dequantize_kernel and attention_dot, whose rows need not begin on 16 bytes (any rank, any head size),
-# add_partial_sums, norm_kernel and sparse_change_kernel, whose data are small, and the kernels that draw P, which read nothing.
+# add_partial_sums, norm_kernel and sparse_change_kernel, whose data are small, and the kernels that draw P or write unit_rows_kernel's
+# rows, which read nothing.
 WIDE = ["layernorm_kernel", "layernorm_backward_kernel", "gelu_forward_kernel", "gelu_backward_kernel",
         "gelu_backward_2bit_kernel", "embedding_forward_kernel", "word_backward_kernel", "position_backward_kernel",
         "column_sums", "cross_entropy_kernel", "bias_kernel", "squares_kernel", "adam_kernel", "direction_kernel",
-        "round_kernel", "sparse_update_kernel"]
+        "round_kernel", "sparse_update_kernel", "householder_panel"]
 
 # A multiprocessor's limits, from the CUDA programming guide's table of compute capabilities: warps, blocks, KiB of shared memory.
 LIMITS = {"sm_80": (64, 32, 164), "sm_90": (64, 32, 228), "sm_120": (48, 24, 100)}
