@@ -520,6 +520,14 @@ static void accumulate_refreshing(Gpu& g, Cpu& c, const Setup& u, float scale, c
     if (!own.empty()) expect_close(when + "the columns' energies", got, own.data(), int64_t(own.size()), bounds.energy);
 }
 
+static void accumulate_both(Gpu& g, Cpu& c, const Setup& u, bool first, float scale, const std::string& when) {
+    gpu::model_accumulate(g.s, u.B, u.T, first, scale);
+    if (c.s.refresh > 0 && u.projection == gpu::EIGEN)
+        accumulate_refreshing(g, c, u, scale, when);
+    else
+        cpu::model_accumulate(c.s, u.B, u.T, first, scale);
+}
+
 static void tensors(const Setup& u) {
     Cpu c(u);
     Gpu g(u);
@@ -537,11 +545,7 @@ static void tensors(const Setup& u) {
         for (int micro = 0; micro < u.micros; micro++) {
             set_tokens(g.s, u, step * u.micros + micro, N);
             set_tokens(c.s, u, step * u.micros + micro, N);
-            gpu::model_accumulate(g.s, u.B, u.T, micro == 0, 1.0f / (u.micros * N));
-            if (c.s.refresh > 0 && c.s.options.projection == cpu::EIGEN)
-                accumulate_refreshing(g, c, u, 1.0f / (u.micros * N), when);
-            else
-                cpu::model_accumulate(c.s, u.B, u.T, micro == 0, 1.0f / (u.micros * N));
+            accumulate_both(g, c, u, micro == 0, 1.0f / (u.micros * N), when);
             compare_losses(g, c, when + "losses", N, b.activation / 2);
             if (gpu::IS_BF16 && step > 0) continue;  // the weights that compute are rounded on one side only by now
             flipped = std::max(flipped, compare_codes(g, c, when, b.activation));
@@ -1052,8 +1056,9 @@ static void dump(const Setup& u) {
     copy_weights(g, c);
     set_tokens(g.s, u, 0, u.B * u.T);
     set_tokens(c.s, u, 0, u.B * u.T);
-    gpu::model_accumulate(g.s, u.B, u.T, true, 1.0f / (u.B * u.T));
-    cpu::model_accumulate(c.s, u.B, u.T, true, 1.0f / (u.B * u.T));
+    gpu::model_begin_step(g.s, 0);
+    cpu::model_begin_step(c.s, 0);
+    accumulate_both(g, c, u, true, 1.0f / (u.B * u.T), "");
     g.s.options.dump = folder.path + "/gpu";
     c.s.options.dump = folder.path + "/cpu";
     gpu::write_dump(g.s, g.plan, g.s.options);
