@@ -156,7 +156,7 @@ struct Options {
     double lr = 3e-4, final_lr_frac = 0.1, weight_decay = 0.1, clip = 1.0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
     int schedule = COSINE;
     double rank = 0.25;
-    int compress = 1 << QKV | 1 << FC | 1 << FCPROJ, projection = GAUSSIAN, gap = 50, moments = KEEP;
+    int compress = 1 << QKV | 1 << FC | 1 << FCPROJ, projection = GAUSSIAN, gap = -1, moments = KEEP;
     int refresh_iterations = 1;
     double alpha = 1.0;
     int recompute = 0, gelu = GELU_EXACT, tape = TAPE_FULL, master = MASTER_FP32;
@@ -3209,7 +3209,7 @@ static std::vector<OptionRow> option_table(Options& o) {
         {0, "rank", "R", KIND_RANK, &o.rank, "ratio in (0, 1] of a layer's inputs, or a whole rank above 1; 1 is full rank", 0, MANY},
         {0, "compress", "LIST", KIND_SET, &o.compress, "the layers that this holds for: none, or from ", 0, 0, linear_names},
         {0, "projection", "P", KIND_CHOICE, &o.projection, "", 0, 0, projection_names},
-        {0, "gap", "T", KIND_INT, &o.gap, "steps between new projections; 0: never", 0, MANY},
+        {0, "gap", "T", KIND_INT, &o.gap, "steps between new projections; 0: never, -1: 50, or 10 for an eigenbasis", -1, MANY},
         {0, "alpha", "A", KIND_REAL, &o.alpha, "scale of a compressed layer's step", 0, MANY},
         {0, "refresh-iterations", "K", KIND_INT, &o.refresh_iterations, "of an eigenbasis, every --gap steps", 1, 1000},
         {0, "moments", "M", KIND_CHOICE, &o.moments, "Adam's, at a new projection: ", 0, 0, moments_names},
@@ -3416,6 +3416,7 @@ static void fit_memory(Options& o, const Config& c) {
 
 // Fills in what follows from the model, and looks for contradictions.
 static void settle_options(Options& o, const Config& c) {
+    if (o.gap < 0) o.gap = o.projection == EIGEN ? 10 : 50;  // a fresher basis trains better; a drawn P may as well stay
     if (o.seq == 0) o.seq = c.context;
     if (o.seq > c.context) refuse("--seq: " + str(o.seq) + " is more than the model's context of " + str(c.context));
     if (o.gelu == GELU_2BIT && o.recompute >= tape_rows[FCH].gone_from)

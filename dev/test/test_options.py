@@ -55,7 +55,7 @@ OPTIONS = {
     "rank": ("", REAL + ["0", "0.0", "-0.5", "1.5", "2.25"]),
     "compress": ("", ["", "x", ",", "qkv,", ",qkv", "qkv,,fc", "qkv,x", "qkv fc", "none,qkv", "qkv,none", "QKV", "all"]),
     "projection": ("", choice("gaussian", "rademacher", "sparse", "eigen")),
-    "gap": ("", COUNT),
+    "gap": ("", EVERY),
     "alpha": ("", REAL),
     "refresh-iterations": ("", COUNT + ["0", "1001"]),
     "moments": ("", choice("keep", "move", "reset")),
@@ -126,14 +126,16 @@ def test_help():
 def test_defaults_in_help_are_those_in_use():
     used = json.loads(formats.run_trainer(["--plan=json"]).stdout)["options"]
     for name, (_, _, _, default) in helped().items():
-        if name in ("plan", "help", "seq", "total-batch"):  # the last two become what the model says
+        if name in ("plan", "help", "seq", "total-batch", "gap"):  # the last three become what the model and the projection say
             continue
         shown = used[name] if isinstance(used[name], str) else json.dumps(used[name])
         if isinstance(used[name], bool):
             assert not used[name]
         elif default or shown:
             assert default == shown or float(default) == float(shown), name
-    assert used["seq"] == 1024 and used["total-batch"] == 4096
+    assert used["seq"] == 1024 and used["total-batch"] == 4096 and used["gap"] == 50
+    eigen = [json.loads(formats.run_trainer(["--plan=json", "--projection", "eigen", *gap]).stdout)["options"]["gap"] for gap in ([], ["--gap", "50"])]
+    assert eigen == [10, 50]
 
 
 def test_every_option_is_tried():
