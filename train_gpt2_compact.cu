@@ -1,7 +1,7 @@
 // train_gpt2_compact.cu: trains GPT-2 with compressed activations (CompAct, arXiv 2410.15352) on one NVIDIA GPU, in one file.
 //
 // The method and its reference on the CPU are in train_gpt2_compact.cpp: a linear layer keeps z = x P instead of its input x,
-// with P (n, r) random and never stored, or the top eigenvectors of x^T x; weight gradient and Adam's moments have r columns
+// with P (n, r) the top eigenvectors of x^T x, or random and never stored; weight gradient and Adam's moments have r columns
 // instead of n; the rest is exact.
 //
 // How to read it, top to bottom:
@@ -132,7 +132,7 @@ static double seconds() { return std::chrono::duration<double>(std::chrono::stea
 // ---- options: what the user asked for (parsed in the second part)
 
 enum { QKV, ATTPROJ, FC, FCPROJ, LINEARS };
-enum { GAUSSIAN, RADEMACHER, SPARSE, EIGEN };
+enum { GAUSSIAN, RADEMACHER, SPARSE, EIGEN, AUTO };
 enum { KEEP, MOVE, RESET };
 enum { COSINE, LINEAR, CONSTANT, WSD };
 enum { TYPE_FP32, TYPE_BF16 };
@@ -141,7 +141,7 @@ enum { TAPE_FULL, TAPE_INT8 };
 enum { MASTER_FP32, MASTER_NONE };
 
 static const char* linear_names = "qkv,attproj,fc,fcproj";
-static const char* projection_names = "gaussian,rademacher,sparse,eigen";
+static const char* projection_names = "gaussian,rademacher,sparse,eigen,auto";
 static const char* moments_names = "keep,move,reset";
 static const char* schedule_names = "cosine,linear,constant,wsd";
 static const char* type_names = "fp32,bf16";
@@ -156,7 +156,7 @@ struct Options {
     double lr = 3e-4, final_lr_frac = 0.1, weight_decay = 0.1, clip = 1.0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
     int schedule = COSINE;
     double rank = 0.25;
-    int compress = 1 << QKV | 1 << FC | 1 << FCPROJ, projection = GAUSSIAN, gap = -1, moments = KEEP;
+    int compress = 1 << QKV | 1 << FC | 1 << FCPROJ, projection = AUTO, gap = -1, moments = KEEP;
     int refresh_iterations = 1;
     double alpha = 1.0;
     int recompute = 0, gelu = GELU_EXACT, tape = TAPE_FULL, master = MASTER_FP32;
@@ -3208,7 +3208,7 @@ static std::vector<OptionRow> option_table(Options& o) {
         {0, "eps", "X", KIND_REAL, &o.eps, "", 1e-30, 1},
         {0, "rank", "R", KIND_RANK, &o.rank, "ratio in (0, 1] of a layer's inputs, or a whole rank above 1; 1 is full rank", 0, MANY},
         {0, "compress", "LIST", KIND_SET, &o.compress, "the layers that this holds for: none, or from ", 0, 0, linear_names},
-        {0, "projection", "P", KIND_CHOICE, &o.projection, "", 0, 0, projection_names},
+        {0, "projection", "P", KIND_CHOICE, &o.projection, "auto is eigen, but at --rank 1 full rank: ", 0, 0, projection_names},
         {0, "gap", "T", KIND_INT, &o.gap, "steps between new projections; 0: never, -1: 50, or 10 for an eigenbasis", -1, MANY},
         {0, "alpha", "A", KIND_REAL, &o.alpha, "scale of a compressed layer's step", 0, MANY},
         {0, "refresh-iterations", "K", KIND_INT, &o.refresh_iterations, "of an eigenbasis, every --gap steps", 1, 1000},
@@ -3416,6 +3416,7 @@ static void fit_memory(Options& o, const Config& c) {
 
 // Fills in what follows from the model, and looks for contradictions.
 static void settle_options(Options& o, const Config& c) {
+    if (o.projection == AUTO) o.projection = o.rank == 1.0 ? GAUSSIAN : EIGEN;  // a whole eigenbasis is not full rank
     if (o.gap < 0) o.gap = o.projection == EIGEN ? 10 : 50;  // a fresher basis trains better; a drawn P may as well stay
     if (o.seq == 0) o.seq = c.context;
     if (o.seq > c.context) refuse("--seq: " + str(o.seq) + " is more than the model's context of " + str(c.context));

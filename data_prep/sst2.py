@@ -119,8 +119,8 @@ def prepare(paths, out, tokenizer, question, answers, T):
     print(f"  train.bin: {len(examples['train']):,} examples; val.bin and answers.bin: {len(examples['val']):,}")
     files = [f"--{option} {shlex.quote(path[name])}" for option, name in
              (("train", "train"), ("val", "val"), ("hellaswag", "answers"))]
-    print(f"fine-tune with the CompAct paper's rank, alpha and gap:\n  ./train_gpt2_compact -e gpt2.bin {' '.join(files)} "
-          f"-t {T} -b 16 -l 2e-5 --rank 8 --alpha 2 --gap 500 -o runs/sst2")
+    print(f"fine-tune with the CompAct paper's projection, rank, alpha and gap:\n  ./train_gpt2_compact -e gpt2.bin {' '.join(files)} "
+          f"-t {T} -b 16 -l 2e-5 --projection gaussian --rank 8 --alpha 2 --gap 500 -o runs/sst2")
 
 # ----------------------------------------------------------------------------
 # score

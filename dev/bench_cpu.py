@@ -82,7 +82,7 @@ def main():
         variants = {
             "full rank": lambda: trainer_steps(own, folder, args.steps, ["--rank", "1"]),
             "rank 1/4, sparse": lambda: trainer_steps(own, folder, args.steps, ["--rank", "0.25", "--projection", "sparse"]),
-            "rank 1/4, gaussian": lambda: trainer_steps(own, folder, args.steps, ["--rank", "0.25"]),
+            "rank 1/4, gaussian": lambda: trainer_steps(own, folder, args.steps, ["--rank", "0.25", "--projection", "gaussian"]),
         }
         if plain.exists():
             variants["full rank, no BLAS"] = lambda: trainer_steps(plain, folder, args.steps, ["--rank", "1"])

@@ -109,7 +109,13 @@ def labels(many, leave_out=()):
     """For each of many runs' options: the rank and whatever else differs among them. Empty where nothing does."""
     names = [name for options in many for name in options if name not in NO_MATTER and name not in leave_out]
     names = sorted(dict.fromkeys(names), key=lambda name: (name != "rank", name != "projection"))  # these two first
-    differing = [name for name in names if len({words(options, name) for options in many} - {""}) > 1]
+
+    def differ(name, some):
+        return len({words(options, name) for options in some} - {""}) > 1
+    differing = [name for name in names if differ(name, many)]
+    if "gap" in differing:  # one that follows from the projection, as where none is given, says nothing more
+        same = [[options for options in many if options["projection"] == one["projection"]] for one in many]
+        differing = [name for name in differing if name != "gap" or any(differ(name, some) for some in same)]
     return [", ".join(filter(None, (words(options, name) for name in differing))) for options in many]
 
 # ---------------------------------------------------------------------------- pictures

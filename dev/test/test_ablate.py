@@ -437,7 +437,7 @@ def rates_in_table(sweep):
 
 
 def test_learning_rates(sweep):
-    options = ["--ratios", "1,1/4", "--seeds", "1,2"]
+    options = ["--ratios", "1,1/4", "--seeds", "1,2", "--projection", "gaussian"]
     said = sweep.run(*options, "--lr-sweep", "1e-2,1e-4,1e-3")
     assert check_rates(sweep, [1e-2, 1e-4, 1e-3]) == {"1": 0.01, "0.25": 0.01} and len(sweep.begun) == 8
     assert said.count("at its edge") == 2 and "best at the edge" in sweep.table
@@ -560,7 +560,7 @@ def test_what_makes_a_run_another(tmp_path):
         args.binary = binary
         return ablate.plan_run(args, 0, {"rank": "0.25"}, seed, lr).name
     first = name()
-    for same in (name("--gap", 50), name("-l", "3e-4"), name("--jobs", 2), name("--tokenizer", "none.bin"), name(seed="1337", lr="0.0003")):
+    for same in (name("--gap", 10), name("--projection", "eigen"), name("-l", "3e-4"), name("--jobs", 2), name("--tokenizer", "none.bin"), name(seed="1337", lr="0.0003")):
         assert same == first
     others = [name("--gap", 49), name("-l", "4e-4"), name("-b", 3), name("-c", 0.2), name("--clip", 2), name("--overfit"), name(seed="2"),
               name(binary=str(tmp_path / "other"))]
@@ -654,6 +654,9 @@ def test_labels():
         return plot.labels([dict(base, **change) for change in changes], **how)
     assert labels({}) == [""] and labels({}, {"out": "y"}) == ["", ""]
     assert labels({"rank": 1}, {}, {"projection": "sparse"}) == ["full rank", "rank 1/4, gaussian", "rank 1/4, sparse"]
+    assert labels({"gap": 5}, {"projection": "eigen", "gap": 10}) == ["gaussian", "eigen"]  # each has its own by default
+    assert labels({}, {"projection": "eigen", "gap": 5}, {"projection": "eigen", "gap": 10}) == [
+        "gaussian, gap 50", "eigen, gap 5", "eigen, gap 10"]
     assert labels({"compress": "none", "gap": 5}, {"rank": 0.333333333}) == ["full rank", "rank 1/3"]  # a gap means nothing at full rank
     assert labels({"rank": 1, "projection": "eigen"}, {"rank": 1}, {"rank": 1, "projection": "eigen", "compress": "none"}) == [
         "rank 1", "full rank", "full rank"]

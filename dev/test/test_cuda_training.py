@@ -41,7 +41,7 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("precision", NOGPU)
-@pytest.mark.parametrize("method", ["--rank 1", "--rank 0.25", "--projection sparse -r 4", "--gelu 2bit --tape int8 --master none"])
+@pytest.mark.parametrize("method", ["--rank 1", "--rank 0.25", "--projection gaussian", "--projection sparse -r 4", "--gelu 2bit --tape int8 --master none"])
 def test_learns_like_the_cpu_trainer(corpus, tmp_path, precision, method):
     flags = ["--train", corpus, *SHAPE, *method.split(), "-x", 12, "--gap", 5]
     for name, binary in ("cpu", CPU), ("cuda", NOGPU[precision]):
@@ -75,7 +75,7 @@ def same_end(a, b, step):
 
 
 @pytest.mark.parametrize("precision, flags", [
-    ("bf16", "--moments move"), ("bf16", "--master none -r 3 --projection sparse"), ("bf16", "--tape int8 --offload -r 5"),
+    ("bf16", "--projection gaussian --moments move"), ("bf16", "--master none -r 3 --projection sparse"), ("bf16", "--tape int8 --offload -r 5"),
     ("bf16", "--gelu 2bit --tape int8 --master none --offload --moments move"), ("fp32", "--master none --tape int8 -r 4"),
     ("bf16", "--projection eigen --moments move"), ("fp32", "--projection eigen --rank 1 -r 5 --master none")])
 def test_resume_is_bit_exact(shard, tmp_path, precision, flags):

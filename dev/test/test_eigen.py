@@ -291,7 +291,7 @@ def test_plan(linears, rank):
     """Q^T of each compressed layer is kept, in a category of its own; all else is as for another dense projection, but for its
     place: instead of P there is what the orthonormal factor takes."""
     shape = ["-e", "d6", "-b", 2, "-t", 512, "--compress", linears, "--rank", rank]
-    p, other, full = plan(*shape, "--projection", "eigen"), plan(*shape), plan(*shape, "--rank", 1)
+    p, other, full = plan(*shape, "--projection", "eigen"), plan(*shape, "--projection", "gaussian"), plan(*shape, "--rank", 1, "--projection", "gaussian")
     check_sums(p)
     wanted, rows = {}, []
     for weight, (m, n) in SHAPES.items():
