@@ -132,6 +132,7 @@ static double seconds() { return std::chrono::duration<double>(std::chrono::stea
 
 enum { QKV, ATTPROJ, FC, FCPROJ, LINEARS };
 enum { GAUSSIAN, RADEMACHER, SPARSE, EIGEN, AUTO };
+enum { ADAMW, MUON };
 enum { KEEP, MOVE, RESET };
 enum { COSINE, LINEAR, CONSTANT, WSD };
 enum { TYPE_FP32, TYPE_BF16 };
@@ -140,6 +141,7 @@ enum { TAPE_FULL, TAPE_INT8 };
 enum { MASTER_FP32, MASTER_NONE };
 
 static const char* linear_names = "qkv,attproj,fc,fcproj";
+static const char* optimizer_names = "adamw,muon";
 static const char* projection_names = "gaussian,rademacher,sparse,eigen,auto";
 static const char* moments_names = "keep,move,reset";
 static const char* schedule_names = "cosine,linear,constant,wsd";
@@ -154,6 +156,7 @@ struct Options {
     int batch = 4, seq = 0, total_batch = 0, steps = -1, warmup = 0;
     double lr = 3e-4, final_lr_frac = 0.1, weight_decay = 0.1, clip = 1.0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
     int schedule = COSINE;
+    int optimizer = ADAMW;
     double rank = 0.25;
     int compress = 1 << QKV | 1 << FC | 1 << FCPROJ, projection = AUTO, gap = -1, moments = KEEP;
     int refresh_iterations = 1;
@@ -365,6 +368,9 @@ struct Linear {
     bool compressed() const { return eigen || r < n; }
 };
 
+// Muon orthogonalises q, k and v apart.
+static int blocks_of(int which) { return which == QKV ? 3 : 1; }
+
 static Linear linear_shape(const Config& c, const Options& o, int which) {
     int weight = QKVW;
     while (param_rows[weight].linear != which) weight++;
@@ -427,8 +433,10 @@ static std::string levels_help() {
     return out;
 }
 
-// Causal attention counts half of T x T; the update's lift is spread over the tokens of an optimizer step, a refresh of an
-// eigenbasis over those of all steps to the next one.
+enum { NEWTON_SCHULZ = 5 };  // iterations of Muon
+
+// Causal attention counts half of T x T; the update's lift, and Muon's products, are spread over the tokens of an optimizer
+// step, a refresh of an eigenbasis over those of all steps to the next one.
 static Flops matrix_flops(const Config& c, const Options& o, const Linear* linears) {
     double L = c.L, attention = double(o.seq) * c.C, head = 2.0 * c.V * c.C;
     Flops f = {head + L * 2 * attention, 2 * head + L * 5 * attention, 0, 0, 0};
@@ -436,6 +444,10 @@ static Flops matrix_flops(const Config& c, const Options& o, const Linear* linea
         double m = linears[i].m, n = linears[i].n, r = linears[i].r;
         f.forward += L * 2 * m * n;
         f.backward += L * 2 * m * (n + r);
+        if (o.optimizer == MUON) {
+            double rows = m / blocks_of(i), k = std::min(rows, r);
+            f.update += L * blocks_of(i) * NEWTON_SCHULZ * (4 * rows * r * k + 2 * k * k * k) / o.total_batch;
+        }
         if (!linears[i].compressed() || o.projection == SPARSE) continue;
         f.projection += L * 2 * n * r;
         f.update += L * 2 * m * n * r / o.total_batch;
@@ -913,6 +925,48 @@ static void adam_update(float* w, const float* g, float* m, float* v, int64_t co
     for (int64_t i = 0; i < count; i++) w[i] -= a.lr * (adam_direction(a, g[i], m + i, v + i) + a.decay * w[i]);
 }
 
+// ---- Muon (Jordan et al. 2024): the momentum's nearest orthogonal matrix as the step
+
+// Puts in place of x (rows, columns) the nearest matrix with orthonormal rows or columns, whichever are fewer, by
+// Newton-Schulz iterations X <- a X + (b A + c A^2) X with A = X X^T, or X^T X on the other side, from X / ||X||_F.
+// Singular values end between 0.7 and 1.2; those below some 1e-3 of the norm, further down. Zeros stay zeros.
+// work: (rows, columns) and twice (k, k), k the smaller of both.
+static void orthogonalise(float* x, int rows, int columns, float* work) {
+    const float a = 3.4445f, b = -4.7750f, c = 2.0315f;
+    bool tall = rows > columns;
+    int k = tall ? columns : rows, longer = tall ? rows : columns;
+    size_t count = size_t(rows) * columns, square = size_t(k) * k;
+    float *next = work, *gram = next + count, *poly = gram + square;
+    double squares = 0;  // in double: no scale of x is too large or too small
+    for (size_t i = 0; i < count; i++) squares += double(x[i]) * x[i];
+    double scale = squares > 0 ? 1 / sqrt(squares) : 0;
+    for (size_t i = 0; i < count; i++) x[i] = float(x[i] * scale);
+    for (int i = 0; i < NEWTON_SCHULZ; i++) {
+        matmul(gram, x, tall, x, !tall, k, k, longer, 1.0f, 0.0f);
+        memcpy(poly, gram, square * sizeof(float));
+        matmul(poly, gram, false, gram, false, k, k, k, c, b);
+        memcpy(next, x, count * sizeof(float));
+        matmul(next, tall ? x : poly, false, tall ? poly : x, false, rows, columns, k, 1.0f, a);
+        memcpy(x, next, count * sizeof(float));
+    }
+}
+
+// g (rows, columns) becomes the step U = 0.2 sqrt(rows n / k) orth(g + mu M) after M = mu M + g, Nesterov's form. With the
+// factor (Moonlight, arXiv 2502.16982) U lifted to n inputs is about as long as AdamW's: rate and decay carry over.
+static void muon_direction(float* g, float* m, int rows, int columns, int n, float grad_scale, float* work) {
+    const float mu = 0.95f;
+    size_t count = size_t(rows) * columns;
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < count; i++) {
+        m[i] = mu * m[i] + grad_scale * g[i];
+        g[i] = grad_scale * g[i] + mu * m[i];
+    }
+    orthogonalise(g, rows, columns, work);
+    float factor = 0.2f * sqrtf(float(rows) * n / std::min(rows, columns));
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < count; i++) g[i] *= factor;
+}
+
 // Rounds to bf16, up or down at random, so that the mean is w: what stands in for master weights. Element i is moved by 16
 // bits of block i / 8 of a stream.
 static void round_stochastically(float* w, int64_t count, uint64_t seed, uint64_t stream) {
@@ -947,11 +1001,12 @@ struct Model {
     float* lse;                                        // (L, N, NH) floats, (B, NH, T) in a layer
     float *lnf_mean, *lnf_rstd;                        // (N)
     // workspace, reused by every layer
-    float* now[TAPE_ROWS];         // (N, width C) a row of the block at hand, where the tape does not keep it whole
-    float* dresidual;              // (N, C) gradient of the stream
-    float* wide;                   // (N, 4C) inputs and gradients on their way; at the end of the forward pass the head's input
-    float* spare;                  // (N, C) likewise; (N, 4C) where fch or qkv comes back into it
-    float* z_now;                  // (N, r) z where it is not on the tape
+    float* now[TAPE_ROWS];  // (N, width C) a row of the block at hand, where the tape does not keep it whole
+    float* dresidual;       // (N, C) gradient of the stream
+    float* wide;            // (N, 4C) inputs and gradients on their way; at the end of the forward pass the head's input;
+                            // Muon's workspace in the update
+    float* spare;           // (N, C) likewise; (N, 4C) where fch or qkv comes back into it
+    float* z_now;           // (N, r) z where it is not on the tape
     float *p, *p_next, *p_change;  // P (n, r), or (n) signs; the next epoch's; (r, r) the change between them
     int *shift, *shift_next;       // sparse: a rotation for each stripe of r inputs
     float *y, *reflectors;         // (r, n) Y^T, then the new Q^T; (PANEL, n) Householder's vectors
@@ -979,6 +1034,16 @@ static bool keeps_z(const Model& s, int which) {
 // Whether fch or qkv comes back into `spare`, which otherwise holds one channel's width of a block at most.
 static bool spare_is_wide(const Model& s) { return s.kept[FCH] == GONE || s.kept[QKVR] != WHOLE; }
 
+// Rows (4C) of `wide`: N, or what Muon needs in the update, X (rows, r) once more and two k x k matrices.
+static int64_t wide_rows(const Model& s, int64_t N) {
+    int64_t most = 0, width = 4 * s.config.C;
+    for (int i = 0; i < LINEARS && s.options.optimizer == MUON; i++) {
+        int64_t rows = s.linear[i].m / blocks_of(i), r = s.linear[i].r, k = std::min(rows, r);
+        most = std::max(most, rows * r + 2 * k * k);
+    }
+    return std::max(N, (most + width - 1) / width);
+}
+
 // Lists every tensor of the run, with the place of its pointer in s. Sets s up but allocates nothing.
 static Plan model_plan(Model& s, const Config& c, const Options& o) {
     Plan plan;
@@ -997,6 +1062,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     for (auto& group : groups) {
         for (int i = 0; i < PARAMS; i++) {
             int rank = param_rows[i].linear >= 0 ? s.linear[param_rows[i].linear].r : 0;
+            if (rank > 0 && o.optimizer == MUON && group.home == s.v) continue;
             plan_add(plan, group.category, std::string(group.prefix) + param_rows[i].name, "fp32", param_shape(c, i, rank),
                      &group.home[i]);
         }
@@ -1038,7 +1104,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     if (s.kept[ATTY] != WHOLE) plan_add(plan, "workspace", "atty", "fp32", {N, C}, &s.now[ATTY]);
     if (s.kept[RESIDUAL2] != WHOLE) plan_add(plan, "workspace", "residual2", "fp32", {N, C}, &s.now[RESIDUAL2]);
     plan_add(plan, "workspace", "dresidual", "fp32", {N, C}, &s.dresidual);
-    plan_add(plan, "workspace", "wide", "fp32", {N, 4 * C}, &s.wide);
+    plan_add(plan, "workspace", "wide", "fp32", {wide_rows(s, N), 4 * C}, &s.wide);
     plan_add(plan, "workspace", "spare", "fp32", {N, spare_is_wide(s) ? 4 * C : C}, &s.spare);
 
     int64_t z_now = 0, p_count = 0, p_change = 0, stripes = 0, eigen_r = 0, eigen_n = 0, eigen_count = 0;
@@ -1121,7 +1187,7 @@ static float* param_at(const Model& s, float* const* group, int i, int layer) {
     const ParamRow& row = param_rows[i];
     int64_t columns = row.columns == 0 ? 1 : row.columns * int64_t(s.config.C);
     if (row.linear >= 0 && group != s.params) columns = s.linear[row.linear].r;
-    return group[i] + layer * row.rows * int64_t(s.config.C) * columns;
+    return !group[i] ? nullptr : group[i] + layer * row.rows * int64_t(s.config.C) * columns;
 }
 
 // ====================================================================================================================
@@ -1330,20 +1396,28 @@ static void linear_backward(Model& s, int which, int layer, float* dx, const flo
     matmul(dx, dy, false, param_at(s, s.params, weight_of(which), layer), false, N, l.n, l.m, 1.0f, 0.0f);
 }
 
-// W -= lr (alpha U P^T + wd W) with U = Adam's direction in the compressed space; at full rank W -= lr (U + wd W). Through an
-// eigenbasis the step is sqrt(n / r) times as long: its size is then that of full rank.
+// W -= lr (alpha U P^T + wd W) with U the optimizer's step in the compressed space; at full rank W -= lr (U + wd W).
 static void linear_update(Model& s, int which, int layer, const Adam& a) {
     const Linear& l = s.linear[which];
     int weight = weight_of(which);
     float *w = param_at(s, s.params, weight, layer), *g = param_at(s, s.grads, weight, layer);
     float *m = param_at(s, s.m, weight, layer), *v = param_at(s, s.v, weight, layer);
-    int64_t count = int64_t(l.m) * l.r;
-    if (!l.compressed()) return adam_update(w, g, m, v, count, a);
+    int64_t count = int64_t(l.m) * l.r, block = count / blocks_of(which);
+    if (s.options.optimizer == MUON) {  // U takes the gradient's place
+        for (int64_t i = 0; i < count; i += block)
+            muon_direction(g + i, m + i, l.m / blocks_of(which), l.r, l.n, a.grad_scale, s.wide);
+    } else {
 #pragma omp parallel for simd schedule(static)
-    for (int64_t i = 0; i < count; i++) g[i] = adam_direction(a, g[i], m + i, v + i);  // U takes the gradient's place
-    float size = l.eigen ? sqrtf(float(l.n) / l.r) : 1.0f;  // Q Q^T is no more than I, where a random P P^T is I on average
-    lift(w, g, projection_now(s, which, layer), s.shift, l, s.options.projection, 1.0f - a.lr * a.decay,
-         a.lr * float(s.options.alpha) * size);
+        for (int64_t i = 0; i < count; i++) g[i] = adam_direction(a, g[i], m + i, v + i);
+    }
+    float keep = 1.0f - a.lr * a.decay;
+    if (l.compressed()) {
+        float size = l.eigen ? sqrtf(float(l.n) / l.r) : 1.0f;  // Q Q^T is no more than I, a random P P^T is I on average
+        return lift(w, g, projection_now(s, which, layer), s.shift, l, s.options.projection, keep,
+                    a.lr * float(s.options.alpha) * size);
+    }
+#pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < count; i++) w[i] = keep * w[i] - a.lr * g[i];
 }
 
 // A new epoch's P: the moments stay as they are (CompAct), or start again from zero, or the first of them moves into the
@@ -1355,7 +1429,7 @@ static void linear_next_epoch(Model& s, int which, int layer) {
         int64_t count = int64_t(l.m) * l.r;
         float *m = param_at(s, s.m, weight_of(which), layer), *v = param_at(s, s.v, weight_of(which), layer);
         std::fill(m, m + count, 0.0f);
-        std::fill(v, v + count, 0.0f);
+        if (v) std::fill(v, v + count, 0.0f);
     } else if (o.moments == MOVE && !l.eigen) {
         draw_projection(s.p, s.shift, l, o.projection, o.seed, stream_of(which, layer, s.epoch - 1));
         draw_projection(s.p_next, s.shift_next, l, o.projection, o.seed, stream_of(which, layer, s.epoch));
@@ -2315,13 +2389,14 @@ static std::vector<OptionRow> option_table(Options& o) {
         {0, "beta1", "X", KIND_REAL, &o.beta1, "AdamW", 0, 0.999999},
         {0, "beta2", "X", KIND_REAL, &o.beta2, "", 0, 0.999999},
         {0, "eps", "X", KIND_REAL, &o.eps, "", 1e-30, 1},
+        {0, "optimizer", "O", KIND_CHOICE, &o.optimizer, "of the linear layers' weights; all else takes adamw: ", 0, 0, optimizer_names},
         {0, "rank", "R", KIND_RANK, &o.rank, "ratio in (0, 1] of a layer's inputs, or a whole rank above 1; 1 is full rank", 0, MANY},
         {0, "compress", "LIST", KIND_SET, &o.compress, "the layers that this holds for: none, or from ", 0, 0, linear_names},
         {0, "projection", "P", KIND_CHOICE, &o.projection, "auto is eigen, but at --rank 1 full rank: ", 0, 0, projection_names},
         {0, "gap", "T", KIND_INT, &o.gap, "steps between new projections; 0: never, -1: 50, or 10 for an eigenbasis", -1, MANY},
         {0, "alpha", "A", KIND_REAL, &o.alpha, "scale of a compressed layer's step", 0, MANY},
         {0, "refresh-iterations", "K", KIND_INT, &o.refresh_iterations, "of an eigenbasis, every --gap steps", 1, 1000},
-        {0, "moments", "M", KIND_CHOICE, &o.moments, "Adam's, at a new projection: ", 0, 0, moments_names},
+        {0, "moments", "M", KIND_CHOICE, &o.moments, "the optimizer's, at a new projection: ", 0, 0, moments_names},
         {'r', "recompute", "N", KIND_INT, &o.recompute, levels_help(), 0, NEVER - 1},
         {0, "gelu", "G", KIND_CHOICE, &o.gelu, "2bit keeps 2 bits of each of fch, for a derivative in steps: ", 0, 0, gelu_names},
         {0, "tape", "T", KIND_CHOICE, &o.tape, "int8 keeps residual, qkv, atty and residual2 in 8 bits: ", 0, 0, tape_names},

@@ -133,6 +133,7 @@ static double seconds() { return std::chrono::duration<double>(std::chrono::stea
 
 enum { QKV, ATTPROJ, FC, FCPROJ, LINEARS };
 enum { GAUSSIAN, RADEMACHER, SPARSE, EIGEN, AUTO };
+enum { ADAMW, MUON };
 enum { KEEP, MOVE, RESET };
 enum { COSINE, LINEAR, CONSTANT, WSD };
 enum { TYPE_FP32, TYPE_BF16 };
@@ -141,6 +142,7 @@ enum { TAPE_FULL, TAPE_INT8 };
 enum { MASTER_FP32, MASTER_NONE };
 
 static const char* linear_names = "qkv,attproj,fc,fcproj";
+static const char* optimizer_names = "adamw,muon";
 static const char* projection_names = "gaussian,rademacher,sparse,eigen,auto";
 static const char* moments_names = "keep,move,reset";
 static const char* schedule_names = "cosine,linear,constant,wsd";
@@ -155,6 +157,7 @@ struct Options {
     int batch = 4, seq = 0, total_batch = 0, steps = -1, warmup = 0;
     double lr = 3e-4, final_lr_frac = 0.1, weight_decay = 0.1, clip = 1.0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
     int schedule = COSINE;
+    int optimizer = ADAMW;
     double rank = 0.25;
     int compress = 1 << QKV | 1 << FC | 1 << FCPROJ, projection = AUTO, gap = -1, moments = KEEP;
     int refresh_iterations = 1;
@@ -366,6 +369,9 @@ struct Linear {
     bool compressed() const { return eigen || r < n; }
 };
 
+// Muon orthogonalises q, k and v apart.
+static int blocks_of(int which) { return which == QKV ? 3 : 1; }
+
 static Linear linear_shape(const Config& c, const Options& o, int which) {
     int weight = QKVW;
     while (param_rows[weight].linear != which) weight++;
@@ -428,7 +434,9 @@ static std::string levels_help() {
     return out;
 }
 
-// Causal attention counts half of T x T; the update's lift is spread over the tokens of an optimizer step, a refresh of an
+enum { NEWTON_SCHULZ = 5 };  // iterations of Muon
+
+// Causal attention counts half of T x T; the update's lift, and Muon's products, are spread over the tokens of an optimizer step, a refresh of an
 // eigenbasis over those of all steps to the next one.
 static Flops matrix_flops(const Config& c, const Options& o, const Linear* linears) {
     double L = c.L, attention = double(o.seq) * c.C, head = 2.0 * c.V * c.C;
@@ -437,6 +445,10 @@ static Flops matrix_flops(const Config& c, const Options& o, const Linear* linea
         double m = linears[i].m, n = linears[i].n, r = linears[i].r;
         f.forward += L * 2 * m * n;
         f.backward += L * 2 * m * (n + r);
+        if (o.optimizer == MUON) {
+            double rows = m / blocks_of(i), k = std::min(rows, r);
+            f.update += L * blocks_of(i) * NEWTON_SCHULZ * (4 * rows * r * k + 2 * k * k * k) / o.total_batch;
+        }
         if (!linears[i].compressed() || o.projection == SPARSE) continue;
         f.projection += L * 2 * n * r;
         f.update += L * 2 * m * n * r / o.total_batch;
@@ -617,6 +629,14 @@ static void matmul(void* c, cudaDataType_t type_c, const void* a, bool ta, const
                       : ta ? M
                            : K,
                       &beta, c, type_c, ldc ? ldc : N, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+// The same for `batch` matrices one after another, tight, of one type.
+static void matmul_batch(floatX* c, const floatX* a, bool ta, const floatX* b, bool tb, int M, int N, int K, float alpha,
+                         float beta, int batch) {
+    CUDA(cublasGemmStridedBatchedEx(cublas, tb ? CUBLAS_OP_T : CUBLAS_OP_N, ta ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, b,
+                                    CUDA_X, tb ? K : N, int64_t(N) * K, a, CUDA_X, ta ? M : K, int64_t(M) * K, &beta, c, CUDA_X,
+                                    N, int64_t(M) * N, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 // ====================================================================================================================
@@ -1412,6 +1432,68 @@ __device__ inline float4 adam_direction(const Adam& a, const float* g, float* m,
     return u;
 }
 
+// ---- Muon (Jordan et al. 2024): the momentum's nearest orthogonal matrix as the step. Batches: all matrices of one shape.
+
+enum { MUON_SLABS = 64 };  // partial sums of a matrix
+
+// grid (MUON_SLABS, batch), block 256: M = mu M + g, x = g + mu M, Nesterov's form, g scaled by norm[1]; partial (batch,
+// MUON_SLABS): sums of x's squares, in double, so that no scale is too large or too small. count: elements of a matrix.
+__global__ void muon_momentum_kernel(floatX* x, double* partial, const float* g, float* m, const float* norm, size_t count) {
+    const float mu = 0.95f;
+    __shared__ double sums[256];
+    double sum = 0;
+    size_t first = blockIdx.y * count;
+    for (size_t i = (blockIdx.x * blockDim.x + threadIdx.x) * QUAD; i < count; i += size_t(MUON_SLABS) * blockDim.x * QUAD) {
+        float4 g4 = load_quad(g + first + i), m4 = load_quad(m + first + i);
+        float gs[QUAD] = {g4.x, g4.y, g4.z, g4.w}, ms[QUAD] = {m4.x, m4.y, m4.z, m4.w}, xs[QUAD];
+        for (int e = 0; e < QUAD; e++) {
+            float scaled = gs[e] * norm[1];
+            ms[e] = mu * ms[e] + scaled;
+            xs[e] = scaled + mu * ms[e];
+            sum += double(xs[e]) * xs[e];
+        }
+        store_quad(m + first + i, {ms[0], ms[1], ms[2], ms[3]});
+        store_quad(x + first + i, {xs[0], xs[1], xs[2], xs[3]});
+    }
+    sums[threadIdx.x] = sum;
+    for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) partial[blockIdx.y * MUON_SLABS + blockIdx.x] = sums[0];
+}
+
+// grid (MUON_SLABS, batch), block 256: x /= ||x||_F; zeros stay zeros
+__global__ void muon_scale_kernel(floatX* x, const double* partial, size_t count) {
+    double sum = 0;
+    for (int i = 0; i < MUON_SLABS; i++) sum += partial[blockIdx.y * MUON_SLABS + i];
+    double scale = sum > 0 ? rsqrt(sum) : 0;
+    size_t first = blockIdx.y * count;
+    for (size_t i = (blockIdx.x * blockDim.x + threadIdx.x) * QUAD; i < count; i += size_t(MUON_SLABS) * blockDim.x * QUAD) {
+        float4 v = load_quad(x + first + i);
+        store_quad(x + first + i, {float(v.x * scale), float(v.y * scale), float(v.z * scale), float(v.w * scale)});
+    }
+}
+
+// Puts in place of each x (rows, columns) the nearest matrix with orthonormal rows or columns, whichever are fewer, by
+// Newton-Schulz iterations X <- a X + (b A + c A^2) X with A = X X^T, or X^T X on the other side, from ||X||_F = 1. Singular
+// values end between 0.7 and 1.2; those below some 1e-3 of the norm, further down. next (batch, rows, columns); gram and poly
+// (batch, k, k), k the smaller of both.
+static void orthogonalise(floatX* x, floatX* next, floatX* gram, floatX* poly, int rows, int columns, int batch) {
+    const float a = 3.4445f, b = -4.7750f, c = 2.0315f;
+    bool tall = rows > columns;
+    int k = tall ? columns : rows, longer = tall ? rows : columns;
+    size_t bytes = sizeof(floatX) * batch * rows * columns, square = sizeof(floatX) * batch * k * k;
+    for (int i = 0; i < NEWTON_SCHULZ; i++) {
+        matmul_batch(gram, x, tall, x, !tall, k, k, longer, 1.0f, 0.0f, batch);
+        CUDA(cudaMemcpyAsync(poly, gram, square, cudaMemcpyDeviceToDevice));
+        matmul_batch(poly, gram, false, gram, false, k, k, k, c, b, batch);
+        CUDA(cudaMemcpyAsync(next, x, bytes, cudaMemcpyDeviceToDevice));
+        matmul_batch(next, tall ? x : poly, false, tall ? poly : x, false, rows, columns, k, 1.0f, a, batch);
+        CUDA(cudaMemcpyAsync(x, next, bytes, cudaMemcpyDeviceToDevice));
+    }
+}
+
 // A parameter's share of one layer, as the optimizer moves it. master: fp32 copies, w itself in fp32, or null where there are
 // none. stochastic: the result is rounded to bf16, up or down at random, so that its mean is exact; element i is then moved by
 // 16 bits of block (first + i) / 8 of a stream.
@@ -1491,7 +1573,9 @@ struct Model {
     // workspace, reused by every layer
     floatX* now[TAPE_ROWS];   // (N, width C) a row of the block at hand, where the tape does not keep it whole
     floatX* dresidual;        // (N, C) gradient of the stream
-    floatX* wide;             // (N, 4C) inputs and gradients on their way; at the end of the forward pass the head's input
+    floatX* wide;             // (N, 4C) inputs and gradients on their way; at the end of the forward pass the head's input;
+                              // Muon's workspace in the update
+    int64_t wide_rows;        // N, or what Muon needs for a layer
     floatX* spare;            // (N, C) likewise; (N, 4C) where fch or qkv comes back into it
     floatX* z_now;            // (N, r) z where it is not on the tape
     floatX *p, *p_next, *u;   // P (n, r); the next epoch's; Adam's direction (m, r) on its way to the lift
@@ -1531,6 +1615,13 @@ static bool keeps_z(const Model& s, int which) {
 // Whether fch or qkv comes back into `spare`, which otherwise holds one channel's width of a block at most.
 static bool spare_is_wide(const Model& s) { return s.kept[FCH] == GONE || s.kept[QKVR] != WHOLE; }
 
+// Muon's workspace for the matrices of one layer, which takes that of the tape: X twice, two k x k matrices, and sums of
+// doubles, each beginning on 16 bytes.
+static int64_t muon_elements(const Linear& l, int blocks) {
+    int64_t rows = l.m / blocks, k = std::min<int64_t>(rows, l.r), sums = MUON_SLABS * sizeof(double) / sizeof(floatX);
+    return blocks * (sums + 2 * rows * l.r + 2 * (k * k + 8));
+}
+
 // Lists every tensor of the run, in the device's memory but for category "host", with the place of its pointer in s. Sets s up
 // but allocates nothing.
 static Plan model_plan(Model& s, const Config& c, const Options& o) {
@@ -1562,6 +1653,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     for (auto& group : groups) {
         for (int i = 0; i < PARAMS; i++) {
             int rank = param_rows[i].linear >= 0 ? s.linear[param_rows[i].linear].r : 0;
+            if (rank > 0 && o.optimizer == MUON && group.home == s.v) continue;
             add(group.category, std::string(group.prefix) + param_rows[i].name, "fp32", param_shape(c, i, rank),
                 &group.home[i]);
         }
@@ -1610,7 +1702,10 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     if (s.kept[ATTY] != WHOLE) add("workspace", "atty", TYPE_X, {N, C}, &s.now[ATTY]);
     if (s.kept[RESIDUAL2] != WHOLE) add("workspace", "residual2", TYPE_X, {N, C}, &s.now[RESIDUAL2]);
     add("workspace", "dresidual", TYPE_X, {N, C}, &s.dresidual);
-    add("workspace", "wide", TYPE_X, {N, 4 * C}, &s.wide);
+    s.wide_rows = N;
+    for (int i = 0; i < LINEARS && o.optimizer == MUON; i++)
+        s.wide_rows = std::max(s.wide_rows, (muon_elements(s.linear[i], blocks_of(i)) + 4 * C - 1) / (4 * C));
+    add("workspace", "wide", TYPE_X, {s.wide_rows, 4 * C}, &s.wide);
     add("workspace", "spare", TYPE_X, {N, spare_is_wide(s) ? 4 * C : C}, &s.spare);
 
     int64_t z_now = 0, dense = 0, p_change = 0, u = 0, lifted = 0, signs = 0, stripes = 0, move = moments_move(o);
@@ -1625,7 +1720,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
             stripes = std::max<int64_t>(stripes, (l.n + l.r - 1) / l.r);
         } else {
             dense = std::max<int64_t>(dense, int64_t(l.n) * l.r);
-            u = std::max<int64_t>(u, int64_t(l.m) * l.r);
+            if (o.optimizer == ADAMW) u = std::max<int64_t>(u, int64_t(l.m) * l.r);
             if (o.master == MASTER_NONE) lifted = std::max<int64_t>(lifted, int64_t(l.m) * l.n);
         }
         if (l.eigen) eigen_r = std::max<int64_t>(eigen_r, l.r), eigen_n = std::max<int64_t>(eigen_n, l.n);
@@ -2028,14 +2123,16 @@ __global__ void direction_kernel(floatX* u, const float* g, float* m, float* v, 
     if (i < count) store_quad(u + i, adam_direction(a, g + i, m + i, v + i));
 }
 
-// The sparse update in one kernel, a block a row of W (m, n): Adam's direction of the row (r) in shared memory, then the signed
-// gather W = (1 - lr wd) W - lr alpha U P^T. A row of odd rank r may begin anywhere, so its moments are read one by one.
-__global__ void __launch_bounds__(256) sparse_update_kernel(Weights to, const float* g, float* m, float* v, const float* sign,
-                                                            const int* shift, int n, int r, Adam a, float alpha) {
+// The sparse update in one kernel, a block a row of W (m, n): the row (r) of U in shared memory, Muon's where given, else
+// Adam's direction, then the signed gather W = (1 - lr wd) W - step U P^T. A row of odd rank r may begin anywhere, so it is
+// read one by one.
+__global__ void __launch_bounds__(256) sparse_update_kernel(Weights to, const floatX* given, const float* g, float* m, float* v,
+                                                            const float* sign, const int* shift, int n, int r, Adam a,
+                                                            float by) {
     extern __shared__ float u[];
     for (int j = threadIdx.x; j < r; j += blockDim.x) {
         size_t i = size_t(blockIdx.x) * r + j;
-        u[j] = adam_element(a, g[i], m + i, v + i);
+        u[j] = given ? float(given[i]) : adam_element(a, g[i], m + i, v + i);
     }
     __syncthreads();
     for (int k = threadIdx.x * QUAD; k < n; k += blockDim.x * QUAD) {
@@ -2046,14 +2143,21 @@ __global__ void __launch_bounds__(256) sparse_update_kernel(Weights to, const fl
             step[e] *= u[column < r ? column : column - r];
         }
         size_t i = size_t(blockIdx.x) * n + k;
-        move_weights(to, i, {step[0], step[1], step[2], step[3]}, 1.0f - a.lr * a.decay, a.lr * alpha);
+        move_weights(to, i, {step[0], step[1], step[2], step[3]}, 1.0f - a.lr * a.decay, by);
     }
 }
 
-// W = keep W - step * lifted
-__global__ void lift_kernel(Weights to, const float* lifted, size_t count, float keep, float step) {
+// W = keep W - step * u, u (m, n) of either type
+__global__ void lift_kernel(Weights to, const float* u, const floatX* narrow, size_t count, float keep, float step) {
     size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
-    if (i < count) move_weights(to, i, load_quad(lifted + i), keep, step);
+    if (i < count) move_weights(to, i, u ? load_quad(u + i) : load_quad(narrow + i), keep, step);
+}
+
+// 0.2 sqrt(rows n / k): U lifted to n inputs is about as long as AdamW's, so rate and decay carry over (Moonlight, arXiv
+// 2502.16982).
+static float muon_factor(const Linear& l, int blocks) {
+    float rows = l.m / blocks;
+    return 0.2f * sqrtf(rows * l.n / std::min<float>(rows, l.r));
 }
 
 // A parameter from its element `first` on, for optimizer step `step`.
@@ -2066,37 +2170,64 @@ static Weights weights_at(const Model& s, int i, int64_t first, int64_t step) {
             first};
 }
 
-// W -= lr (alpha U P^T + wd W) with U = Adam's direction in the compressed space; at full rank W -= lr (U + wd W). Through an
-// eigenbasis the step is sqrt(n / r) times as long: its size is then that of full rank.
-static void linear_update(Model& s, int which, int layer, const Adam& a, int64_t step) {
+// W -= lr (alpha U P^T + wd W) with U the optimizer's step in the compressed space; at full rank W -= lr (U + wd W). u (m, r) is
+// Muon's U but for its factor, null for AdamW.
+static void linear_update(Model& s, int which, int layer, const Adam& a, int64_t step, const floatX* u) {
     const Linear& l = s.linear[which];
     int i = weight_of(which);
+    int64_t at = grad_offset(s, i, layer);
     Weights to = weights_at(s, i, param_offset(s, i, layer), step);
-    float *g = s.grads[i] + grad_offset(s, i, layer), *m = s.m[i] + grad_offset(s, i, layer),
-          *v = s.v[i] + grad_offset(s, i, layer);
+    float *g = s.grads[i] + at, *m = s.m[i] + at, *v = u ? nullptr : s.v[i] + at;
     size_t small = size_t(l.m) * l.r, whole = size_t(l.m) * l.n;
-    float keep = 1.0f - a.lr * a.decay, scale = a.lr * float(s.options.alpha) * (l.eigen ? sqrtf(float(l.n) / l.r) : 1.0f);
+    float keep = 1.0f - a.lr * a.decay, by = a.lr;
+    if (u) by *= muon_factor(l, blocks_of(which));
     if (!l.compressed()) {
-        adam_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(to, g, m, v, whole, a);
+        if (u) lift_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(to, nullptr, u, whole, keep, by);
+        if (!u) adam_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(to, g, m, v, whole, a);
         return LAUNCHED();
     }
+    by *= float(s.options.alpha) * (l.eigen ? sqrtf(float(l.n) / l.r) : 1.0f);
     const floatX* p = projection_now(s, which, layer);
     if (s.options.projection == SPARSE) {
-        sparse_update_kernel<<<l.m, 256, l.r * sizeof(float)>>>(to, g, m, v, s.sign, s.shift, l.n, l.r, a,
-                                                                float(s.options.alpha));
+        sparse_update_kernel<<<l.m, 256, l.r * sizeof(float)>>>(to, u, g, m, v, s.sign, s.shift, l.n, l.r, a, by);
         return LAUNCHED();
     }
-    direction_kernel<<<blocks_for(small, 256 * QUAD), 256>>>(s.u, g, m, v, small, a);
-    LAUNCHED();
+    if (!u) {
+        direction_kernel<<<blocks_for(small, 256 * QUAD), 256>>>(s.u, g, m, v, small, a);
+        LAUNCHED();
+        u = s.u;
+    }
     if (to.stochastic) {
-        matmul(s.lifted, CUDA_R_32F, s.u, false, p, !l.eigen, CUDA_X, l.m, l.n, l.r, 1.0f, 0.0f);
-        lift_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(to, s.lifted, whole, keep, scale);
+        matmul(s.lifted, CUDA_R_32F, u, false, p, !l.eigen, CUDA_X, l.m, l.n, l.r, 1.0f, 0.0f);
+        lift_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(to, s.lifted, nullptr, whole, keep, by);
         return LAUNCHED();
     }
-    matmul(to.master, CUDA_R_32F, s.u, false, p, !l.eigen, CUDA_X, l.m, l.n, l.r, -scale, keep);
+    matmul(to.master, CUDA_R_32F, u, false, p, !l.eigen, CUDA_X, l.m, l.n, l.r, -by, keep);
     if (!IS_BF16) return;
     round_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(to.w, to.master, whole, false);
     LAUNCHED();
+}
+
+// Muon's step of a linear in all layers, as many at once as the workspace holds.
+static void muon_update(Model& s, int which, const Adam& a, int64_t step) {
+    const Linear& l = s.linear[which];
+    int i = weight_of(which), blocks = blocks_of(which), rows = l.m / blocks, k = std::min(rows, l.r);
+    int64_t count = int64_t(rows) * l.r;
+    int most = int(std::min<int64_t>(s.config.L, s.wide_rows * 4 * s.config.C / muon_elements(l, blocks)));
+    for (int layer = 0; layer < s.config.L; layer += most) {
+        int layers = std::min(most, s.config.L - layer), batch = layers * blocks;
+        double* partial = (double*)s.wide;
+        floatX *x = (floatX*)(partial + batch * MUON_SLABS), *next = x + batch * count, *gram = next + batch * count,
+               *poly = gram + (int64_t(batch) * k * k + 7) / 8 * 8;
+        dim3 grid(MUON_SLABS, batch);
+        muon_momentum_kernel<<<grid, 256>>>(x, partial, s.grads[i] + grad_offset(s, i, layer),
+                                            s.m[i] + grad_offset(s, i, layer), s.norm, count);
+        LAUNCHED();
+        muon_scale_kernel<<<grid, 256>>>(x, partial, count);
+        LAUNCHED();
+        orthogonalise(x, next, gram, poly, rows, l.r, batch);
+        for (int j = 0; j < layers; j++) linear_update(s, which, layer + j, a, step, x + j * blocks * count);
+    }
 }
 
 // change (r, r) = P_old^T P_new, sparse; a thread a row, so that none is written twice at once
@@ -2120,7 +2251,7 @@ static void linear_next_epoch(Model& s, int which, int layer) {
         int i = weight_of(which);
         size_t bytes = sizeof(float) * l.m * l.r;
         CUDA(cudaMemsetAsync(s.m[i] + grad_offset(s, i, layer), 0, bytes));
-        CUDA(cudaMemsetAsync(s.v[i] + grad_offset(s, i, layer), 0, bytes));
+        if (s.v[i]) CUDA(cudaMemsetAsync(s.v[i] + grad_offset(s, i, layer), 0, bytes));
     } else if (o.moments == MOVE && !l.eigen) {
         draw_projection(s.p, s.sign, s.shift, l, o.projection, o.seed, stream_of(which, layer, s.epoch - 1));
         draw_projection(s.p_next, s.sign_next, s.shift_next, l, o.projection, o.seed, stream_of(which, layer, s.epoch));
@@ -2462,9 +2593,10 @@ static double model_update(Model& s, const Plan& plan, int64_t step, double lr) 
     for (int i = 0; i < PARAMS; i++) {
         int which = param_rows[i].linear;
         exact.decay = param_rows[i].columns > 0 ? float(o.weight_decay) : 0.0f;  // matrices decay, vectors do not
-        for (int layer = 0; which >= 0 && layer < s.config.L; layer++) {
-            linear_update(s, which, layer, s.linear[which].compressed() ? compressed : exact, step);
-        }
+        const Adam& now = which >= 0 && s.linear[which].compressed() ? compressed : exact;
+        if (which >= 0 && o.optimizer == MUON) muon_update(s, which, now, step);
+        for (int layer = 0; which >= 0 && o.optimizer == ADAMW && layer < s.config.L; layer++)
+            linear_update(s, which, layer, now, step, nullptr);
         if (which >= 0) continue;
         size_t count = param_count(s.config, i);
         adam_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(weights_at(s, i, 0, step), s.grads[i], s.m[i], s.v[i], count,
@@ -3206,13 +3338,14 @@ static std::vector<OptionRow> option_table(Options& o) {
         {0, "beta1", "X", KIND_REAL, &o.beta1, "AdamW", 0, 0.999999},
         {0, "beta2", "X", KIND_REAL, &o.beta2, "", 0, 0.999999},
         {0, "eps", "X", KIND_REAL, &o.eps, "", 1e-30, 1},
+        {0, "optimizer", "O", KIND_CHOICE, &o.optimizer, "of the linear layers' weights; all else takes adamw: ", 0, 0, optimizer_names},
         {0, "rank", "R", KIND_RANK, &o.rank, "ratio in (0, 1] of a layer's inputs, or a whole rank above 1; 1 is full rank", 0, MANY},
         {0, "compress", "LIST", KIND_SET, &o.compress, "the layers that this holds for: none, or from ", 0, 0, linear_names},
         {0, "projection", "P", KIND_CHOICE, &o.projection, "auto is eigen, but at --rank 1 full rank: ", 0, 0, projection_names},
         {0, "gap", "T", KIND_INT, &o.gap, "steps between new projections; 0: never, -1: 50, or 10 for an eigenbasis", -1, MANY},
         {0, "alpha", "A", KIND_REAL, &o.alpha, "scale of a compressed layer's step", 0, MANY},
         {0, "refresh-iterations", "K", KIND_INT, &o.refresh_iterations, "of an eigenbasis, every --gap steps", 1, 1000},
-        {0, "moments", "M", KIND_CHOICE, &o.moments, "Adam's, at a new projection: ", 0, 0, moments_names},
+        {0, "moments", "M", KIND_CHOICE, &o.moments, "the optimizer's, at a new projection: ", 0, 0, moments_names},
         {'r', "recompute", "N", KIND_INT, &o.recompute, levels_help(), 0, NEVER - 1},
         {0, "gelu", "G", KIND_CHOICE, &o.gelu, "2bit keeps 2 bits of each of fch, for a derivative in steps: ", 0, 0, gelu_names},
         {0, "tape", "T", KIND_CHOICE, &o.tape, "int8 keeps residual, qkv, atty and residual2 in 8 bits: ", 0, 0, tape_names},
