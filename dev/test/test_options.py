@@ -54,6 +54,7 @@ OPTIONS = {
     "eps": ("", REAL + ["1.1"]),
     "rank": ("", REAL + ["0", "0.0", "-0.5", "1.5", "2.25"]),
     "compress": ("", ["", "x", ",", "qkv,", ",qkv", "qkv,,fc", "qkv,x", "qkv fc", "none,qkv", "qkv,none", "QKV", "all"]),
+    "optimizer": ("", choice("adamw", "muon")),
     "projection": ("", choice("gaussian", "rademacher", "sparse", "eigen", "auto")),
     "gap": ("", EVERY),
     "alpha": ("", REAL),
@@ -85,7 +86,7 @@ OPTIONS = {
 
 # The design's table, with the letters that llm.c's users know
 DESIGN = ("i train, j val, e model, channels, heads, layers, context, o out, b batch, t seq, d total-batch, x steps, l lr, "
-          "u warmup, q final-lr-frac, k schedule, c weight-decay, clip, beta1, beta2, eps, rank, compress, projection, gap, "
+          "u warmup, q final-lr-frac, k schedule, c weight-decay, clip, beta1, beta2, eps, optimizer, rank, compress, projection, gap, "
           "alpha, moments, r recompute, gelu, tape, master, offload, memory, plan, v val-every, m val-batches, s sample-every, g sample-tokens, hellaswag, "
           "n checkpoint-every, keep, y resume, seed, overfit, dump")
 
@@ -194,7 +195,7 @@ def test_good_values(ask):
             "clip": [0, 1e9], "beta1": [0, 0.999], "beta2": [0, 0.999], "eps": [1e-8, 1],
             "rank": ["1", "1.0", "1e-9", 2, 1000000, "0.25", "1e0"],
             "compress": ["none", "qkv", "fc,qkv", "attproj,fcproj,fc,qkv"],
-            "projection": ["gaussian", "rademacher", "sparse", "eigen", "auto"], "gap": [-1, 0, 1, 1000000000], "alpha": [0, 4],
+            "optimizer": ["adamw", "muon"], "projection": ["gaussian", "rademacher", "sparse", "eigen", "auto"], "gap": [-1, 0, 1, 1000000000], "alpha": [0, 4],
             "refresh-iterations": [1, 1000],
             "moments": ["keep", "move", "reset"], "recompute": LEVELS, "gelu": ["exact", "2bit"],
             "tape": ["full", "int8"], "master": ["fp32", "none"], "memory": [0, "1MB", "500 KiB", "6e5"], "val-every": [-1, 0], "val-batches": [-1, 0, 1],
