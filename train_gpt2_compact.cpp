@@ -2112,10 +2112,13 @@ static double mean_loss(const Model& s, int64_t first, int64_t tokens) {
 }
 
 // Mean loss over the first --val-batches batches, the same ones each time.
+static int64_t validated_sequences(const Data& data, const Options& o) {
+    return o.val_batches < 0 ? data.sequences : std::min<int64_t>(data.sequences, int64_t(o.val_batches) * o.batch);
+}
+
 static double validate(Model& s, Data& data, const Options& o) {
     Losses losses;
-    int64_t end = o.val_batches < 0 ? data.sequences : std::min<int64_t>(data.sequences, int64_t(o.val_batches) * o.batch),
-            rows;
+    int64_t end = validated_sequences(data, o), rows;
     for (int64_t first = 0; first < end; first += rows) {
         rows = std::min<int64_t>(o.batch, end - first);
         read_batch(data, first, int(rows), s);
@@ -2123,6 +2126,22 @@ static double validate(Model& s, Data& data, const Options& o) {
         losses.add(s, 0, rows * data.T);
     }
     return losses.mean();
+}
+
+// Bytes of text a token that the validation predicts; 0 where a token's are not known. An end of text has none.
+static double bytes_per_token(Data& data, const Options& o, const Tokenizer& tokenizer) {
+    std::vector<int> inputs(data.T), targets(data.T);
+    int64_t tokens = 0, bytes = 0;
+    for (int64_t i = 0; i < validated_sequences(data, o); i++) {
+        read_sequence(data, i, inputs.data(), targets.data());
+        for (int target : targets) {
+            if (target < 0) continue;  // is read, not predicted
+            if (size_t(target) >= tokenizer.pieces.size()) return 0;
+            tokens++;
+            if (target != tokenizer.end_of_text || tokenizer.pieces.size() <= 256) bytes += tokenizer.pieces[target].size();
+        }
+    }
+    return double(bytes) / std::max<int64_t>(tokens, 1);
 }
 
 struct Example {
@@ -2855,7 +2874,8 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
         return;
     }
     int64_t rows = o.total_batch / o.seq, micros = rows / o.batch;
-    double peak = model_peak_flops();
+    bool spelled = val.sequences > 0 && (c.V <= 256 || !o.tokenizer.empty());
+    double peak = model_peak_flops(), bytes = spelled ? bytes_per_token(val, o, tokenizer) : 0;
     for (int64_t step = std::min(start + 1, steps); step <= steps; step++) {
         std::string line = "step " + str(step) + "/" + str(steps), times, record = "{\"step\": " + str(step);
         if (step > start) {
@@ -2887,6 +2907,7 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
             if (!std::isfinite(loss)) fail("step " + str(step) + ": the validation loss is not finite; a lower --lr may help");
             line += text(" | val %.4f", loss);
             record += text(", \"val_loss\": %.6f", loss);
+            if (bytes > 0) record += text(", \"bits_per_byte\": %.6f", loss / (std::log(2.0) * bytes));
         }
         if (evaluates && !hellaswag.empty()) {
             double score = score_hellaswag(s, hellaswag, o);
