@@ -13,6 +13,7 @@ import contextlib
 import gzip
 import http.client
 import io
+import json
 import lzma
 import os
 import re
@@ -148,6 +149,35 @@ def read_lines(path):
     with reading(path), open_input(path) as file:
         for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="\n"), 1):
             yield number, line.rstrip("\r\n")
+
+
+def read_log(folder):
+    """
+    A run's log.jsonl: its header, and the records after it. Of several headers, one for each start, it is the last; what a start
+    did again stands for what was done before. Lines end at \\n alone, and one without its end is being written, or was cut off.
+    """
+    path = os.path.join(folder, "log.jsonl")
+    try:
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+            lines = file.read().split("\n")[:-1]
+    except OSError as error:
+        raise Problem(f"{path}: cannot be read: {error.strerror}; a run's --out folder is wanted") from None
+    header, starts, records = None, False, []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if "options" in record:
+                record["plan"]  # is there too
+                header, starts = record, True
+                continue
+            if starts:
+                records, starts = [before for before in records if before["step"] < record["step"]], False
+            records.append(record)
+        except (ValueError, KeyError, TypeError):
+            raise Problem(f"{path}: line {number} is no record of the trainer's: not a log of it, or damaged") from None
+    if header is None:
+        raise Problem(f"{path}: is not a log of the trainer, which begins with the run's options")
+    return header, records
 
 
 def check_file(option, path):

@@ -31,11 +31,10 @@ example: sst2.py prepare SST-2/train.tsv SST-2/dev.tsv --out data/sst2
          sst2.py score runs/sst2 runs/sst2_full
 """
 
-import json
 import os
 import shlex
 
-from common import (TOKENS_MAGIC, Parser, Problem, add_tokenizer_options, header, load_tokenizer, read_lines, reading, run,
+from common import (TOKENS_MAGIC, Parser, Problem, add_tokenizer_options, header, load_tokenizer, read_lines, read_log, run,
                     whole_file, whole_number, write_tokenizer, writing)
 import hellaswag
 import numpy as np
@@ -128,17 +127,11 @@ def prepare(paths, out, tokenizer, question, answers, T):
 
 def read_run(folder):
     """Of a run's log: its options, its plan, and its evaluations that have an accuracy."""
-    path = os.path.join(folder, "log.jsonl")
-    try:
-        with reading(path), open(path, encoding="utf-8") as file:
-            first, *others = [json.loads(line) for line in file if line.endswith("\n")]  # a line may be being written
-        options, plan = first["options"], first["plan"]
-        evaluations = [line for line in others if "hellaswag" in line]
-    except (ValueError, KeyError, TypeError):
-        raise Problem(f"{path}: is no log of the trainer") from None
+    header, records = read_log(folder)
+    evaluations = [record for record in records if "hellaswag" in record]
     if not evaluations:
-        raise Problem(f"{path}: has no accuracy; train with --hellaswag DIR/answers.bin")
-    return options, plan, evaluations
+        raise Problem(f"{os.path.join(folder, 'log.jsonl')}: has no accuracy; train with --hellaswag DIR/answers.bin")
+    return header["options"], header["plan"], evaluations
 
 
 def score(folders):

@@ -1,22 +1,31 @@
 #!/usr/bin/env python3
 """
-Trains at several rank ratios, projections and so on, and compares loss, memory and speed. Runs the trainer once for each
+Trains at several ranks, projections and so on, and compares loss, memory and speed. Runs the trainer once for each
 combination of what is listed, and writes into --out: results.csv, results.md, pictures, and a folder a run.
 
 Whatever is not an option of this program goes to the trainer as it is: --train, -e, -b, --steps, --lr (see the trainer's
 --help). What is not listed is as the trainer has it by default. Ratio 1 is full rank, which knows no projection, gap, alpha,
 moments and compressed layers, and is run once per level and seed; if eigen is among --projections, its whole basis as well.
 
-Started again, it goes on: runs that are done stay as they are; those that failed or were cut off begin anew. A run is
-known by the trainer's name and all its options, given or default: with another option it is another run.
+Not all combinations are wanted? --also "OPTIONS" adds those that this line would give with these options in place of its own
+or after them, be they lists of this program or flags of the trainer; it may be given several times.
 
-example: ablate.py --ratios 1,1/2,1/4,1/8 --projections gaussian,sparse --seeds 1,2,3 --out runs/sweep \\
-             --train input.txt -e d4 --channels 128 --context 128 -b 16 --steps 500 --lr 1e-3
+Where several learning rates or weight decays are listed, each method is run at all pairs of them with the first seed, and
+with the other seeds at its best pair.
+
+Started again, it goes on: runs that are done stay as they are; those that failed or were cut off begin anew. A run is
+known by the trainer's name, all its options, given or default, and what its data hold: with any other it is another run.
+
+example: ablate.py --ratios 1,1/2,1/4,64 --projections gaussian,sparse --seeds 1,2,3 --lr-sweep 1e-3,2e-3,4e-3 --out runs/sweep \\
+             --also "--optimizers muon --ratios 1/4 --projections sparse --gap 100" \\
+             --train input.txt -e d4 --channels 128 --context 128 -b 16 --steps 500
 """
 
 import argparse
 import csv
 import fcntl
+import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -43,9 +52,13 @@ from tqdm import tqdm
 
 FIRST_STEPS = 5  # they also pay for touching memory and for clocks to settle: their speed does not count
 LAST_STEPS = 20  # whose mean is the final training loss: that of one step is noisy
+MOST_ERRORS = 3  # standard errors by which means must differ to count: of two times three runs, by chance alone 4 in 100 do
 COMPRESSION = {"projection": "projections", "gap": "gaps", "refresh-iterations": "refresh", "alpha": "alphas", "moments": "moments",
                "compress": "compress"}  # option: its list
-AT_EDGE = "taken, at the edge of the list"
+NOT_RUN = "not run yet"
+NOT_TAKEN, TAKEN, AT_EDGE = "not taken", "taken", "taken, at the edge of the list"
+BLOCK, BLOCKS = 1 << 20, 64  # bytes that are read at once for a file's hash; how many are, at most
+SHARED = ["out", "seeds", "jobs", "binary"]  # what --also cannot change
 
 # ---------------------------------------------------------------------------- the command line
 
@@ -71,14 +84,14 @@ def listed(kind=str, separator=","):
     return parse
 
 
-def ratio(text):
-    """1/4 or 0.25 -> "0.25" """
+def rank(text):
+    """1/4 or 0.25 -> "0.25", and 64 -> "64" """
     try:
         value = Fraction(text)
     except (ValueError, ZeroDivisionError):
         value = 0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a ratio in (0, 1], such as 1/4 or 0.25")
+    if not 0 < value <= 1 and (value < 1 or value.denominator > 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a ratio in (0, 1], such as 1/4 or 0.25, nor a whole rank, such as 64")
     return f"{float(value):.9g}"
 
 
@@ -89,26 +102,44 @@ def rate(text):
     return text
 
 
+def decay(text):
+    value = meaning(text)
+    if not isinstance(value, float) or not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a weight decay of 0 or more")
+    return text
+
+
 def parse_options(words):
+    """The options; .groups holds one for the command line and one for each --also."""
     parser = Parser(__doc__)
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where results and runs go")
-    parser.add_argument("--ratios", metavar="LIST", type=listed(ratio), default=["1", "0.5", "0.25", "0.125"], help="rank ratios (1,1/2,1/4,1/8)")
-    for name, what in (("projections", "say gaussian,sparse,eigen"), ("gaps", "steps between new projections"),
+    parser.add_argument("--ratios", metavar="LIST", type=listed(rank), default=["1", "0.5", "0.25", "0.125"],
+                        help="rank ratios (1,1/2,1/4,1/8); above 1: whole ranks, the same columns for all layers")
+    for name, what in (("optimizers", "say adamw,muon"), ("projections", "say gaussian,sparse,eigen"), ("gaps", "steps between new projections"),
                        ("refresh", "of --refresh-iterations; only eigen has them"), ("alphas", "scales of the update"),
                        ("moments", "say keep,move"), ("levels", "of --recompute"), ("seeds", "")):
         parser.add_argument("--" + name, metavar="LIST", type=listed(), default=[None], help=what)
     parser.add_argument("--compress", metavar="LISTS", type=listed(separator="/"), default=[None],
                         help="lists of layers, separated by a slash: qkv,fc,fcproj/fc,fcproj")
-    parser.add_argument("--lr-sweep", metavar="LIST", type=listed(rate), default=[None],
-                        help="learning rates; each method is run at all of them with the first seed, with the other seeds at its best one")
+    parser.add_argument("--lr-sweep", metavar="LIST", type=listed(rate), default=[None], help="learning rates, of which each method takes its best")
+    parser.add_argument("--decays", metavar="LIST", type=listed(decay), default=[None], help="weight decays, likewise")
+    parser.add_argument("--also", metavar="OPTIONS", action="append", default=[], help="further combinations: this line, and these options after it")
     parser.add_argument("--jobs", metavar="N", type=whole_number(1, 1024), default=1, help="runs at once (default: %(default)s)")
     parser.add_argument("--binary", metavar="FILE", help="the trainer (default: train_gpt2_compactcu where it is built and there is a GPU, "
                         "else train_gpt2_compact, which make builds if it is missing)")
-    args, args.trainer = parser.parse_known_args(words)
-    if len(args.lr_sweep) == 1 and args.lr_sweep[0]:
-        raise Problem("--lr-sweep: wants two rates or more; for one, --lr")
-    if args.refresh != [None] and "eigen" not in args.projections:
-        raise Problem("--refresh: only eigen has iterations; --projections, which must list it, does not")
+    args, _ = parser.parse_known_args(words)
+    args.groups = []
+    for more in ["", *args.also]:
+        try:
+            group, group.trainer = parser.parse_known_args(words + shlex.split(more))
+        except ValueError as error:
+            raise Problem(f"--also: {more!r}: {error}") from None
+        changed = [name for name in SHARED if getattr(group, name) != getattr(args, name)] + ["also"] * (group.also != args.also)
+        if changed:
+            raise Problem(f"--also: --{changed[0]} is one for all combinations; give it outside")
+        if group.refresh != [None] and "eigen" not in group.projections:
+            raise Problem("--refresh: only eigen has iterations; --projections, which must list it, does not")
+        args.groups.append(group)
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise Problem(f"--out: {args.out} is a file; a folder is wanted")
     return args
@@ -135,10 +166,11 @@ def choose_binary(given):
 
 
 def list_methods(args):
-    """The methods, each a dict of the trainer's options that are listed: all but the seed and the learning rate."""
+    """The methods, each a dict of the trainer's options that are listed: all but the seed, the learning rate and the weight decay."""
     methods = []
-    for rank, level, *values in itertools.product(args.ratios, args.levels, *(getattr(args, name) for name in COMPRESSION.values())):
-        full_rank = {"rank": "1", "recompute": level}
+    for optimizer, rank, level, *values in itertools.product(args.optimizers, args.ratios, args.levels,
+                                                             *(getattr(args, name) for name in COMPRESSION.values())):
+        full_rank = {"rank": "1", "recompute": level, "optimizer": optimizer}
         method = dict(full_rank, rank=rank, **dict(zip(COMPRESSION, values)))
         eigen = method["projection"] == "eigen"
         if not eigen:
@@ -151,8 +183,15 @@ def list_methods(args):
     return [method for i, method in enumerate(methods) if method not in methods[:i]]
 
 
-def ratio_of(run):
+def rank_of(run):
     return 1 if plot.is_full_rank(run.options) else run.options["rank"]
+
+
+def ratio_of(run):
+    """The rank ratio; of a whole rank, the columns kept in all beside the inputs of the layers that keep them."""
+    channels = next(tensor["shape"][-1] for tensor in run.plan["tensors"] if tensor["name"] == "wte")
+    inputs = [channels * (4 if layer == "fcproj" else 1) for layer in run.options["compress"].split(",")]
+    return rank_of(run) if rank_of(run) <= 1 else sum(min(rank_of(run), n) for n in inputs) / sum(inputs)
 
 
 def labels(runs, *leave_out):
@@ -181,10 +220,41 @@ def ask_plan(args, flags):
         raise Problem(f"--binary: {args.binary} printed no plan; is it the trainer, and no --plan or --help among its flags?") from None
 
 
-def plan_run(args, number, method, seed, lr):
-    """One run: method `number` with a seed and a learning rate, where they are listed."""
-    chosen = dict(method, **({"seed": seed} if seed else {}), **({"lr": lr} if lr else {}))
-    flags = [word for name, value in chosen.items() for word in ("--" + name, value)] + args.trainer
+def data_files(flags):
+    """The files whose content is data to the trainer, by its flags {option: paths}. A name that exists is a name, else a pattern."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for names in (["-i", "--train"], ["-j", "--val"], ["--hellaswag"], ["-e", "--model"]):
+        parser.add_argument(*names, default="")
+    named = vars(parser.parse_known_args(flags)[0])
+    found = {option: [name] if os.path.exists(name) else sorted(glob.glob(os.path.expanduser(name))) for option, name in named.items()}
+    return {option: paths for option, paths in found.items() if paths and all(map(os.path.isfile, paths))}
+
+
+def content(path):
+    """A file's hash; of a large one, of blocks all over it."""
+    info = os.stat(path)
+    return hash_file(path, info.st_size, info.st_mtime_ns, info.st_ino)
+
+
+@functools.cache
+def hash_file(path, size, *_):
+    found = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with common.reading(path), open(path, "rb") as file:
+        for at in sorted({*range(0, size, max(BLOCK, size // BLOCKS)), max(0, size - BLOCK)}):
+            file.seek(at)
+            found.update(file.read(BLOCK))
+    return found.hexdigest()
+
+
+def data_of(flags):
+    return {option: list(map(content, paths)) for option, paths in data_files(flags).items()}
+
+
+def plan_run(args, group, method, seed, lr, decay):
+    """One run: a method with a seed, a learning rate and a weight decay, where they are listed."""
+    listed = {"seed": seed, "lr": lr, "weight-decay": decay}
+    chosen = dict(method, **{name: value for name, value in listed.items() if value is not None})
+    flags = [word for name, value in chosen.items() for word in ("--" + name, value)] + ["--checkpoint-every", "0"] + group.trainer
     options, plan = ask_plan(args, flags)
     for name, value in chosen.items():
         settled, wanted = meaning(str(options[name])), meaning(value)
@@ -196,17 +266,45 @@ def plan_run(args, number, method, seed, lr):
         raise Problem("--train: is missing; give it token shards or any text file")
     if options["steps"] < 1:
         raise Problem("--steps: is missing; a sweep compares runs of the same number of steps")
-    if lr and options["val-every"] == 0:
-        raise Problem("--lr-sweep: chooses by validation loss, which --val-every 0 leaves out")
     # What makes it this run and no other. The bytes of the parameters tell a trainer for bf16 from one for fp32.
-    known = [{name: value for name, value in options.items() if name not in plot.NO_MATTER}, os.path.basename(args.binary),
-             plan["categories"]["parameters"]]
+    data = data_of(group.trainer)
+    known = {name: value for name, value in options.items()
+             if name not in [*plot.NO_MATTER, *data, "checkpoint-every"] and plot.has_meaning(options, name)}
+    known.update(data=data, trainer=os.path.basename(args.binary), parameters=plan["categories"]["parameters"])
     words = ["full"] if plot.is_full_rank(options) else [f"{options['rank']:g}", options["projection"]]
-    words += [f"r{options['recompute']}", f"lr{options['lr']:g}", f"s{options['seed']}"]
+    words += [name for name in [options.get("optimizer", "adamw")] if name != "adamw"]
+    words += [f"r{options['recompute']}", f"lr{options['lr']:g}"] + [f"c{decay}"] * (decay is not None) + [f"s{options['seed']}"]
     words += [hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]]
+    same = json.dumps({name: value for name, value in known.items() if name not in listed}, sort_keys=True)  # in all runs of the method
     name = "-".join(words)
-    return SimpleNamespace(method=number, lr=lr, flags=flags, options=options, plan=plan, name=name, folder=os.path.join(args.out, name),
-                           log=None, status="not run yet", lr_choice="not taken" if lr else "")
+    return SimpleNamespace(group=group, chosen=method, same=same, lr=lr, decay=decay, flags=flags, options=options, plan=plan, data=data, name=name,
+                           folder=os.path.join(args.out, name), log=None, status=NOT_RUN, choice="")
+
+
+def plan_first_seed(args):
+    """The runs of the first seed: of each method one, or, where several learning rates or weight decays are listed, one for each pair."""
+    runs = {}
+    for group in args.groups:
+        for method, lr, decay in itertools.product(list_methods(group), group.lr_sweep, group.decays):
+            run = plan_run(args, group, method, args.seeds[0], lr, decay)
+            runs.setdefault(run.name, run)
+    runs, numbers = list(runs.values()), {}
+    for run in runs:
+        run.method = numbers.setdefault(run.same, len(numbers))
+    for run in runs:
+        if sum(other.method == run.method for other in runs) > 1:
+            run.choice = NOT_TAKEN
+            if run.options["val-every"] == 0:
+                raise Problem("--lr-sweep: chooses by validation loss, which --val-every 0 leaves out")
+    return runs
+
+
+def plan_other_seeds(args, runs):
+    found = []
+    for seed, run in itertools.product(args.seeds[1:], runs):  # a machine whose speed drifts then slows all methods alike
+        found.append(plan_run(args, run.group, run.chosen, seed, run.lr, run.decay))
+        found[-1].method, found[-1].choice = run.method, run.choice
+    return found
 
 # ---------------------------------------------------------------------------- running
 
@@ -226,6 +324,12 @@ def take_log(run, folder):
 def train(run, args, bar, begin):
     """One run of the trainer, in a folder that gets its name when all is done. begin(command, ...) starts a process, or, when
     all are to stop, does not."""
+    def changed():
+        if data_of(run.group.trainer) != run.data:
+            run.status = "failed, the data are not those with which the sweep began; start it again"
+        return run.status.startswith("failed")
+    if changed():
+        return
     unfinished = run.folder + ".part"
     shutil.rmtree(unfinished, ignore_errors=True)
     os.makedirs(unfinished)
@@ -247,6 +351,8 @@ def train(run, args, bar, begin):
                 bar.update(int(step[1]) - bar.n)
         process.stdout.close()
         status = process.wait()
+    if changed():
+        return
     if status == 0 and take_log(run, unfinished):
         shutil.rmtree(run.folder, ignore_errors=True)
         os.rename(unfinished, run.folder)
@@ -291,25 +397,31 @@ def train_all(runs, args, finished):
             bars.get().close()
 
 
-def choose_rates(runs, rates):
-    """Marks for each method, all of whose runs have the same seed, the run with the lowest validation loss. Returns {method: that run}."""
-    edges = [min(rates, key=float), max(rates, key=float)]
-    best = {}
-    for number in dict.fromkeys(run.method for run in runs):
+def choose_best(runs):
+    """Marks of each method that has several runs, all of one seed, the one with the lowest validation loss. Returns those."""
+    best = []
+    for number in dict.fromkeys(run.method for run in runs if run.choice):
         tried = [run for run in runs if run.method == number]
         whole = [run for run in tried if run.log]
-        if any(len(run.log.val_losses) == 0 for run in whole):
+        if any(val_loss(run) is None for run in whole):
             raise Problem("--lr-sweep: chooses by validation loss, and there is none; give --val")
         if whole:
-            taken = min(whole, key=lambda run: run.log.val_losses[-1])
-            taken.lr_choice = AT_EDGE if taken.lr in edges else "taken"
-            best[number] = taken
+            taken = min(whole, key=lambda run: val_loss(run) if math.isfinite(val_loss(run)) else math.inf)
+            lists = [{run.options[name] for run in tried} for name in ("lr", "weight-decay")]
+            at = [taken.options[name] for name in ("lr", "weight-decay")]
+            edge = any(len(values) > 1 and value > 0 and value in (min(values), max(values)) for values, value in zip(lists, at))
+            taken.choice = AT_EDGE if edge else TAKEN
+            best.append(taken)
     return best
 
 
+def stands(run):
+    """Whether a run stands for its method: of those between which it chooses, only the best one does."""
+    return run.choice != NOT_TAKEN
+
+
 def counts(run):
-    """Whether a run is done and stands for its method: of a sweep of learning rates, only those at the method's best one do."""
-    return run.log is not None and run.lr_choice != "not taken"
+    return run.log is not None and stands(run)
 
 # ---------------------------------------------------------------------------- results
 
@@ -323,20 +435,57 @@ def val_loss(run):
     return float(run.log.val_losses[-1]) if run.log and len(run.log.val_losses) else None
 
 
-def row_of(run, full_rank):
-    """A run's figures, {column: value}; None where there is none. full_rank: {(level, seed): validation loss}."""
-    row = {"name": run.name, "ratio": ratio_of(run), **{name: run.options[name] if plot.has_meaning(run.options, name) else None for name in COMPRESSION}}
-    row.update(level=run.options["recompute"], seed=run.options["seed"], lr=run.options["lr"], lr_choice=run.lr_choice, steps=run.options["steps"])
-    row.update(dict.fromkeys(["final_train_loss", "final_val_loss", "best_val_loss", "perplexity_above_full_rank_percent"]))
+def perplexity(loss):
+    """exp of a loss; infinite where a double cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def row_of(run, baseline):
+    """A run's figures, {column: value}; None where there is none. baseline: {seed: validation loss}."""
+    row = {"name": run.name, "rank": rank_of(run), "optimizer": run.options.get("optimizer"),
+           **{name: run.options[name] if plot.has_meaning(run.options, name) else None for name in COMPRESSION}}
+    row.update(level=run.options["recompute"], seed=run.options["seed"], lr=run.options["lr"], weight_decay=run.options["weight-decay"],
+               choice=run.choice, steps=run.options["steps"])
+    row.update(dict.fromkeys(["final_train_loss", "final_val_loss", "perplexity", "bits_per_byte", "best_val_loss", "perplexity_above_full_rank_percent"]))
     row.update(plan_bytes=run.plan["total_bytes"], full_rank_bytes=run.plan["full_rank_total_bytes"],
                flops_per_token=run.plan["flops_per_token"]["total"], tokens_per_second=None, seconds=None, status=run.status)
     if run.log:
         row.update(final_train_loss=float(run.log.losses[-LAST_STEPS:].mean()), tokens_per_second=speed(run.log), seconds=run.log.ms.sum() / 1e3)
     if val_loss(run) is not None:
-        base = full_rank.get((row["level"], row["seed"]))
-        row.update(final_val_loss=val_loss(run), best_val_loss=float(run.log.val_losses.min()),
-                   perplexity_above_full_rank_percent=None if base is None else 100 * math.expm1(val_loss(run) - base))
+        base = baseline.get(row["seed"])
+        row.update(final_val_loss=val_loss(run), perplexity=perplexity(val_loss(run)), bits_per_byte=run.log.bits_per_byte,
+                   best_val_loss=float(run.log.val_losses.min()),
+                   perplexity_above_full_rank_percent=None if base is None else 100 * (perplexity(val_loss(run) - base) - 1))
     return row
+
+
+def baseline_of(runs):
+    """The method that all are compared with: full rank, the first one listed, with AdamW if there is one."""
+    full_rank = [(run.options.get("optimizer", "adamw") != "adamw", run.method) for run in runs if plot.is_full_rank(run.options)]
+    return min(full_rank)[1] if full_rank else None
+
+
+def judge(those, base):
+    """What the runs of a method count as beside those of the baseline. See RULE."""
+    failed = sum(not run.log for run in those)
+    if failed:
+        return f"{failed} failed"
+    losses, base = ([val_loss(run) for run in runs if val_loss(run) is not None] for runs in (those, base))
+    if min(len(losses), len(base)) < 2:
+        return ""
+    (mean, deviation), (base_mean, base_deviation) = plot.mean_and_deviation(losses), plot.mean_and_deviation(base)
+    error = math.sqrt(deviation**2 / len(losses) + base_deviation**2 / len(base))
+    if abs(mean - base_mean) <= MOST_ERRORS * error:
+        return "alike"
+    return "**better**" if mean < base_mean else "worse"
+
+
+RULE = f"""
+A method counts as **better** (or worse) than the baseline if the mean of its validation losses over seeds is lower (higher) by more than
+{MOST_ERRORS} standard errors of the difference of the means, √(s₁²/n₁ + s₂²/n₂), with s the standard deviation over n seeds; else the two are alike: these
+runs do not tell them apart. Of methods that do not differ, with three seeds each, about 4 in 100 count as better or worse by chance. One seed counts
+for nothing.
+"""
 
 
 def write_whole(path, text):
@@ -354,14 +503,16 @@ def shown(column, value):
     """A figure for the eye."""
     if value is None or value == "":
         return ""
-    if column == "ratio":
+    if column == "rank":
         return plot.rank_text(value)
+    if column == "perplexity":
+        return f"{value:,.3f}" if value < 1e4 else f"{value:.3g}"
     if column.endswith("_bytes"):
         return f"{value / 2**20:,.1f} MiB"
-    if column.endswith("_loss"):
+    if column.endswith("_loss") or column == "bits_per_byte":
         return f"{value:.4f}"
     if column.endswith("_percent"):
-        return f"{value:+.2f}"
+        return f"{value:+.2f}" if value < 1e4 else f"{value:+.3g}"
     if column == "flops_per_token":
         return f"{value / 1e6:,.2f} M"
     if column == "tokens_per_second":
@@ -375,7 +526,7 @@ def over_seeds(column, rows):
     if not values:
         return ""
     mean, deviation = plot.mean_and_deviation(values)
-    return shown(column, mean) + (f" ± {shown(column, deviation).lstrip('+')}" if len(values) > 1 else "")
+    return shown(column, mean) + (f" ± {shown(column, deviation).lstrip('+')}" if len(values) > 1 and math.isfinite(mean) else "")
 
 
 def markdown(args, runs, rows, pictures):
@@ -388,38 +539,44 @@ def markdown(args, runs, rows, pictures):
         text += f"- {args.jobs} runs at once: their speeds are lower than that of one alone\n"
 
     those = [run for run in runs if counts(run)]
-    names = {run.method: name or "all" for run, name in zip(those, labels(those, "seed", "lr"))}
+    names = {run.method: name or "all" for run, name in zip(those, labels(those, "seed", "lr", "weight-decay"))}
     if names:
-        figures = ["final_train_loss", "final_val_loss", "perplexity_above_full_rank_percent", "tokens_per_second"]
-        head = ["method", "runs", "lr", "training loss", "validation loss", "perplexity above full rank, %", "tokens/s", "plan", "of full rank's",
-                "FLOPs per token"]
+        base = baseline_of(those)
+        figures = ["final_val_loss", "perplexity", "perplexity_above_full_rank_percent", "bits_per_byte"]
+        head = ["method", "runs", "lr", "weight decay", "validation loss", "perplexity", "above the baseline, %", "bits per byte", "counts as", "memory",
+                "of full rank's", "tokens/s", "FLOPs per token"]
         lines = []
         for number, name in names.items():
             chosen = [row for run, row in zip(runs, rows) if run.method == number and counts(run)]
-            plan = chosen[0]["plan_bytes"]
-            edge = " (edge)" if chosen[0]["lr_choice"] == AT_EDGE else ""
-            lines.append([name, len(chosen), f"{chosen[0]['lr']:g}{edge}", *(over_seeds(column, chosen) for column in figures),
-                          shown("plan_bytes", plan), f"{100 * plan / chosen[0]['full_rank_bytes']:.0f} %",
-                          shown("flops_per_token", chosen[0]["flops_per_token"])])
-        text += "\n## Methods\n\nMean ± standard deviation over seeds. The training loss is the mean of the last "
-        text += f"{LAST_STEPS} steps, the speed the median of all steps but the first {FIRST_STEPS}; the plan is all the memory of a run.\n\n"
-        text += table(head, lines)
-        if any(run.lr_choice == AT_EDGE for run in those):
-            text += "\n**(edge): best at the edge of the list of learning rates; a wider one may have better.**\n"
+            first, plan = chosen[0], chosen[0]["plan_bytes"]
+            tried = [run for run in runs if run.method == number and stands(run) and run.status != NOT_RUN]
+            verdict = "baseline" if number == base else judge(tried, [run for run in those if run.method == base])
+            lines.append([name, len(chosen), f"{first['lr']:g}" + " (edge)" * (first["choice"] == AT_EDGE), f"{first['weight_decay']:g}",
+                          *(over_seeds(column, chosen) for column in figures), verdict, shown("plan_bytes", plan),
+                          f"{100 * plan / first['full_rank_bytes']:.0f} %", over_seeds("tokens_per_second", chosen),
+                          shown("flops_per_token", first["flops_per_token"])])
+        if not any(line[head.index("bits per byte")] for line in lines):
+            for line in [head, *lines]:
+                del line[7]
+        text += "\n## Methods\n\nMean ± standard deviation over seeds. The memory is all that a run takes, by its plan; the speed is the median of all "
+        text += f"steps but the first {FIRST_STEPS}.\n\n" + table(head, lines) + (RULE if base is not None else "")
+        if any(run.choice == AT_EDGE for run in those):
+            text += "\n**(edge): best at the edge of the list of learning rates or weight decays; a wider one may have better.**\n"
     text += "".join(f"\n![{os.path.basename(path)}]({os.path.basename(path)})\n" for path in pictures)
 
     differing = [column for column in rows[0] if len({str(row[column]) for row in rows if row[column] is not None}) > 1]
     alike = {column: next((row[column] for row in rows if row[column] is not None), "") for column in rows[0] if column not in differing}
     alike = [f"{column} {shown(column, value)}" for column, value in alike.items() if value != ""]
-    text += f"\n## Runs\n\nThe seconds are those of the training steps alone. Alike in all runs that have it: {', '.join(alike)}.\n\n"
+    text += f"\n## Runs\n\nThe training loss is the mean of the last {LAST_STEPS} steps. The seconds are those of the training steps alone. Alike in all runs that have it: {', '.join(alike)}.\n\n"
     text += table([column.replace("_", " ") for column in differing], [[shown(column, row[column]) for column in differing] for row in rows])
     return text
 
 
 def write_tables(args, runs, pictures=()):
     runs = sorted(runs, key=lambda run: run.method)
-    full_rank = {(run.options["recompute"], run.options["seed"]): val_loss(run) for run in runs if counts(run) and plot.is_full_rank(run.options)}
-    rows = [row_of(run, full_rank) for run in runs]
+    base = baseline_of(runs)
+    baseline = {run.options["seed"]: val_loss(run) for run in runs if counts(run) and run.method == base}
+    rows = [row_of(run, baseline) for run in runs]
     out = io.StringIO()
     writer = csv.DictWriter(out, rows[0], lineterminator="\n")
     writer.writeheader()
@@ -432,45 +589,46 @@ def draw(args, runs):
     """The pictures, of the runs that are done. Returns their paths."""
     those = sorted(filter(counts, runs), key=lambda run: run.method)
     methods = list(dict.fromkeys(run.method for run in those))
-    # A line is one way to compress, and its points are the ratios; full rank has a line for each level. A line has a colour, a ratio a marker.
-    lines = dict(zip([run.method for run in those], labels(those, "rank", "seed", "lr")))
+    # A line is one way to compress, and its points are the ranks, whole ones apart; each full rank is a line. A line has a colour, a rank a marker.
+    lines = {run.method: ", ".join(filter(None, [name, "whole rank" * (rank_of(run) > 1)]))
+             for run, name in zip(those, labels(those, "rank", "seed", "lr", "weight-decay"))}
     compressed = [run for run in those if not plot.is_full_rank(run.options)]
     # the lowest ratio has all lines, in the order of the lists; ratio 1 has not
     numbers = {line: 1 + i for i, line in enumerate(dict.fromkeys(lines[run.method] for run in sorted(compressed, key=ratio_of)))}
-    ratios = sorted({ratio_of(run) for run in compressed}, reverse=True)
-    markers = dict(zip(ratios, itertools.cycle(plot.MARKERS)))
-    levels = list(dict.fromkeys(run.options["recompute"] for run in those))
+    ranks = sorted({rank_of(run) for run in compressed}, key=lambda rank: (rank > 1, -rank))
+    markers = dict(zip(ranks, itertools.cycle(plot.MARKERS)))
+    full = list(dict.fromkeys(run.method for run in those if plot.is_full_rank(run.options)))
 
     def look_of_line(run):
-        if plot.is_full_rank(run.options):  # a star, black at the first level
-            return dict(plot.look(0), color=str(0.35 * levels.index(run.options["recompute"]) % 1), marker="*", markersize=10, linestyle="none")
+        if plot.is_full_rank(run.options):  # a star; the first is black
+            return dict(plot.look(0), color=str(0.35 * full.index(run.method) % 1), marker="*", markersize=10, linestyle="none")
         number = numbers[lines[run.method]]
         return plot.look(number, number - 1 if len(numbers) <= 6 else None)  # as long as they last, each colour has its own dashes
 
     def look_of_method(run):
         if plot.is_full_rank(run.options):
             return dict(look_of_line(run), linestyle="-")
-        if len(numbers) > 6 or len(ratios) > 7:  # too few colours, or markers
+        if len(numbers) > 6 or len(ranks) > 7:  # too few colours, or markers
             return plot.look(1 + methods.index(run.method))
-        return plot.look(numbers[lines[run.method]], ratios.index(ratio_of(run)))
+        return plot.look(numbers[lines[run.method]], ranks.index(rank_of(run)))
 
-    def series(x, y, by_ratio=False):
-        """For plot.draw_series; x and y are functions of a run. by_ratio: the markers are those of the ratios."""
+    def series(x, y, by_rank=False):
+        """For plot.draw_series; x and y are functions of a run. by_rank: the markers are those of the ranks."""
         groups, starts, found = {}, {}, []
         for run in sorted(those, key=ratio_of, reverse=True):
             if y(run) is not None:
                 line = lines[run.method]
                 number = 0 if plot.is_full_rank(run.options) else numbers[line]
-                groups.setdefault((number, line), {}).setdefault(ratio_of(run), []).append(run)
+                groups.setdefault((number, line), {}).setdefault(rank_of(run), []).append(run)
         for (number, line), points in sorted(groups.items()):  # full rank comes first
-            full, run = number == 0, next(iter(points.values()))[0]
-            level, look = run.options["recompute"], look_of_line(run)
-            points = [(x(same[0]), [y(run) for run in same], markers[ratio] if by_ratio and not full else look["marker"])
-                      for ratio, same in points.items()]
-            if full:
-                starts[level] = (points[0][0], plot.mean_and_deviation(points[0][1])[0])
-            label = ", ".join(filter(None, ["full rank", line])) if full else line or run.options["projection"]
-            start = None if full or run.options["projection"] == "eigen" else starts.get(level)  # eigen's ratio 1 is its own
+            whole, run = number == 0, next(iter(points.values()))[0]
+            same, look = (run.options["recompute"], run.options.get("optimizer")), look_of_line(run)
+            points = [(x(those[0]), [y(run) for run in those], markers[rank] if by_rank and not whole else look["marker"])
+                      for rank, those in points.items()]
+            if whole:
+                starts[same] = (points[0][0], plot.mean_and_deviation(points[0][1])[0])
+            label = ", ".join(filter(None, ["full rank", line])) if whole else line or run.options["projection"]
+            start = None if whole or run.options["projection"] == "eigen" else starts.get(same)  # eigen's ratio 1 is its own
             found.append(SimpleNamespace(label=label, look=look, points=points, start=start))
         return found
 
@@ -488,7 +646,7 @@ def draw(args, runs):
 
     unit, size = ("GiB", 2**30) if any(run.plan["total_bytes"] >= 2**30 for run in those) else ("MiB", 2**20)
     loss, plan = "final validation loss (nats per token)", f"memory of a run ({unit})"
-    told = {marker: f"rank {plot.rank_text(ratio)}" for ratio, marker in markers.items()}
+    told = {marker: f"rank {plot.rank_text(rank)}" for rank, marker in markers.items()}
     if those:
         names = [name or run.name for run, name in zip(those, labels(those, "seed"))]
         plot.draw_curves([run.log for run in those], names, [look_of_method(run) for run in those], path("curves.png"))
@@ -501,16 +659,21 @@ def draw(args, runs):
     if those:
         plot.draw_series(series(memory, lambda run: speed(run.log), True), path("speed_memory.png"), "Speed against memory", plan,
                          "speed (tokens per second)", markers=told)
-    swept = [run for run in runs if run.lr and run.log and run.method in methods and run.options["seed"] == runs[0].options["seed"]]
-    if swept:
-        names = dict(zip([run.method for run in swept], labels(swept, "lr")))
+    swept = [run for run in runs if run.choice and run.log and run.method in methods and run.options["seed"] == runs[0].options["seed"]]
+    if len({run.options["lr"] for run in swept}) > 1:
+        groups = {}
+        for run, name in zip(swept, labels(swept, "lr")):
+            groups.setdefault((run.method, name), []).append(run)
         found = []
-        for number, name in names.items():
-            same = sorted((run for run in swept if run.method == number), key=lambda run: run.options["lr"])
+        for (number, name), same in groups.items():
+            same = sorted(same, key=lambda run: run.options["lr"])
+            decays = sorted({run.options["weight-decay"] for run in swept if run.method == number})
             look = look_of_method(same[0])
+            if len(decays) > 1:
+                look["linestyle"] = plot.DASHES[decays.index(same[0].options["weight-decay"]) % 4]
             points = [(run.options["lr"], [val_loss(run)], look["marker"]) for run in same]
             found.append(SimpleNamespace(label=name or "all", look=look, points=points, start=None))
-        ticks = {float(lr): lr for lr in args.lr_sweep}
+        ticks = {lr: f"{lr:g}" for lr in sorted({run.options["lr"] for run in swept})}
         plot.draw_series(found, path("loss_lr.png"), "Loss against learning rate", "highest learning rate", loss, ticks)
     return paths
 
@@ -520,11 +683,8 @@ def draw(args, runs):
 def main():
     args = parse_options(sys.argv[1:])
     args.binary = choose_binary(args.binary)
-    methods, seeds, rates = list_methods(args), args.seeds, args.lr_sweep
-    sweeps = rates != [None]
-    runs = [plan_run(args, number, method, seed, lr)
-            # a machine whose speed drifts then slows all methods alike
-            for seed in (seeds[:1] if sweeps else seeds) for number, method in enumerate(methods) for lr in rates]
+    first = plan_first_seed(args)
+    runs = first + plan_other_seeds(args, [run for run in first if not run.choice])
     os.makedirs(args.out, exist_ok=True)
     lock = os.open(args.out, os.O_RDONLY)
     try:
@@ -532,7 +692,8 @@ def main():
     except BlockingIOError:
         raise Problem(f"--out: another sweep is at work in {args.out}") from None
     sys.stdout.reconfigure(line_buffering=True)
-    total = len(runs) + (len(methods) * (len(seeds) - 1) if sweeps else 0)
+    methods = {run.method for run in runs}
+    total = len(first) + len(methods) * (len(args.seeds) - 1)
     print(f"methods: {len(methods)}; runs: {total}; trainer: {args.binary}")
     overall = tqdm(total=total, unit="run", disable=None)
 
@@ -551,13 +712,8 @@ def main():
         train_all(rest, args, finished)
 
     train_rest(runs)
-    if sweeps:
-        best = choose_rates(runs, rates)
-        others = []
-        for seed, number in itertools.product(seeds[1:], best):
-            run = plan_run(args, number, methods[number], seed, best[number].lr)
-            run.lr_choice = best[number].lr_choice
-            others.append(run)
+    others = plan_other_seeds(args, choose_best(first))
+    if others:
         runs += others
         train_rest(others)
     overall.close()
@@ -566,8 +722,9 @@ def main():
     for run in failed:
         print(f"{run.name}: {run.status}", file=sys.stderr)
     for run in runs:
-        if run.lr_choice == AT_EDGE and run.options["seed"] == runs[0].options["seed"]:
-            print(f"{run.name}: its learning rate is the best of the list, and at its edge: a wider list may have a better one", file=sys.stderr)
+        if run.choice == AT_EDGE and run in first:
+            print(f"{run.name}: its learning rate or weight decay is the best of the list, and at its edge: a wider list may have a better one",
+                  file=sys.stderr)
     print(f"{len(runs) - len(failed)} of {len(runs)} runs are done: {os.path.join(args.out, 'results.md')}")
     sys.exit(1 if failed else 0)
 

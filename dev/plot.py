@@ -7,7 +7,6 @@ is drawn as far as it came. The legend names the options in which the runs diffe
 example: plot.py runs/full runs/quarter --out loss.png
 """
 
-import json
 import os
 import sys
 from fractions import Fraction
@@ -20,6 +19,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
+    import common
     from common import Parser, Problem, run
 except ImportError as missing:
     print(f"{os.path.basename(sys.argv[0])}: the Python package {missing.name} is missing: pip install -r dev/requirements.txt", file=sys.stderr)
@@ -38,23 +38,10 @@ NO_MATTER = ["out", "plan", "tokenizer", "resume", "dump"]  # options that do no
 
 
 def read_log(folder):
-    """DIR/log.jsonl: the first line's options, plan, device and revision; arrays steps, losses, speeds (tokens/s), ms, of each step,
-    and val_steps, val_losses of each evaluation."""
-    path = os.path.join(folder, "log.jsonl")
+    """DIR/log.jsonl: options, plan, device and revision, as the last start noted them; arrays steps, losses, speeds (tokens/s), ms,
+    of each step, and val_steps, val_losses of each evaluation; bits_per_byte of the last one, or None."""
+    head, records = common.read_log(folder)
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = file.read().splitlines()
-    except OSError as error:
-        raise Problem(f"{path}: cannot be read: {error.strerror}; a run's --out folder is wanted") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines) or number == 1:
-                raise Problem(f"{path}: line {number} is not JSON: not a log of the trainer, or damaged") from None
-    try:
-        head, records = records[0], records[1:]
         steps = [record for record in records if "loss" in record]
         evaluations = [record for record in records if "val_loss" in record]
         return SimpleNamespace(
@@ -62,9 +49,10 @@ def read_log(folder):
             steps=np.array([record["step"] for record in steps], int), losses=np.array([record["loss"] for record in steps], float),
             speeds=np.array([record["tokens_per_second"] for record in steps], float), ms=np.array([record["ms"] for record in steps], float),
             val_steps=np.array([record["step"] for record in evaluations], int),
-            val_losses=np.array([record["val_loss"] for record in evaluations], float))
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise Problem(f"{path}: is not a log of the trainer, whose first line holds the options and the plan") from None
+            val_losses=np.array([record["val_loss"] for record in evaluations], float),
+            bits_per_byte=evaluations[-1].get("bits_per_byte") if evaluations else None)
+    except (KeyError, TypeError, ValueError):
+        raise Problem(f"{os.path.join(folder, 'log.jsonl')}: is not a log of the trainer, whose first line holds the options and the plan") from None
 
 
 def smooth(values, reach):
@@ -73,7 +61,8 @@ def smooth(values, reach):
     at = np.arange(len(values))
     before = np.minimum(reach, at)
     after = np.minimum(before, len(values) - 1 - at)
-    return (sums[at + after + 1] - sums[at - before]) / (before + after + 1)
+    with np.errstate(invalid="ignore"):  # inf - inf, where it diverged
+        return (sums[at + after + 1] - sums[at - before]) / (before + after + 1)
 
 # ---------------------------------------------------------------------------- what a run is called
 
@@ -102,19 +91,19 @@ def words(options, name):
         return ""
     if isinstance(value, bool) or value == "":
         return name if value else f"no {name}"
-    return str(value) if name == "projection" else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+    return str(value) if name in ("projection", "optimizer") else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def labels(many, leave_out=()):
     """For each of many runs' options: the rank and whatever else differs among them. Empty where nothing does."""
     names = [name for options in many for name in options if name not in NO_MATTER and name not in leave_out]
-    names = sorted(dict.fromkeys(names), key=lambda name: (name != "rank", name != "projection"))  # these two first
+    names = sorted(dict.fromkeys(names), key=lambda name: (name != "rank", name != "projection", name != "optimizer"))  # these first
 
     def differ(name, some):
         return len({words(options, name) for options in some} - {""}) > 1
     differing = [name for name in names if differ(name, many)]
-    if "gap" in differing:  # one that follows from the projection, as where none is given, says nothing more
-        same = [[options for options in many if options["projection"] == one["projection"]] for one in many]
+    if "gap" in differing:  # one that follows from projection and optimizer, as where none is given, says nothing more
+        same = [[options for options in many if all(options.get(name) == one.get(name) for name in ("projection", "optimizer"))] for one in many]
         differing = [name for name in differing if name != "gap" or any(differ(name, some) for some in same)]
     return [", ".join(filter(None, (words(options, name) for name in differing))) for options in many]
 
@@ -167,10 +156,12 @@ def draw_curves(logs, names, looks, path):
             train.plot(log.steps, log.losses, color=line["color"], alpha=0.15, linewidth=0.8)
         train.plot(log.steps, smoothed, **dict(line, marker=None))
         handles[name], = val.plot(log.val_steps, log.val_losses, **line, markevery=1 + len(log.val_steps) // 20)
-        low.append((log.losses if raw else smoothed).min())
-        high.append(smoothed[len(smoothed) // 20:].max())
-    space = 0.08 * (max(high) - min(low)) or 1.0
-    train.set_ylim(min(low) - space, max(high) + space)
+        low.append(log.losses if raw else smoothed)
+        high.append(smoothed[len(smoothed) // 20:])
+    low, high = (values[np.isfinite(values)] for values in map(np.concatenate, (low, high)))
+    if low.size and high.size:
+        space = 0.08 * (high.max() - low.min()) or 1.0
+        train.set_ylim(low.min() - space, high.max() + space)
     if not any(len(log.val_losses) for log in logs):
         val.set_yticks([])
         val.text(0.5, 0.5, "no validation loss", transform=val.transAxes, ha="center")
@@ -180,7 +171,8 @@ def draw_curves(logs, names, looks, path):
 
 def mean_and_deviation(values):
     """Over seeds. A single value has no deviation."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    with np.errstate(invalid="ignore"):  # inf - inf, where one diverged
+        return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def draw_series(series, path, title, xlabel, ylabel, ticks=None, markers=None, frontier=False):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -153,10 +154,11 @@ def test_the_csv_says_what_the_logs_say(done):
         for column, option in (("projection", "projection"), ("gap", "gap"), ("alpha", "alpha"), ("moments", "moments"), ("compress", "compress")):
             assert row[column] == ("" if full else str(options[option]))
         assert row["refresh-iterations"] == ("1" if options["projection"] == "eigen" else "")
-        assert float(row["ratio"]) == options["rank"] and row["level"] == "0" and row["seed"] == str(options["seed"])
+        assert float(row["rank"]) == options["rank"] and row["weight_decay"] == "0.1" and row["level"] == "0" and row["seed"] == str(options["seed"])
         assert row["lr"] == "0.01" and row["steps"] == "24" and row["status"] == "ok"
         figures = {"final_train_loss": statistics.mean(step["loss"] for step in steps[-20:]),
-                   "final_val_loss": evaluations[-1]["val_loss"], "best_val_loss": min(evaluation["val_loss"] for evaluation in evaluations),
+                   "final_val_loss": evaluations[-1]["val_loss"], "perplexity": math.exp(evaluations[-1]["val_loss"]),
+                   "bits_per_byte": evaluations[-1]["bits_per_byte"], "best_val_loss": min(evaluation["val_loss"] for evaluation in evaluations),
                    "perplexity_above_full_rank_percent": 100 * (math.exp(evaluations[-1]["val_loss"]) / math.exp(base[options["seed"]]) - 1),
                    "plan_bytes": plan["total_bytes"], "full_rank_bytes": plan["full_rank_total_bytes"],
                    "flops_per_token": plan["flops_per_token"]["total"],
@@ -177,9 +179,17 @@ def test_the_table(done):
         losses = [float(row["final_val_loss"]) for row in rows]
         line = methods[method]
         assert line[1] == "2" and line[4] == f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
-        assert line[8] == f"{100 * int(rows[0]['plan_bytes']) / int(rows[0]['full_rank_bytes']):.0f} %"
-        assert line[9] == f"{int(rows[0]['flops_per_token']) / 1e6:.2f} M"
-    assert methods["full rank"][5] == "+0.00 ± 0.00" and "lr 0.01" in done.table and "status ok" in done.table
+        perplexities = list(map(math.exp, losses))
+        assert line[5] == f"{statistics.mean(perplexities):.3f} ± {statistics.stdev(perplexities):.3f}"
+        bits = statistics.mean(losses) / math.log(2)
+        assert line[7].startswith(f"{bits:.4f}"[:-1])  # whose last digit hangs on the log's rounding
+        base = [float(row["final_val_loss"]) for row in done.rows if row["name"].startswith("full")]
+        error = math.sqrt(statistics.variance(losses) / 2 + statistics.variance(base) / 2)
+        errors = (statistics.mean(losses) - statistics.mean(base)) / error
+        assert line[8] == ("**better**" if errors < -3 else "worse" if errors > 3 else "alike")
+        assert line[10] == f"{100 * int(rows[0]['plan_bytes']) / int(rows[0]['full_rank_bytes']):.0f} %"
+        assert line[12] == f"{int(rows[0]['flops_per_token']) / 1e6:.2f} M"
+    assert methods["full rank"][6] == "+0.00 ± 0.00" and methods["full rank"][8] == "baseline" and "standard errors" in done.table and "lr 0.01" in done.table and "status ok" in done.table
     for name in PICTURES + done.folders:
         assert name in done.table
 
@@ -290,12 +300,12 @@ def test_pictures_hold_the_sweep(done, figures, monkeypatch):
     loss, memory = ("final_val_loss", "final validation loss (nats per token)"), ("plan_bytes", "memory of a run (MiB)", 2**20)
     flops = ("flops_per_token", "FLOPs of matrix products per token (millions)", 1e6)
     for figure, (x, x_name, unit), (y, y_name) in (
-            (loss_ratio, ("ratio", "rank ratio", 1), loss), (loss_memory, memory, loss), (loss_flops, flops, loss),
+            (loss_ratio, ("rank", "rank ratio", 1), loss), (loss_memory, memory, loss), (loss_flops, flops, loss),
             (speed_memory, memory, ("tokens_per_second", "speed (tokens per second)"))):
         wanted = {}
         for row in done.rows:
-            mark = {"1": "o", "0.5": "s", "0.25": "^"}[row["ratio"]] if x != "ratio" else {"gaussian": "o", "sparse": "s"}.get(row["projection"], "^")
-            key = (row["ratio"], colours[row["projection"]], mark if row["projection"] else "*")
+            mark = {"1": "o", "0.5": "s", "0.25": "^"}[row["rank"]] if x != "rank" else {"gaussian": "o", "sparse": "s"}.get(row["projection"], "^")
+            key = (row["rank"], colours[row["projection"]], mark if row["projection"] else "*")
             wanted.setdefault(key, [float(row[x]) / unit, []])[1].append(float(row[y]))
         axis, = figure.axes
         assert axis.get_xlabel() == x_name and axis.get_ylabel() == y_name
@@ -421,13 +431,13 @@ def check_rates(sweep, rates):
     """Each method's best rate is the one that the runs of the first seed say, and the other seeds are run at it alone. Returns who took what."""
     taken = {}
     for ratio in ("1", "0.25"):
-        rows = [row for row in sweep.rows if row["ratio"] == ratio]
+        rows = [row for row in sweep.rows if row["rank"] == ratio]
         first = [row for row in rows if row["seed"] == "1"]
         assert {float(row["lr"]) for row in first} == set(rates) and len(first) == len(rates)
         best = min(first, key=lambda row: float(row["final_val_loss"]))
         choice = "taken, at the edge of the list" if float(best["lr"]) in (min(rates), max(rates)) else "taken"
-        assert [(row["seed"], row["lr"]) for row in rows if row["lr_choice"] != "not taken"] == [("1", best["lr"]), ("2", best["lr"])]
-        assert {row["lr_choice"] for row in rows} == {choice, "not taken"} and {row["status"] for row in rows} == {"ok"}
+        assert [(row["seed"], row["lr"]) for row in rows if row["choice"] != "not taken"] == [("1", best["lr"]), ("2", best["lr"])]
+        assert {row["choice"] for row in rows} == {choice, "not taken"} and {row["status"] for row in rows} == {"ok"}
         taken[ratio] = float(best["lr"])
     return taken
 
@@ -445,7 +455,7 @@ def test_learning_rates(sweep):
     said = sweep.run(*options, "--lr-sweep", "1e-2,1e-4,1e-3,1")  # the runs that there are stay and count
     assert check_rates(sweep, [1e-2, 1e-4, 1e-3, 1]) == {"1": 0.01, "0.25": 0.01} and len(sweep.begun) == 10
     assert "edge" not in said + sweep.table
-    base = next(row for row in sweep.rows if row["ratio"] == "1" and row["seed"] == "2")
+    base = next(row for row in sweep.rows if row["rank"] == "1" and row["seed"] == "2")
     for row in sweep.rows:
         if row["seed"] == "2":
             above = 100 * math.expm1(float(row["final_val_loss"]) - float(base["final_val_loss"]))
@@ -453,6 +463,122 @@ def test_learning_rates(sweep):
     assert rates_in_table(sweep) == [["full rank", "2", "0.01"], ["rank 1/4", "2", "0.01"]]
     for name in PICTURES + ["loss_lr.png"]:
         check_picture(sweep.out / name, BLACK, BLUE)
+
+
+def test_weight_decays(sweep):
+    """Chosen together with the rate, by the method that lists them; --also adds methods, with lists of their own."""
+    said = sweep.run("--ratios", "1", "--seeds", "1,2", "--lr-sweep", "1e-2,1e-3", "--decays", "0,20,0.1", "--also",
+                     "--ratios 1/4,8 --projections sparse --lr-sweep 1e-2 --decays 0.1")
+    assert len(sweep.begun) == 6 + 1 + 4 and "11 of 11 runs are done" in said
+    first = [row for row in sweep.rows if row["rank"] == "1" and row["seed"] == "1"]
+    assert {(row["lr"], row["weight_decay"]) for row in first} == {(lr, decay) for lr in ("0.01", "0.001") for decay in ("0", "20", "0.1")}
+    best = min(first, key=lambda row: float(row["final_val_loss"]))
+    taken = [(row["seed"], row["lr"], row["weight_decay"]) for row in sweep.rows if row["rank"] == "1" and row["choice"].startswith("taken")]
+    assert taken == [(seed, best["lr"], best["weight_decay"]) for seed in "12"] and best["weight_decay"] != "20"
+    assert [(row["rank"], row["seed"], row["lr"], row["weight_decay"], row["choice"]) for row in sweep.rows if row["rank"] != "1"] == [
+        (rank, seed, "0.01", "0.1", "") for rank in ("0.25", "8") for seed in "12"]
+    assert {row["projection"] for row in sweep.rows} == {"", "sparse"}
+    check_picture(sweep.out / "loss_lr.png", BLACK)
+
+
+def test_all_at_edges(sweep):
+    """A list's ends are edges, but a weight decay of 0 has no lower one."""
+    for decays, edge in (("0,50", False), ("0.1,50", True), ("30,50", True)):
+        sweep.run("--ratios", "1", "--decays", decays, "-l", "1e-2")
+        taken, = (row for row in sweep.rows if row["choice"] != "not taken")
+        assert taken["weight_decay"] == decays.split(",")[0] and taken["choice"] == "taken" + edge * ", at the edge of the list"
+        assert ("(edge)" in sweep.table) == edge and "loss_lr.png" not in sweep.table
+
+
+def test_whole_ranks(sweep):
+    """They stand at the share of columns that they keep, and are named in table and legend."""
+    sweep.run("--ratios", "1,1/2,8", "--projections", "sparse")
+    rows = [line.strip("| ").split(" | ") for line in sweep.table.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[2:5]] == ["full rank", "rank 1/2", "rank 8"]
+    assert [row["rank"] for row in sweep.rows] == ["1", "0.5", "8"] and sweep.rows[2]["name"].startswith("8-sparse-r0")
+    assert float(sweep.rows[2]["plan_bytes"]) < float(sweep.rows[1]["plan_bytes"])
+    for name in PICTURES:
+        check_picture(sweep.out / name, BLACK, BLUE, ORANGE)
+
+
+def test_share_of_columns(tmp_path):
+    (tmp_path / "text.txt").write_text(make_text(3000))
+    args = ablate.parse_options(["--out", "out", "--train", str(tmp_path / "text.txt"), "--steps", "3", "--projections", "sparse", "--ratios",
+                                 "1,1/4,8,16,32,64", "--compress", "qkv,fc,fcproj/fcproj", *map(str, TINY)])
+    args.binary = TRAINER
+    ranks = {(run.options["compress"].count(","), ablate.rank_of(run)): ablate.ratio_of(run) for run in ablate.plan_first_seed(args)}
+    assert ranks == {(2, 1): 1, (2, 0.25): 0.25, (0, 0.25): 0.25,  # inputs of 16, 16 and 64 channels
+                     (2, 8): 24 / 96, (2, 16): 48 / 96, (2, 32): 64 / 96, (2, 64): 1, (0, 8): 1 / 8, (0, 16): 1 / 4, (0, 32): 1 / 2, (0, 64): 1}
+
+
+def test_changed_data(sweep):
+    """Data are known by what they hold: a file of equal name, size and time is another one; a copy of it is not."""
+    text = sweep.folder / "text.txt"
+    old, times = text.read_text(), (text.stat().st_atime_ns, text.stat().st_mtime_ns)
+    sweep.run("--ratios", "1")
+    first = sweep.rows
+    text.write_text(old[:1500] + "?" + old[1501:])
+    os.utime(text, ns=times)
+    sweep.run("--ratios", "1")
+    assert len(sweep.begun) == 2 and sweep.rows[0]["name"] != first[0]["name"]
+    (sweep.folder / "a copy.txt").write_text(old)
+    said = sweep.run("--ratios", "1", "--train", sweep.folder / "a copy.txt")
+    assert len(sweep.begun) == 2 and "1 of 1 runs are done already" in said and sweep.rows == first
+
+
+def test_data_change_while_it_runs(sweep):
+    text = sweep.folder / "text.txt"
+    sweep.start("--ratios", "1,1/2", how="slow")
+    wait_for(lambda: sweep.begun, "the runs did not begin")
+    text.write_text(text.read_text().replace("cat", "cow"))
+    said = "".join(sweep.process.communicate(timeout=100))
+    assert sweep.process.returncode == 1 and "0 of 2 runs are done" in said and len(sweep.begun) == 1
+    assert {row["status"] for row in sweep.rows} == {"failed, the data are not those with which the sweep began; start it again"}
+    assert not [name for name in sweep.folders if not name.endswith(".part")]
+
+
+def test_hash_of_a_large_file(tmp_path, monkeypatch):
+    """One of more than all the blocks is read in part, from all over it, its end included."""
+    monkeypatch.setattr(ablate, "BLOCK", 16)
+    path, seen = tmp_path / "file", set()
+    for at in (None, 0, 15, 5000, 9999):
+        data = bytearray(b"x" * 10000)
+        if at is not None:
+            data[at] = 0
+        path.write_bytes(data)
+        seen.add(ablate.hash_file(str(path), 10000, at))
+    assert len(seen) >= 4
+    path.write_bytes(b"x" * 1000)  # and a smaller one whole
+    assert ablate.hash_file(str(path), 1000, 1) != (path.write_bytes(b"x" * 500 + b"y" + b"x" * 499), ablate.hash_file(str(path), 1000, 2))[1]
+
+
+def test_judgement():
+    """By three standard errors of the difference of the means; what failed, and one seed alone, is not judged."""
+    def runs(*losses):
+        return [ablate.SimpleNamespace(log=None if loss is None else ablate.SimpleNamespace(val_losses=np.array([loss]))) for loss in losses]
+    base = runs(2.0, 2.1, 2.2)  # deviation 0.1; beside equal ones the error is 0.1 sqrt(2/3) = 0.0816
+    for shift, verdict in ((-0.25, "**better**"), (-0.24, "alike"), (0.24, "alike"), (0.25, "worse"), (math.inf, "worse")):
+        assert ablate.judge(runs(*(loss + shift for loss in (2.0, 2.1, 2.2))), base) == verdict
+    assert ablate.judge(runs(1.0), base) == ablate.judge(runs(1.0, 1.0), base[:1]) == ""
+    assert ablate.judge(runs(1.0, None, 1.0), base) == "1 failed"
+    assert ablate.judge(runs(2.0, 2.0), runs(2.0, 2.0)) == "alike" and ablate.judge(runs(1.9, 1.9), runs(2.0, 2.0)) == "**better**"
+
+
+def test_a_loss_beyond_all_bounds(done, tmp_path, figures, monkeypatch):
+    """exp of a diverged loss does not end table or pictures; such a run is not the best one."""
+    copied = tmp_path / "out"
+    shutil.copytree(done.out, copied)
+    for begin, loss in (("full", "1e5"), ("0.5-sparse", "800.5"), ("0.25-eigen", "NaN"), ("0.25-gaussian", "Infinity")):
+        name = next(name for name in done.folders if name.startswith(begin))
+        path = copied / name / "log.jsonl"
+        path.write_text(re.sub(r'"val_loss": [^,}]+', f'"val_loss": {loss}', re.sub(r'"loss": [^,}]+', f'"loss": {loss}', path.read_text())))
+    monkeypatch.setattr(sys, "argv", [str(copied) if word == str(done.out) else word for word in done.command[1:]])
+    with pytest.raises(SystemExit) as caught:
+        ablate.main()
+    table = (copied / "results.md").read_text()
+    assert caught.value.code == 0 and "inf" in table and "Traceback" not in table and len(figures) == 5
+    for figure in figures:
+        figure.draw_without_rendering()
 
 
 def test_learning_rates_need_a_validation_loss(sweep):
@@ -475,13 +601,20 @@ def line_of(program, options, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--ratios", "1,0"], "--ratios: '0' is not a ratio in (0, 1]"),
-    (["--ratios", "2/1"], "--ratios: '2/1' is not"),
-    (["--ratios", "1/0"], "--ratios: '1/0' is not"),
+    (["--ratios", "1,0"], "--ratios: '0' is neither a ratio in (0, 1]"),
+    (["--ratios", "3/2"], "--ratios: '3/2' is neither"),
+    (["--ratios", "64.5"], "--ratios: '64.5' is neither"),
+    (["--ratios", "1/0"], "--ratios: '1/0' is neither"),
+    (["--decays", "0,-0.1"], "--decays: '-0.1' is not a weight decay"),
+    (["--also", "--seeds 3"], "--also: --seeds is one for all combinations"),
+    (["--also", "--ratios 1 --also x"], "--also: --also is one for all"),
+    (["--also", "--ratios '1"], "--also: \"--ratios '1\": No closing quotation"),
+    (["--also", "--refresh 3 --projections sparse"], "--refresh: only eigen has iterations"),
+    (["--also", "--nonsense 3"], "train_gpt2_compact: --nonsense: "),
+    (["--decays", "0,0.1", "-c", "0.2"], "--weight-decay: is 0 by what is listed, and 0.2 by the flags"),
     (["--seeds", ""], "--seeds: '' is empty"),
     (["--compress", "qkv,fc/"], "--compress: 'qkv,fc/' "),
     (["--lr-sweep", "1e-3,-1"], "--lr-sweep: '-1' is not a learning rate"),
-    (["--lr-sweep", "1e-3,0.001"], "--lr-sweep: wants two rates or more"),
     (["--lr-sweep", "1e-3,1e-2", "-v", "0"], "--lr-sweep: chooses by validation loss, which --val-every 0"),
     (["--jobs", "0"], "--jobs: '0' is not a whole number"),
     (["--projections", "gaussian,cauchy"], "train_gpt2_compact: --projection: 'cauchy' "),
@@ -523,7 +656,7 @@ def test_a_package_is_missing(tmp_path):
 
 def methods(*options):
     args = ablate.parse_options(["--out", "out", *options])
-    return ablate.list_methods(args)
+    return [method for group in args.groups for method in ablate.list_methods(group)]
 
 
 def test_methods():
@@ -535,6 +668,10 @@ def test_methods():
     assert methods("--ratios", "1/2,1", "--compress", "qkv,fc/none/fc,qkv", "--moments", "keep") == [
         {"rank": "0.5", "moments": "keep", "compress": "qkv,fc"}, {"rank": "1"}]
     assert len(methods("--alphas", "1,0.25,1.0", "--moments", "keep,move")) == 13
+    assert methods("--ratios", "1,64,2e1", "--optimizers", "adamw,muon") == [
+        {"rank": rank, "optimizer": optimizer} for optimizer in ("adamw", "muon") for rank in ("1", "64", "20")]
+    assert methods("--ratios", "1", "--projections", "a", "--also", "--ratios 1/2", "--also", "--ratios 1/4 --optimizers=muon -c 3") == [
+        {"rank": "1"}, {"rank": "0.5", "projection": "a"}, {"rank": "0.25", "projection": "a", "optimizer": "muon"}]
 
 
 def test_methods_of_eigen():
@@ -558,7 +695,7 @@ def test_what_makes_a_run_another(tmp_path):
         train = ["--out", "out", "--train", tmp_path / "text.txt", "--steps", 3, *TINY, *options]
         args = ablate.parse_options([str(word) for word in train])
         args.binary = binary
-        return ablate.plan_run(args, 0, {"rank": "0.25"}, seed, lr).name
+        return ablate.plan_run(args, args.groups[0], {"rank": "0.25"}, seed, lr, None).name
     first = name()
     for same in (name("--gap", 10), name("--projection", "eigen"), name("-l", "3e-4"), name("--jobs", 2), name("--tokenizer", "none.bin"), name(seed="1337", lr="0.0003")):
         assert same == first
@@ -574,7 +711,7 @@ def test_names_of_eigen(tmp_path, monkeypatch):
     args = ablate.parse_options(["--out", "out", "--train", "text.txt", "--steps", "3", "--ratios", "1,1/4", "--projections", "sparse,eigen",
                                  "--refresh", "1,3", *map(str, TINY)])
     args.binary = TRAINER
-    runs = [ablate.plan_run(args, number, method, None, None) for number, method in enumerate(ablate.list_methods(args))]
+    runs = ablate.plan_first_seed(args)
     assert len({run.folder for run in runs}) == 6 and [run.name.split("-r0")[0] for run in runs] == [
         "full", "1-eigen", "1-eigen", "0.25-sparse", "0.25-eigen", "0.25-eigen"]
     assert ablate.labels(runs) == ["full rank", "rank 1, eigen, refresh-iterations 1", "rank 1, eigen, refresh-iterations 3", "rank 1/4, sparse",
@@ -627,7 +764,7 @@ def test_plot(done, cut, tmp_path):
     ("nothing", "cut/log.jsonl: cannot be read: No such file"),
     ("empty", "cut/log.jsonl: is not a log of the trainer"),
     ("head", "cut/log.jsonl: holds no step yet"),
-    ("middle", "cut/log.jsonl: line 3 is not JSON"),
+    ("middle", "cut/log.jsonl: line 3 is no record of the trainer's"),
     ("other", "cut/log.jsonl: is not a log of the trainer"),
 ])
 def test_plot_bad_logs(cut, tmp_path, monkeypatch, capfd, what, words):
@@ -665,6 +802,10 @@ def test_labels():
     assert labels({"seed": 2, "lr": 1e-4}, {}) == ["lr 0.0001, seed 2", "lr 0.001, seed 1"]
     assert labels({"seed": 2, "lr": 1e-4}, {}, leave_out=["seed"]) == ["lr 0.0001", "lr 0.001"]
     assert labels({"recompute": 2}, {}) == ["recompute 2", "recompute 0"] and labels({"overfit": True}, {}) == ["overfit", "no overfit"]
+    assert labels({"optimizer": "muon"}, {"optimizer": "adamw", "rank": 1}) == ["rank 1/4, muon", "full rank, adamw"]
+    assert labels({"optimizer": "muon", "gap": 100}, {"optimizer": "adamw"}) == ["muon", "adamw"]  # each has its own gap by default
+    assert labels({"rank": 64.0}, {}) == ["rank 64", "rank 1/4"] and labels({"weight-decay": 0.0}, {"weight-decay": 0.1}) == [
+        "weight-decay 0", "weight-decay 0.1"]
     assert labels({"gelu": "2bit"}, {"gelu": "none"}) == ["gelu 2bit", "gelu none"]  # an option that this file does not know
 
 

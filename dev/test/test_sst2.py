@@ -148,7 +148,7 @@ def test_bad_arguments(tmp_path, inputs):
     refused(run("prepare", *inputs, *options, inputs[0]), "train.tsv", "cannot write")
     refused(run("measure", *inputs), "measure", "prepare")
     refused(run("score", tmp_path), "log.jsonl", "No such file")
-    for log, named in ("{}\n", "no log of the trainer"), ("[]\n", "no log of the trainer"), ("", "no log of the trainer"), (
+    for log, named in ("{}\n", "not a log of"), ("[]\n", "not a log of"), ("", "not a log of"), (
             '{"options": {}, "plan": {}}\n{"step": 1, "loss": 2.0}\n', "--hellaswag"):
         (tmp_path / "log.jsonl").write_text(log)
         refused(run("score", tmp_path), "log.jsonl", named)
