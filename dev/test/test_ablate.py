@@ -452,8 +452,8 @@ def test_learning_rates(sweep):
     assert check_rates(sweep, [1e-2, 1e-4, 1e-3]) == {"1": 0.01, "0.25": 0.01} and len(sweep.begun) == 8
     assert said.count("at its edge") == 2 and "best at the edge" in sweep.table
     assert rates_in_table(sweep) == [["full rank", "2", "0.01 (edge)"], ["rank 1/4", "2", "0.01 (edge)"]]
-    said = sweep.run(*options, "--lr-sweep", "1e-2,1e-4,1e-3,1")  # the runs that there are stay and count
-    assert check_rates(sweep, [1e-2, 1e-4, 1e-3, 1]) == {"1": 0.01, "0.25": 0.01} and len(sweep.begun) == 10
+    said = sweep.run(*options, "--lr-sweep", "1e-2,1e-4,1e-3,10")  # the runs that there are stay and count; at 10 losses are above 20
+    assert check_rates(sweep, [1e-2, 1e-4, 1e-3, 10]) == {"1": 0.01, "0.25": 0.01} and len(sweep.begun) == 10
     assert "edge" not in said + sweep.table
     base = next(row for row in sweep.rows if row["rank"] == "1" and row["seed"] == "2")
     for row in sweep.rows:
@@ -499,6 +499,26 @@ def test_whole_ranks(sweep):
     assert float(sweep.rows[2]["plan_bytes"]) < float(sweep.rows[1]["plan_bytes"])
     for name in PICTURES:
         check_picture(sweep.out / name, BLACK, BLUE, ORANGE)
+
+
+def test_optimizers(sweep, figures, monkeypatch):
+    """Each has a full rank of its own; the baseline is AdamW's, wherever it stands. Folders, table and pictures name them."""
+    options = ["--ratios", "1,1/4", "--projections", "sparse", "--optimizers", "muon,adamw", "--seeds", "1,2"]
+    sweep.run(*options)
+    rows = [line.strip("| ").split(" | ") for line in sweep.table.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[2:6]] == ["full rank, muon", "rank 1/4, muon", "full rank, adamw", "rank 1/4, adamw"]
+    assert [row[8] == "baseline" for row in rows[2:6]] == [False, False, True, False]
+    assert {(row["optimizer"], row["rank"]): row["name"].split("-r0")[0] for row in sweep.rows} == {
+        ("muon", "1"): "full-muon", ("muon", "0.25"): "0.25-sparse-muon", ("adamw", "1"): "full", ("adamw", "0.25"): "0.25-sparse"}
+    for row in sweep.rows:
+        base, = (other for other in sweep.rows if (other["optimizer"], other["rank"], other["seed"]) == ("adamw", "1", row["seed"]))
+        assert float(row["perplexity_above_full_rank_percent"]) == pytest.approx(
+            100 * math.expm1(float(row["final_val_loss"]) - float(base["final_val_loss"])))
+    monkeypatch.setattr(sys, "argv", [str(word) for word in sweep.process.args[1:]])
+    with pytest.raises(SystemExit):
+        ablate.main()
+    for figure in figures[1:4]:
+        assert {text.get_text() for text in figure.legends[0].get_texts()} >= {"full rank, adamw", "full rank, muon", "muon", "adamw"}
 
 
 def test_share_of_columns(tmp_path):
