@@ -10,6 +10,8 @@ import argparse
 import bz2
 import codecs
 import contextlib
+import fcntl
+import glob
 import gzip
 import http.client
 import io
@@ -67,6 +69,10 @@ def run(main):
     """Runs a tool's main. Exit status: 0, 2 after a problem (one line on stderr), 130 and 143 after Ctrl-C and SIGTERM."""
     # as an exception SIGTERM takes the same way out as Ctrl-C, past the code that removes unfinished files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    while (unused := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed descriptor of these three would be the next file's
+        pass
+    os.close(unused)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
         main()
@@ -115,11 +121,39 @@ def some(names):
 
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+STARTS = {b"\x1f\x8b\x08": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz"}  # first bytes of files that are packed like that
+NOT_TEXT = {b"PK\3\4": "a zip archive; unpack it first", b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it first",
+            b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it first", b"\x04\x22\x4d\x18": "packed by lz4; unpack it first",
+            b"\xff\xfe": "text in UTF-16; convert it to UTF-8 first", b"\xfe\xff": "text in UTF-16; convert it to UTF-8 first",
+            b"%PDF-": "a PDF; convert it to text first", TOKENS_MAGIC.to_bytes(4, "little"): "tokens, which the trainer takes as they are"}
+
+
+def start_of(path):
+    with open(path, "rb") as file:
+        return file.read(16)
+
+
+def what_starts(table, start):
+    return next((what for begin, what in table.items() if start.startswith(begin)), None)
 
 
 def open_input(path):
-    """Opens a file for reading bytes, unpacked on the way if it is a .gz, .bz2 or .xz."""
-    return OPENERS.get(os.path.splitext(path)[1].lower(), open)(path, "rb")
+    """Opens a file for reading bytes, unpacked on the way if its ending or its first bytes say .gz, .bz2 or .xz."""
+    ending, start = os.path.splitext(path)[1].lower(), start_of(path)
+    if what_starts(STARTS, start) == ".bz2" and start[4:10] != b"1AY&SY":  # a text may well begin with BZh
+        start = b""
+    return OPENERS.get(ending if ending in OPENERS else what_starts(STARTS, start), open)(path, "rb")
+
+
+def not_text(path):
+    """What a file is by its first bytes, if that is something else than plain text, and what to do about it."""
+    with reading(path):
+        return what_starts(NOT_TEXT, start_of(path))
+
+
+def check_text(path):
+    if not_text(path):
+        raise Problem(f"{path}: is not plain text but {not_text(path)}")
 
 
 @contextlib.contextmanager
@@ -145,9 +179,10 @@ def read_blocks(path, file, count=float("inf")):
 
 
 def read_lines(path):
-    """Yields (number, line) of a text file, counted from 1, without line ends."""
+    """Yields (number, line) of a text file, counted from 1, without line ends, \\n or \\r\\n, and the byte order mark at its start."""
+    check_text(path)
     with reading(path), open_input(path) as file:
-        for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="\n"), 1):
+        for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="\n"), 1):
             yield number, line.rstrip("\r\n")
 
 
@@ -189,19 +224,44 @@ def check_file(option, path):
 # writing
 
 
+def lock(file, what):
+    """Keeps a file, or a folder, for this program as long as it is open; however the program ends, it is free again."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Problem(f"{what}: another program is writing there") from None
+
+
+@contextlib.contextmanager
+def holding(folder):
+    """Makes a folder for this program to write into, and no other one meanwhile."""
+    os.makedirs(folder, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        lock(handle, folder)
+        yield
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """Opens a file that appears under its name when it is complete, or not at all."""
     temporary = path + ".tmp"
-    try:
-        with open(temporary, "wb") as file:
+    with open(temporary, "ab") as file:  # emptied when it is known to be no other program's
+        lock(file, path)
+        if not os.path.exists(temporary) or not os.path.samestat(os.fstat(file.fileno()), os.stat(temporary)):
+            raise Problem(f"{path}: another program has just written it")  # and what is open here is its file
+        try:
+            file.truncate(0)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.remove(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.remove(temporary)
+            raise
 
 
 @contextlib.contextmanager
@@ -239,11 +299,15 @@ class ShardWriter:
 
     def __init__(self, folder, tokenizer, shard_tokens):
         self.folder, self.tokenizer, self.shard_tokens = folder, tokenizer, shard_tokens
+        self.held = contextlib.ExitStack()   # the folder, from now on
         self.open = {}                       # split -> the file being written
         self.count = {}                      # split -> tokens in it
         self.done = {"train": [], "val": []}  # split -> token counts of the complete shards
         with writing(folder):
-            os.makedirs(folder, exist_ok=True)
+            self.held.enter_context(holding(folder))
+            for name in os.listdir(folder):
+                if re.fullmatch(r"((train|val)_\d{6,}|tokenizer)\.bin\.tmp", name):
+                    os.remove(os.path.join(folder, name))  # of a run that was killed
             with open(os.path.join(folder, "train_000000.bin.tmp"), "wb"):
                 pass  # fails now, if it has to fail, and not after an hour
             os.remove(os.path.join(folder, "train_000000.bin.tmp"))
@@ -263,6 +327,7 @@ class ShardWriter:
                     file.close()
                 with contextlib.suppress(OSError):
                     os.remove(file.name)
+            self.held.close()
 
     def path(self, split, number):
         return os.path.join(self.folder, f"{split}_{number:06d}.bin")
@@ -318,7 +383,7 @@ class ShardWriter:
         command = "./train_gpt2_compact"
         for split, counts in self.done.items():
             if counts:
-                command += f" --{split} " + shlex.quote(os.path.join(self.folder, f"{split}_*.bin"))
+                command += f" --{split} " + shlex.quote(os.path.join(glob.escape(self.folder), f"{split}_*.bin"))
         print(f"train on it:\n  {command}")
 
 # ----------------------------------------------------------------------------
@@ -391,8 +456,9 @@ def gpt2_tokenizer(vocab_bpe=None, encoder_json=None):
 
 
 def decode(blocks):
-    """Blocks of UTF-8 to text. A character may lie across two blocks; bytes that are not UTF-8 become U+FFFD."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    """Blocks of UTF-8 to text. A character may lie across two blocks; bytes that are not UTF-8 become U+FFFD, and a byte order mark
+    at the start nothing."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
     for block in blocks:
         text = decoder.decode(block)
         if text:

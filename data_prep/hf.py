@@ -24,13 +24,15 @@ example: hf.py import gpt2 gpt2.bin
 import json
 import os
 import re
+import struct
 from types import SimpleNamespace
 
-from common import Parser, Problem, header, missing_package, reading, run, whole_file  # says it if NumPy is missing
+from common import Parser, Problem, header, holding, missing_package, reading, run, whole_file  # says it if NumPy is missing
 import numpy as np
 
 MAGIC, FP32, BF16 = 20240326, 3, 5
 HEADER_BYTES = 1024
+LONGEST = 100 << 20  # bytes of a safetensors file's header, as the package has it
 PAD_TO = 128
 GPT2_VOCABULARY, GPT2_END_OF_TEXT = 50257, 50256
 
@@ -109,7 +111,7 @@ def find_source(source):
 def read_config(path):
     """The model's shape from its config.json."""
     try:
-        with reading(path), open(path, encoding="utf-8") as file:
+        with reading(path), open(path, encoding="utf-8-sig") as file:
             get = json.load(file).get
     except (ValueError, AttributeError) as error:
         raise Problem(f"{path}: is no config.json of transformers: {error}") from None
@@ -130,14 +132,21 @@ def open_safetensors(path):
     except ImportError:
         raise Problem(missing_package("safetensors")) from None
     try:
+        with reading(path), open(path, "rb") as data:
+            length, = struct.unpack("<Q", data.read(8).ljust(8, b"\0"))
+            offsets = {name: 8 + length + entry["data_offsets"][0] for name, entry in json.loads(data.read(min(length, LONGEST))).items()
+                       if name != "__metadata__"}
         file = safetensors.safe_open(path, framework="np")
-    except safetensors.SafetensorError as error:
+    except (ValueError, AttributeError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise Problem(f"{path}: is no safetensors file, or is cut short: {error}") from None
 
     def read(name):
-        kind = file.get_slice(name).get_dtype()
+        values = file.get_slice(name)
+        kind, shape = values.get_dtype(), tuple(values.get_shape())
+        if kind == "BF16":  # NumPy has no such type, and fp32 has all its values
+            return widen(np.fromfile(path, "<u2", int(np.prod(shape)), offset=offsets[name]).reshape(shape))
         if kind not in ("F32", "F16"):
-            raise Problem(f"{path}: {name} is {kind}, not F32 or F16; save the model anew, after model.float()")
+            raise Problem(f"{path}: {name} is {kind}, not F32, F16 or BF16; save the model anew, after model.float()")
         return file.get_tensor(name)
     return list(file.keys()), read
 
@@ -153,6 +162,11 @@ def open_pytorch(path):
             raise ValueError
     except Exception as error:  # of pickle, of zip, of PyTorch
         raise Problem(f"{path}: is no file of weights by PyTorch ({type(error).__name__})") from None
+    try:
+        torch.zeros(1).numpy()
+    except RuntimeError as error:
+        raise Problem(f"{path}: PyTorch {torch.__version__} does not work with NumPy {np.__version__} ({str(error).splitlines()[0]}); "
+                      "install a newer torch, or numpy<2") from None
     return list(state), lambda name: state[name].float().numpy()
 
 
@@ -171,6 +185,11 @@ def to_bf16(values):
     """float32 to the 16 bits of bf16, to nearest, ties to even."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     return ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype("<u2")
+
+
+def widen(bits):
+    """The 16 bits of bf16 to float32."""
+    return (bits.astype("<u4") << 16).view("<f4")
 
 
 def import_model(source, out, kind):
@@ -239,7 +258,7 @@ def read_tensors(shape, numbers):
         values = numbers[at:at + np.prod(wanted)].reshape(wanted)
         at += values.size
         if values.dtype == np.uint16:
-            values = (values.astype(np.uint32) << 16).view(np.float32)
+            values = widen(values)
         if name == "wte.weight":
             values = values[:shape.vocabulary]
         yield PREFIX + name, np.ascontiguousarray(values.T if transposed else values)
@@ -261,16 +280,16 @@ def export_model(model, folder):
     config = {"architectures": ["GPT2LMHeadModel"], **FIXED, **{name: getattr(shape, field) for field, name, *_ in FIELDS},
               "n_inner": None, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "torch_dtype": "float32", **ends}
 
-    os.makedirs(folder, exist_ok=True)
     paths = [os.path.join(folder, name) for name in ("config.json", "model.safetensors", "generation_config.json")]
-    if os.path.exists(paths[0]):
-        os.remove(paths[0])  # so that an earlier model's never stands beside this one's weights
-    with whole_file(paths[1]) as file:
-        mode = os.fstat(file.fileno()).st_mode
-        save_file(dict(read_tensors(shape, numbers)), file.name, metadata={"format": "pt"})
-        os.chmod(file.name, mode)  # some versions of safetensors let the owner alone read it
-    write_json(paths[2], ends)
-    write_json(paths[0], config)
+    with holding(folder):
+        if os.path.exists(paths[0]):
+            os.remove(paths[0])  # so that an earlier model's never stands beside this one's weights
+        with whole_file(paths[1]) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            save_file(dict(read_tensors(shape, numbers)), file.name, metadata={"format": "pt"})
+            os.chmod(file.name, mode)  # some versions of safetensors let the owner alone read it
+        write_json(paths[2], ends)
+        write_json(paths[0], config)
     print(f"wrote {', '.join(paths)}: {describe(shape)}")
 
 # ----------------------------------------------------------------------------

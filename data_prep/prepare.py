@@ -4,9 +4,9 @@ Turns text into token shards for the trainer: DIR/train_000000.bin ...,
 DIR/val_000000.bin ... and DIR/tokenizer.bin.
 
 Each file is a document; with --tokenizer gpt2 it begins with end-of-text.
-Files named *.gz, *.bz2 and *.xz are unpacked on the way. Folders are walked in
-sorted order; hidden files and folders are left out, and so are files with a
-NUL byte, which are not text.
+Files packed as .gz, .bz2 or .xz are unpacked on the way; other archives are
+refused. Folders are walked in sorted order, linked ones too; hidden files and
+folders are left out, and so is, named, what is not text.
 
 The last part of all the text, measured in bytes, is validation. Everything is
 streamed, so inputs may be larger than memory; each is read twice, the first
@@ -20,26 +20,42 @@ import codecs
 import os
 import sys
 
-from common import (BLOCK, Parser, Problem, ShardWriter, add_shard_option, add_tokenizer_options, encode_all, load_tokenizer,
-                    open_input, read_blocks, reading, run, some)
+from common import (BLOCK, Parser, Problem, ShardWriter, add_shard_option, add_tokenizer_options, check_text, encode_all,
+                    load_tokenizer, not_text, open_input, read_blocks, reading, run, some)
 from tqdm import tqdm
 
 
 def find_files(inputs):
     """The files that the inputs name, or hold: pairs (path, whether it was found in a folder)."""
+    seen = set()  # folders: links can lead to one again, and round in a circle
     for path in inputs:
-        if os.path.isdir(path):
-            for folder, folders, names in os.walk(path):
-                folders[:] = sorted(name for name in folders if not name.startswith("."))
-                for name in sorted(names):
-                    if not name.startswith(".") and os.path.isfile(os.path.join(folder, name)):
-                        yield os.path.join(folder, name), True
-        elif os.path.isfile(path):
+        if not os.path.isdir(path):
+            check_regular(path)
             yield path, False
-        elif os.path.exists(path):
-            raise Problem(f"{path}: neither a folder nor a regular file; a pipe, say, cannot be read twice: give a file")
-        else:
-            raise Problem(f"{path}: there is no such file or folder")
+            continue
+        for folder, folders, names in os.walk(path, onerror=cannot_walk, followlinks=True):
+            if os.path.realpath(folder) in seen:
+                print(f"skipped, read already under another name: {folder}", file=sys.stderr)
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(folder))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(names):
+                if not name.startswith("."):
+                    check_regular(os.path.join(folder, name))
+                    yield os.path.join(folder, name), True
+
+
+def cannot_walk(error):
+    raise Problem(f"{error.filename}: cannot read the folder: {error.strerror}; give one that you may read")
+
+
+def check_regular(path):
+    if os.path.isfile(path):
+        return
+    if os.path.exists(path):
+        raise Problem(f"{path}: neither a folder nor a regular file; a pipe, say, cannot be read twice: give a file")
+    raise Problem(f"{path}: " + ("is a link to nothing; remove or mend it" if os.path.islink(path) else "there is no such file or folder"))
 
 
 def examine(path, bar):
@@ -62,21 +78,26 @@ def examine(path, bar):
 
 def find_documents(files, tokenizer):
     """The documents among the files: pairs (path, size in bytes). Says what is left out and what is damaged."""
-    documents, not_text, not_utf8 = [], [], []
+    documents, skipped, not_utf8 = [], {}, []
     with tqdm(unit="B", unit_scale=True, desc="measuring", leave=False, disable=None) as bar:
         for path, in_folder in files:
+            kind = not_text(path)
+            if kind and not in_folder:
+                check_text(path)
             size, has_nul, is_utf8 = examine(path, bar)
-            if has_nul and in_folder:
-                not_text.append(path)
+            if kind or has_nul and in_folder:
+                skipped.setdefault(kind or "NUL bytes", []).append(path)
                 continue
+            if has_nul and path.endswith(".bin"):
+                raise Problem(f"{path}: has NUL bytes, as tokens without a header have, which cannot be told apart; give the text itself")
             if has_nul and tokenizer.name != "bytes":
                 raise Problem(f"{path}: has a NUL byte, so it is not UTF-8 text; unpack or convert it, or use --tokenizer bytes")
             if not is_utf8 and tokenizer.name != "bytes":
                 not_utf8.append(path)
             if size:
                 documents.append((path, size))
-    if not_text:
-        print(f"skipped, not text (NUL bytes): {some(not_text)}", file=sys.stderr)
+    for kind, paths in skipped.items():
+        print(f"skipped, not text ({kind}): {some(paths)}", file=sys.stderr)
     if not_utf8:
         print(f"not UTF-8 throughout, bad bytes become U+FFFD: {some(not_utf8)}", file=sys.stderr)
     return documents

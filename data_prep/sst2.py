@@ -34,7 +34,7 @@ example: sst2.py prepare SST-2/train.tsv SST-2/dev.tsv --out data/sst2
 import os
 import shlex
 
-from common import (TOKENS_MAGIC, Parser, Problem, add_tokenizer_options, header, load_tokenizer, read_lines, read_log, run,
+from common import (TOKENS_MAGIC, Parser, Problem, add_tokenizer_options, header, holding, load_tokenizer, read_lines, read_log, run,
                     whole_file, whole_number, write_tokenizer, writing)
 import hellaswag
 import numpy as np
@@ -108,8 +108,9 @@ def prepare(paths, out, tokenizer, question, answers, T):
     T = T or -(-longest // ROUND_TO) * ROUND_TO
 
     path = {name: os.path.join(out, name + ".bin") for name in ("train", "val", "answers", "tokenizer")}
-    with writing(out):
-        os.makedirs(out, exist_ok=True)
+    with writing(out), holding(out):
+        for earlier in filter(os.path.exists, path.values()):  # which never stand beside those of this run
+            os.remove(earlier)
         write_tokenizer(path["tokenizer"], tokenizer)
         write_answers(path["answers"], examples["val"], answers, end_of_text)
         for split in examples:

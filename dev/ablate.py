@@ -22,8 +22,8 @@ example: ablate.py --ratios 1,1/2,1/4,64 --projections gaussian,sparse --seeds 1
 """
 
 import argparse
+import contextlib
 import csv
-import fcntl
 import functools
 import glob
 import hashlib
@@ -332,7 +332,7 @@ def train(run, args, bar, begin):
         return
     unfinished = run.folder + ".part"
     shutil.rmtree(unfinished, ignore_errors=True)
-    os.makedirs(unfinished)
+    os.makedirs(unfinished, exist_ok=True)
     bar.reset(run.options["steps"])
     bar.set_description(run.name)
     last = ""
@@ -489,9 +489,31 @@ for nothing.
 
 
 def write_whole(path, text):
-    with open(path + ".part", "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    os.replace(path + ".part", path)
+    with common.whole_file(path) as file:
+        file.write(text.encode(errors="backslashreplace"))  # file names need not be valid text
+
+
+def keep_earlier(args, runs):
+    """What another sweep has left in the folder: its tables get another name, and of runs or files that it did not finish nothing is left."""
+    for entry in list(os.scandir(args.out)):
+        if entry.name.endswith(".part") and os.path.exists(os.path.join(entry.path, "output.txt")):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        elif re.fullmatch(r"(results\.\w+|\w+\.png)\.tmp", entry.name):
+            os.remove(entry.path)
+    try:
+        with open(os.path.join(args.out, "results.csv"), encoding="utf-8", errors="replace", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        return
+    names, seeds = {run.name for run in runs}, {str(run.options["seed"]) for run in runs[:1]}
+    later = set(args.seeds) - seeds  # whose runs are known when a best one is
+    if all(row.get("name") in names or row.get("seed") in later for row in rows):
+        return
+    number = next(i for i in itertools.count(1) if not os.path.exists(os.path.join(args.out, f"results_{i}.csv")))
+    for ending in ("md", "csv"):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(os.path.join(args.out, f"results.{ending}"), os.path.join(args.out, f"results_{number}.{ending}"))
+    print(f"the tables of another sweep, which were in {args.out}, are results_{number}.md and results_{number}.csv now")
 
 
 def table(head, rows):
@@ -684,13 +706,14 @@ def main():
     args = parse_options(sys.argv[1:])
     args.binary = choose_binary(args.binary)
     first = plan_first_seed(args)
+    with common.holding(args.out):
+        sweep(args, first)
+
+
+def sweep(args, first):
+    """Trains the runs of the first seed and what follows from them, and writes tables and pictures."""
     runs = first + plan_other_seeds(args, [run for run in first if not run.choice])
-    os.makedirs(args.out, exist_ok=True)
-    lock = os.open(args.out, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Problem(f"--out: another sweep is at work in {args.out}") from None
+    keep_earlier(args, runs)
     sys.stdout.reconfigure(line_buffering=True)
     methods = {run.method for run in runs}
     total = len(first) + len(methods) * (len(args.seeds) - 1)

@@ -8,6 +8,8 @@ recorded and the rest goes on. What is known is written to dev/results/ after ea
 import argparse
 import array
 import datetime
+import fcntl
+import itertools
 import json
 import math
 import os
@@ -83,6 +85,7 @@ class Check:
         self.flop_rate = {}  # model: FLOP/s of its runs so far
         self.startup = 8.0  # seconds of a run outside its steps; measured as runs go by
         self.batches = {}  # model: sequences that fit
+        self.stem = None  # of the results' names, once something is written
         self.child = None
         self.commands = []  # of the part that is running
 
@@ -428,7 +431,7 @@ def read_log(path):
     if not path.exists():
         return []
     steps = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(errors="replace").split("\n"):  # lines end there alone
         try:
             record = json.loads(line)
         except ValueError:
@@ -625,6 +628,10 @@ def write_results(check, parts):
     stem = f"{safe(known['device'])}-{safe(known['revision'])}{suffix}"
     folder = Path(check.options.out)
     folder.mkdir(parents=True, exist_ok=True)
+    if check.stem is None:  # nor does one check that of another
+        stems = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        check.stem = next(free for free in stems if not (folder / f"{free}.json").exists())
+    stem = check.stem
     for ending, text in ((".json", json.dumps(known, indent=1) + "\n"), (".md", markdown(known))):
         (folder / (stem + ending + ".tmp")).write_text(text)
         os.replace(folder / (stem + ending + ".tmp"), folder / (stem + ending))
@@ -760,6 +767,13 @@ def main():
         print(f"until {options.minutes:g} minutes are up; B={BATCH}, or what fits into the device's free memory less {100 * LIBRARIES:.0f} %")
         return 0
     check = Check(options, find_device())
+    check.folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(check.folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this program ends, however it does
+    except BlockingIOError:
+        print(f"gpu_check.sh: {check.folder}: another check is at work there", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGHUP, interrupt)
     print(f"{check.device['name']}, driver {check.device['driver_version']}, CUDA {check.device['cuda toolkit']}, "

@@ -2,7 +2,8 @@
 """
 Draws the loss of runs of the trainer against their steps: training loss smoothed, with the raw curve faint behind it,
 and validation loss. Each DIR holds a run's log.jsonl (the trainer's --out); a run that is still going, or was cut off,
-is drawn as far as it came. The legend names the options in which the runs differ.
+is drawn as far as it came. The legend names the options in which the runs differ. What holds no run is named and passed
+over, so that runs/* may be given.
 
 example: plot.py runs/full runs/quarter --out loss.png
 """
@@ -112,13 +113,8 @@ def labels(many, leave_out=()):
 
 def save(figure, path):
     """Writes a PNG, whole or not at all."""
-    unfinished = path + ".part"
-    try:
-        figure.savefig(unfinished, format="png", dpi=150)
-        os.replace(unfinished, path)
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
+    with common.whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 def new_figure(columns, entries):
@@ -139,6 +135,13 @@ def look(number, kind=None):
     colour, turn = (1 + (number - 1) % 6, (number - 1) // 6) if number else (0, 0)
     marker, dashes = (colour, turn) if kind is None else (kind, kind)
     return {"color": COLOURS[colour], "marker": MARKERS[marker % 7], "linestyle": DASHES[dashes % 4], "linewidth": 1.4, "markersize": 5}
+
+
+def plain(text):
+    """A name as it is: not set as a formula between two $, with what is no text shown as bytes, and not
+    left out of the legend where it begins with _."""
+    text = text.encode(errors="backslashreplace").decode().replace("$", r"\$")
+    return " " + text if text.startswith("_") else text
 
 
 def draw_curves(logs, names, looks, path):
@@ -165,7 +168,7 @@ def draw_curves(logs, names, looks, path):
     if not any(len(log.val_losses) for log in logs):
         val.set_yticks([])
         val.text(0.5, 0.5, "no validation loss", transform=val.transAxes, ha="center")
-    figure.legend(handles.values(), handles, loc="outside right upper", frameon=False, fontsize="small")
+    figure.legend(handles.values(), map(plain, handles), loc="outside right upper", frameon=False, fontsize="small")
     save(figure, path)
 
 
@@ -199,7 +202,7 @@ def draw_series(series, path, title, xlabel, ylabel, ticks=None, markers=None, f
         for (x, y, deviation), (_, _, marker) in zip(means, one.points):
             axis.errorbar(x, y, yerr=deviation or None, **dict(one.look, marker=marker, linestyle="none"), elinewidth=1, capsize=3, zorder=3)
         alike = {marker for _, _, marker in one.points}
-        handles.append(Line2D([], [], label=one.label, **dict(one.look, marker=alike.pop() if len(alike) == 1 else None)))
+        handles.append(Line2D([], [], label=plain(one.label), **dict(one.look, marker=alike.pop() if len(alike) == 1 else None)))
     handles += [Line2D([], [], label=text, color="0.4", linestyle="none", marker=marker) for marker, text in (markers or {}).items()]
     best = [place for place in sorted(places) if not any(x <= place[0] and y <= place[1] and (x, y) != place for x, y in places)]
     if frontier and len(best) > 1:
@@ -222,10 +225,18 @@ def main():
         raise Problem(f"--out: {args.out} does not end in .png, the one kind of picture that this draws")
     if not os.path.isdir(os.path.dirname(args.out) or "."):
         raise Problem(f"--out: there is no folder {os.path.dirname(args.out)}")
-    logs = [read_log(folder) for folder in args.folders]
-    for log in logs:
-        if not len(log.steps):
-            raise Problem(f"{os.path.join(log.folder, 'log.jsonl')}: holds no step yet")
+    logs, problems = [], []
+    for folder in args.folders:
+        try:
+            logs.append(read_log(folder))
+            if not len(logs[-1].steps):
+                raise Problem(f"{os.path.join(logs.pop().folder, 'log.jsonl')}: holds no step yet")
+        except Problem as problem:
+            problems.append(problem)
+    if not logs:
+        raise problems[0]
+    for problem in problems:
+        print(f"passed over: {problem}", file=sys.stderr)
     names = labels([log.options for log in logs])
     names = [name if name and names.count(name) == 1 else f"{name} ({log.folder})" if name else log.folder for name, log in zip(names, logs)]
     draw_curves(logs, names, [look(number) for number in range(len(logs))], args.out)

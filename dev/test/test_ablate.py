@@ -1,6 +1,8 @@
 """dev/ablate.py and dev/plot.py on tiny models: sweeps that end, break off, fail and go on; their tables and their pictures."""
 
+import contextlib
 import csv
+import io
 import json
 import math
 import os
@@ -79,7 +81,7 @@ class Sweep:
 
     @property
     def begun(self):
-        return [line[2:] for line in self.calls.read_text().splitlines() if line.startswith("+")]
+        return [line[2:] for line in self.calls.read_text(errors="replace").splitlines() if line.startswith("+")]
 
     @property
     def rows(self):
@@ -387,7 +389,38 @@ def test_only_one_at_a_time(sweep):
     finally:
         first.send_signal(signal.SIGTERM)
         first.communicate()
-    assert "another sweep" in said and said.count("\n") == 1
+    assert f"{sweep.out}: another program is writing there" in said and said.count("\n") == 1
+
+
+def test_another_sweep_in_the_folder(sweep):
+    """Its tables get another name. A wider sweep, or one of more seeds, is the same one going on."""
+    sweep.run("--ratios", "1", "--seeds", "1")
+    for options in (["--seeds", "1,2"], ["--seeds", "1,2", "--ratios", "1,1/2"]):
+        assert "another sweep" not in sweep.run("--ratios", "1", *options)
+    first = sweep.table
+    leave(sweep.out, "gone.part/output.txt", "mine.part/notes.txt", "loss_lr.png.tmp", "results.csv.tmp", "mine.tmp")
+    assert "results_1.md" in sweep.run("--ratios", "1/2", "--seeds", "1,2")
+    assert (sweep.out / "results_1.md").read_text() == first and "full" in (sweep.out / "results_1.csv").read_text()
+    assert len(sweep.rows) == 2 and not list(sweep.out.glob("results_2*"))
+    assert {path.name for path in sweep.out.iterdir() if path.suffix in (".part", ".tmp")} == {"mine.part", "mine.tmp"}
+    sweep.run("--ratios", "1/4", "--seeds", "3")
+    assert (sweep.out / "results_2.md").exists()
+
+
+def leave(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("half")
+
+
+def test_names_of_any_bytes(sweep):
+    """Of data: Latin-1, blanks, formulas; the tables are UTF-8 all the same."""
+    data = sweep.folder / os.fsdecode(b"caf\xe9 $x$.txt")
+    data.write_text((sweep.folder / "text.txt").read_text())
+    sweep.run("--ratios", "1", "--train", data)
+    assert "caf\\udce9 $x$.txt" in sweep.table and [row["status"] for row in sweep.rows] == ["ok"]
+    again = sweep.run("--ratios", "1")
+    assert "1 of 1 runs are done already" in again and len(sweep.begun) == 1
 
 
 # ---------------------------------------------------------------------------- runs that fail
@@ -778,6 +811,42 @@ def test_plot(done, cut, tmp_path):
     check_picture(tmp_path / "picture.png", BLACK, BLUE, ORANGE)
     log = plot.read_log(tmp_path / "cut")
     assert list(log.steps) == list(range(1, 13)) and list(log.val_steps) == [8] and log.losses[0] == json.loads(cut[1])["loss"]
+
+
+def test_plot_passes_over_what_is_no_run(done, tmp_path, monkeypatch, capfd):
+    """And says so: runs/* may be given. A name may look like a formula, and need not be text."""
+    name = next(name for name in done.folders if name.startswith("full"))
+    strange = ["_hidden", r"$\frac{$", os.fsdecode(b"\xe9")]
+    for folder in strange:
+        shutil.copytree(done.out / name, tmp_path / folder)
+    (tmp_path / "results.csv").write_text("x")
+    (tmp_path / "empty").mkdir()
+    drawn = []
+    monkeypatch.setattr(plot.common, "whole_file", lambda path: contextlib.nullcontext(io.BytesIO()))
+    monkeypatch.setattr(plot.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plot.py", *sorted(os.listdir())])
+    plot.main()
+    out, err = capfd.readouterr()
+    assert out == "loss.png\n" and err.count("\n") == err.count("passed over: ") == 2 and "empty/log.jsonl" in err and "results.csv" in err
+    check_legend(drawn[0], [r"\$\frac{\$", " _hidden", r"\udce9"])
+
+
+def test_a_log_of_several_starts(tmp_path):
+    """The last header holds, and what a start did again stands for what it did before. Lines end at \\n alone."""
+    def start(**options):
+        return {"revision": "r", "device": "d", "options": options, "plan": {}}
+
+    def step(number, loss):
+        return {"step": number, "loss": loss, "norm": 1.0, "lr": 0.1, "ms": 1.0, "tokens_per_second": 1.0}
+    records = [start(lr=1), step(1, 5.0), {"step": 1, "val_loss": 5.5, "bits_per_byte": 8.0}, step(2, 4.0),
+               {"step": 2, "sample": "one\u2028two\u2029three\x85four"}, step(3, 3.0), start(lr=2), step(2, 4.5),
+               {"step": 2, "val_loss": 4.6, "bits_per_byte": 6.6}]
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (tmp_path / "log.jsonl").write_text(text + '{"step": 3, "lo', encoding="utf-8")
+    log = plot.read_log(tmp_path)
+    assert log.options == {"lr": 2} and log.steps.tolist() == [1, 2] and log.losses.tolist() == [5.0, 4.5]
+    assert log.val_steps.tolist() == [1, 2] and log.val_losses.tolist() == [5.5, 4.6] and log.bits_per_byte == 6.6
 
 
 @pytest.mark.parametrize("what, words", [

@@ -4,6 +4,7 @@ In the whole runs nvidia-smi, nvcc, make and compute-sanitizer are small scripts
 CUDA trainer's name, held to a tiny model: its plans and logs are real.
 """
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -126,6 +127,24 @@ def test_what_fails_is_told_and_the_rest_goes_on(machine, tmp_path):
     parts = {r["name"]: r for r in known["parts"]}
     assert "no FP32 today" in parts["build fp32"]["why"] and parts["d12 1/8 sparse, level 1"]["state"] == "ok"
     assert "error: no FP32 today" in next((tmp_path / "elsewhere").glob("*.md")).read_text().split("## Failed")[1]
+
+
+def test_two_checks(machine, tmp_path):
+    """Neither at the same time, nor one over the other's results."""
+    (tmp_path / "build/gpu_check").mkdir(parents=True, exist_ok=True)
+    held = os.open(tmp_path / "build/gpu_check", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    process = machine("--only", "nothing")
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 2 and "another check is at work" in said and not (tmp_path / "dev/results").exists()
+    os.close(held)
+    for suffix in "-part", "-part-2":
+        process = machine("--only", "nothing")
+        said, _ = process.communicate(timeout=100)
+        assert process.returncode == 0, said
+        first = results(tmp_path, "-part")[2]
+        assert "build bf16" in results(tmp_path, suffix)[1]
+    assert results(tmp_path, "-part")[2] == first
 
 
 def test_a_failing_test(machine, tmp_path):

@@ -140,6 +140,43 @@ def test_import_of_half_precision(tmp_path, params):
         assert np.array_equal(values, params[name].astype(np.float16)), name
 
 
+def test_import_of_bf16(tmp_path, params):
+    """Widened, which loses nothing; beside tensors of other types, and where a name is in the file's metadata as well."""
+    tensors, data, header, at = tensors_of(params), b"", {"__metadata__": {"format": "pt"}}, 0
+    for name, values in tensors.items():
+        half = name.startswith("h.")
+        part = formats.to_bf16(values).tobytes() if half else values.tobytes()
+        header[name] = {"dtype": "BF16" if half else "F32", "shape": list(values.shape), "data_offsets": [at, at + len(part)]}
+        data, at = data + part, at + len(part)
+    text = json.dumps(header).encode()
+    save(tmp_path / "in", tensors)
+    (tmp_path / "in" / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    good("import", tmp_path / "in", tmp_path / "out.bin")
+    for name, values in formats.read_model(tmp_path / "out.bin")[1].items():
+        layered = name not in formats.WITHOUT_LAYER
+        assert np.array_equal(values, formats.round_bf16(params[name]) if layered else params[name]), name
+
+
+# What a PyTorch that is built for NumPy 1 does beside NumPy 2.
+OLD_TORCH = """
+__version__ = "2.2.0"
+class Tensor:
+    def float(self): return self
+    def numpy(self): raise RuntimeError("Numpy is not available")
+def zeros(n): return Tensor()
+def load(path, map_location, weights_only): return {"wte.weight": Tensor()}
+"""
+
+
+def test_pytorch_and_numpy_do_not_fit(tmp_path, params):
+    save(tmp_path / "in", tensors_of(params))
+    (tmp_path / "in" / "model.safetensors").rename(tmp_path / "in" / "pytorch_model.bin")
+    (tmp_path / "torch.py").write_text(OLD_TORCH)
+    done = run("import", tmp_path / "in", tmp_path / "out.bin", env={"PYTHONPATH": str(tmp_path)})
+    refused(done, "pytorch_model.bin", "PyTorch 2.2.0", f"NumPy {np.__version__}", "numpy<2")
+    assert not (tmp_path / "out.bin").exists()
+
+
 @pytest.mark.parametrize("layers, channels, count", [(12, 768, 124439808), (24, 1024, 354823168), (36, 1280, 774030080),
                                                      (48, 1600, 1557611200)])
 def test_sizes(tmp_path, layers, channels, count):

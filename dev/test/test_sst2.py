@@ -156,6 +156,26 @@ def test_bad_arguments(tmp_path, inputs):
     refused(run("score", tmp_path, env={"PYTHONPATH": str(tmp_path)}), "numpy", "pip install")
 
 
+def test_marked_and_windows_text(tmp_path, inputs):
+    """A byte order mark and \\r\\n, as a spreadsheet writes them, change nothing."""
+    good("prepare", *inputs, "--out", tmp_path / "plain", "--tokenizer", "bytes")
+    for path in inputs:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    good("prepare", *inputs, "--out", tmp_path / "marked", "--tokenizer", "bytes")
+    for name in os.listdir(tmp_path / "plain"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "marked" / name).read_bytes()
+
+
+def test_score_of_a_run_with_several_starts(tmp_path):
+    """The last header holds; what a start did again replaces what it stood for; a sample may hold any sign."""
+    def header(rank):
+        return {"options": {"rank": rank}, "plan": {"total_bytes": 1 << 20, "full_rank_total_bytes": 2 << 20}}
+    records = [header(0.5), {"step": 1, "loss": 2.0}, {"step": 2, "hellaswag": 0.9, "sample": "a\u2028b"}, {"step": 3, "hellaswag": 1.0},
+               header(0.25), {"step": 2, "loss": 1.5}, {"step": 2, "hellaswag": 0.5}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records) + '{"step": 3')
+    assert good("score", tmp_path).splitlines()[1].split()[1:] == ["0.25", "2", "0.5000", "0.5000", "1.0", "2.0"]
+
+
 # ---------------------------------------------------------------------------- the loss on answers alone
 
 B, T, VOCAB = 4, 12, 151
