@@ -10,63 +10,84 @@ override CXXFLAGS += -std=c++17 -Wall -Wextra $(EXTRA)
 compiles = $(shell echo 'int main() { return 0; }' | $(CXX) -x c++ $(1) - -o /dev/null >/dev/null 2>&1 && echo yes)
 NATIVE := $(if $(call compiles,-march=native),-march=native,$(if $(call compiles,-mcpu=native),-mcpu=native))
 
+MAC := $(filter Darwin,$(shell uname))
 ifndef NO_OPENMP
   ifeq ($(call compiles,-fopenmp),yes)
     OPENMP := -fopenmp
-  else ifeq ($(call compiles,-Xclang -fopenmp -lomp),yes)
-    OPENMP := -Xclang -fopenmp -lomp
+  else
+    # Apple's compiler lacks the library, and Homebrew puts it where no compiler looks.
+    LIBOMP := -Xclang -fopenmp $(patsubst %,-I%/include -L%/lib,$(firstword $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp))) -lomp
+    OPENMP := $(if $(call compiles,$(LIBOMP)),$(LIBOMP))
   endif
 endif
+NO_THREADS := no OpenMP: one thread$(if $(NO_OPENMP),,$(if $(MAC), ('brew install libomp' brings it)))
 ifndef NO_BLAS
   ifeq ($(shell pkg-config --exists openblas 2>/dev/null && echo yes),yes)
     BLAS := OpenBLAS
     BLAS_FLAGS := -DUSE_OPENBLAS $(shell pkg-config --cflags openblas)
     BLAS_LIBS := $(shell pkg-config --libs openblas)
-  else ifeq ($(shell uname),Darwin)
+  else ifneq ($(MAC),)
     BLAS := Accelerate
     BLAS_FLAGS := -DUSE_ACCELERATE
     BLAS_LIBS := -framework Accelerate
   endif
 endif
 
-# The CUDA toolkit and a device. Without a device the binary is for sm_80; PTX beside it serves newer ones.
-NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
-CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
-GPU := $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
-GPU_COMPUTE_CAPABILITY ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .),80)
+# The CUDA toolkit. Where there is none, dev/setup.sh brings headers and a compiler under build/: enough for the tests, not to link with cuBLAS.
+NVCC := $(shell command -v nvcc || ls '$(or $(CUDA_HOME),/usr/local/cuda)/bin/nvcc' 2>/dev/null)
+CUDA_HOME ?= $(or $(patsubst %/bin/nvcc,%,$(realpath $(NVCC))),$(firstword $(wildcard build/venv/lib/python3*/site-packages/nvidia/cu13)))
 PRECISION ?= BF16
 ifeq ($(filter BF16 FP32,$(PRECISION)),)
   $(error PRECISION is $(PRECISION), not BF16 or FP32)
 endif
 
+# The cards, and their compute capabilities as 90 for 9.0: nvidia-smi may answer with an error's text instead. CUDA_VISIBLE_DEVICES may hide all cards;
+# where it hides some, it counts in an order that need not be nvidia-smi's, so each card that is new enough is built for, as the newest that the
+# toolkit knows. Where there is none, the code is for 8.0. PTX beside it serves newer ones.
+# The oldest that will do has bf16 and cp.async.
+OLDEST := 80
+ask_cards = $(shell test "$${CUDA_VISIBLE_DEVICES-0}" && test "$${CUDA_VISIBLE_DEVICES-0}" != -1 && nvidia-smi --query-gpu=$(1) --format=csv,noheader 2>/dev/null $(2))
+CARDS := $(call ask_cards,compute_cap,| grep -xE '[0-9]+\.[0-9]' | tr -d . | sort -nu)
+GPU := $(if $(CARDS),$(call ask_cards,name,| sort -u | paste -sd / -))
+USABLE := $(shell for card in $(CARDS); do test $$card -lt $(OLDEST) || echo $$card; done)
+as_toolkit_knows = $(shell $(NVCC) --list-gpu-arch | sed -n 's/^compute_//p' | awk '$$1 <= $(1) && $$1 > known { known = $$1 } END { print known ? known : $(1) }')
+GPU_COMPUTE_CAPABILITY ?= $(or $(if $(NVCC),$(sort $(foreach card,$(USABLE),$(call as_toolkit_knows,$(card))))),$(CARDS),80)
+CC_GPU := $(subst .,,$(GPU_COMPUTE_CAPABILITY))
+TOO_OLD := $(shell for cc in $(CC_GPU); do test $$cc -ge $(OLDEST) 2>/dev/null || echo $$cc; done)
+ON_GPU := $(if $(TOO_OLD),,$(and $(CARDS),$(NVCC)))
+
 FLAGS = $(CXXFLAGS) $(NATIVE) $(or $(OPENMP),-Wno-unknown-pragmas) $(BLAS_FLAGS)
-CC_GPU = $(GPU_COMPUTE_CAPABILITY)
 NVCC_FLAGS = -std=c++17 -O3 -DPRECISION_$(PRECISION) -DREVISION='"$(REVISION)"' -Xcompiler -Wall,-Wextra,-fopenmp,-Wno-unknown-pragmas \
-  -gencode arch=compute_$(CC_GPU),code=sm_$(CC_GPU) -gencode arch=compute_$(CC_GPU),code=compute_$(CC_GPU) -Werror all-warnings
+  $(foreach cc,$(CC_GPU),-gencode arch=compute_$(cc),code=sm_$(cc) -gencode arch=compute_$(cc),code=compute_$(cc)) $(if $(filter -Werror,$(EXTRA)),-Werror all-warnings)
 NOGPU = $(CXX) -std=c++17 -fopenmp -Wall -Wextra $(EXTRA) -D__NOGPU__ -Idev/nogpu/include -isystem $(CUDA_HOME)/include
 SANITIZE = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: all found demo test bench clean help
+.PHONY: all found demo setup check checked test tested bench clean help
 all: train_gpt2_compact
 
 found:
-	@echo "compiler $(CXX); $(or $(OPENMP),no OpenMP: one thread); $(or $(BLAS),no BLAS: the trainer's own matrix product); $(or $(NATIVE),no native instructions)"
-	@echo "CUDA $(or $(CUDA_HOME),toolkit: none); device: $(or $(GPU),none)$(if $(NVCC),; building for sm_$(CC_GPU) and PTX)"
+	@echo "compiler $(CXX); $(or $(OPENMP),$(NO_THREADS)); $(or $(BLAS),no BLAS: the trainer's own matrix product); $(or $(NATIVE),no native instructions)"
+	@echo "CUDA $(if $(NVCC),$(CUDA_HOME),toolkit: none); device: $(or $(GPU),none)$(if $(TOO_OLD),; compute capability $(call dotted,$(TOO_OLD)) is too old,$(if $(NVCC),; building for $(CC_GPU:%=sm_%) and PTX))"
 
 train_gpt2_compact: train_gpt2_compact.cpp Makefile | found
 	$(CXX) $(FLAGS) -DREVISION='"$(REVISION)"' $< -o $@ $(BLAS_LIBS)
 
 # ---- the CUDA trainer, and its tests: for a GPU, and under dev/nogpu for a CPU
 
-needs_nvcc = @$(if $(NVCC),true,echo "$@ needs the CUDA toolkit, 12 or 13: nvcc was not found" && exit 2)
+needs_nvcc = @$(if $(NVCC),true,echo "$@ needs the CUDA toolkit, 12 or 13: nvcc was not found"; exit 2)
+dotted = $(shell echo $(1) | sed 's/[0-9]\>/.&/g')
+whose = $(if $(filter file,$(origin GPU_COMPUTE_CAPABILITY)),$(GPU) has $(call dotted,$(CARDS)); GPU_COMPUTE_CAPABILITY=$(OLDEST) builds for another machine's,GPU_COMPUTE_CAPABILITY is $(GPU_COMPUTE_CAPABILITY))
+needs_card = @$(if $(TOO_OLD),echo "$@ needs a card of compute capability $(call dotted,$(OLDEST)) or newer: $(whose)"; exit 2,true)
 needs_cuda = @test -e $(CUDA_HOME)/include/cuda_bf16.h || { echo "$@ needs the headers of the CUDA toolkit, 12 or 13: set CUDA_HOME"; exit 2; }
 
 train_gpt2_compactcu: train_gpt2_compact.cu Makefile | found
 	$(needs_nvcc)
+	$(needs_card)
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublas
 
 test_gpt2cu: test_gpt2.cu train_gpt2_compact.cu train_gpt2_compact.cpp Makefile | found
 	$(needs_nvcc)
+	$(needs_card)
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublas
 
 .PRECIOUS: build/%.nogpu.cpp
@@ -84,14 +105,21 @@ test_gpt2_nogpu: build/test_gpt2.nogpu.cpp train_gpt2_compact.cpp $(wildcard dev
 # ---- a first look: a small GPT-2 learns this project's own sources
 
 DEMO_TEXT = $(wildcard *.cpp *.md Makefile data_prep/*.py dev/*.py dev/test/*.py dev/test/*.cpp)
-DEMO_TRAINER = $(if $(and $(GPU),$(NVCC)),train_gpt2_compactcu,train_gpt2_compact)
+DEMO_TRAINER = $(if $(ON_GPU),train_gpt2_compactcu,train_gpt2_compact)
 demo: $(DEMO_TRAINER) | build
 	@cat $(DEMO_TEXT) > build/demo.txt
 	@set -o pipefail; OMP_WAIT_POLICY=passive ./$(DEMO_TRAINER) --train build/demo.txt -e d4 --channels 128 --context 128 --batch 16 --steps 800 \
 	  --lr 4e-3 --warmup 40 --projection sparse --val-every 200 --sample-every -1 --sample-tokens 400 --out build/demo \
 	  | awk '!/^step/ || /val/ || ++n % 50 == 1 { print; fflush() }'
 
-# ---- tests: all that can run here; the last line says how many passed and failed
+# ---- tests: `check` before a commit, `test` for all; both first bring what they need, so that what is found is looked for by a make of its own
+
+setup:
+	@CXX='$(CXX)' PYTHON='$(PYTHON)' NVCC='$(NVCC)' dev/setup.sh
+
+PYTEST = OMP_WAIT_POLICY=passive PATH="$$PATH:$$(realpath $(or $(CUDA_HOME),/)/bin)" build/venv/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup
+check test: setup
+	@$(MAKE) --no-print-directory $@ed
 
 ifneq ($(wildcard $(CUDA_HOME)/include/curand_kernel.h),)
 CURAND_TEST := build/test_curand
@@ -100,7 +128,6 @@ build/test_curand: dev/test/test_curand.cpp train_gpt2_compact.cpp Makefile | bu
 	$(CXX) $(FLAGS) -Wno-unused-function $< -o $@ -isystem $(CUDA_HOME)/include $(BLAS_LIBS) $$(pkg-config --cflags --libs gtest)
 
 build/test_cpu: dev/test/test_cpu.cpp train_gpt2_compact.cpp Makefile | build
-	@pkg-config --exists gtest || { echo "make test needs GoogleTest: install libgtest-dev (Debian) or googletest (Homebrew)"; exit 2; }
 	$(CXX) $(FLAGS) -Wno-unused-function $< -o $@ $(BLAS_LIBS) $$(pkg-config --cflags --libs gtest)
 
 build/test_cpu_sanitized: dev/test/test_cpu.cpp train_gpt2_compact.cpp Makefile | build
@@ -111,10 +138,6 @@ build/train_sanitized: train_gpt2_compact.cpp Makefile | build
 
 build/train_no_blas: train_gpt2_compact.cpp Makefile | build
 	$(CXX) $(CXXFLAGS) $(NATIVE) $(or $(OPENMP),-Wno-unknown-pragmas) $< -o $@
-
-build/venv: dev/test/requirements.txt | build
-	@$(PYTHON) -m venv --system-site-packages build/venv && build/venv/bin/pip install -q -r $< && touch build/venv || \
-	  { rm -rf build/venv; echo "make test needs Python 3.9 with venv, and the packages of $<"; exit 2; }
 
 # The CUDA sources on a CPU, in both precisions: the comparison with the CPU trainer under the sanitizers, the trainer itself without.
 ifneq ($(and $(wildcard $(CUDA_HOME)/include/cuda_bf16.h),$(call compiles,-include boost/context/fiber.hpp -lboost_context)),)
@@ -129,10 +152,13 @@ build/train_nogpu_%: build/train_gpt2_compact.nogpu.cpp $(wildcard dev/nogpu/inc
 # ---- the numbered variants of the kernels
 include dev/cuda/Makefile
 
-TESTED = train_gpt2_compact build/test_cpu build/test_cpu_sanitized build/train_sanitized build/train_no_blas $(CURAND_TEST) $(NOGPU_TESTS) \
-  $(if $(NOGPU_TESTS),variants_nogpu)
-test: $(TESTED) $(if $(and $(GPU),$(NVCC)),test_gpt2cu) build/venv
-	@OMP_WAIT_POLICY=passive build/venv/bin/python -m pytest -q dev
+GTEST := $(shell pkg-config --exists gtest 2>/dev/null && echo yes)
+checked: train_gpt2_compact $(if $(GTEST),build/test_cpu)
+	@$(PYTEST) -m 'not slow' dev
+
+tested: train_gpt2_compact build/train_sanitized build/train_no_blas $(if $(GTEST),build/test_cpu build/test_cpu_sanitized $(CURAND_TEST)) \
+  $(NOGPU_TESTS) $(if $(NOGPU_TESTS),variants_nogpu) $(if $(ON_GPU),test_gpt2cu)
+	@$(PYTEST) dev
 
 bench: train_gpt2_compact build/train_no_blas
 	$(PYTHON) dev/bench_cpu.py $(if $(LLMC),--llmc $(LLMC))
@@ -151,7 +177,9 @@ help: found
 	@echo "make train_gpt2_compact_nogpu  the CUDA trainer's sources on a CPU, for tests; likewise test_gpt2_nogpu"
 	@echo "make -C dev/cuda      the kernels' numbered variants, each with its check and its benchmark"
 	@echo "make demo             trains a small GPT-2 on this project's sources, about two minutes on two cores"
-	@echo "make test             all tests that can run here; the last line counts them"
+	@echo "make check            the quick tests, two minutes on two cores, before every commit"
+	@echo "make test             all tests, about 15 minutes on two cores; the last line counts them"
+	@echo "                      check and test first bring what they lack, and say what (dev/setup.sh)"
 	@echo "make bench            ms per step of GPT-2 d12 at full rank and compressed; LLMC=dir compares with llm.c built there"
 	@echo "make clean            removes what was built"
-	@echo "settings: CXX=clang++ NO_BLAS=1 NO_OPENMP=1 EXTRA=-Werror PYTHON=python3"
+	@echo "settings: CXX=clang++ NATIVE= (code for any machine of this kind) NO_BLAS=1 NO_OPENMP=1 EXTRA=-Werror PYTHON=python3"

@@ -7,6 +7,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the backgro
 outcomes, skips = {}, []
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: not for `make check`")
+
+
 def note(report, outcome):
     if report.skipped:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(getattr(report, "wasxfail", ""))
@@ -29,6 +33,8 @@ def pytest_collectreport(report):
 
 
 def pytest_unconfigure(config):
+    if hasattr(config, "workerinput"):  # one of pytest-xdist's workers; its results go to the process that started it
+        return
     counts = {kind: list(outcomes.values()).count(kind) for kind in ("passed", "failed", "skipped")}
     line = f"{counts['passed']} passed, {counts['failed']} failed"
     if counts["skipped"]:
