@@ -3,7 +3,8 @@
 # The system's packages are installed by apt-get, as root or by a sudo that asks no password; else one line says how. Python's go to build/venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3} cxx=${CXX:-c++} nvcc=${NVCC:-} venv=build/venv system=$(uname)
+python=${PYTHON:-python3} cxx=${CXX:-c++} venv=build/venv system=$(uname)
+nvcc=${NVCC-$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2> /dev/null || true)}
 mkdir -p build
 
 quietly() { "$@" > /dev/null 2>&1; }
@@ -72,7 +73,8 @@ if ! quietly $venv/bin/python -c 'import pip'; then
   rm -rf $venv
   "$python" -m venv --system-site-packages $venv || stop "'$python -m venv' failed: Python 3.9 or newer with venv is needed"
 fi
-bring packages "the packages of dev/test/requirements.txt" -r dev/test/requirements.txt || stop "the tests need these packages"
+numpy=$($venv/bin/python -c 'from importlib.metadata import version as v; v("torch"); print(v("numpy").split(".")[0])' 2> /dev/null || true)  # PyTorch's own
+bring packages "the packages of dev/test/requirements.txt" -r dev/test/requirements.txt ${numpy:+"numpy==$numpy.*"} || stop "the tests need these packages"
 quietly has_torch $venv/bin/python || bring torch "PyTorch (on Linux with CUDA: 5 GB)" torch || true
 if [ -z "$nvcc" ] && [ "$system" = Linux ]; then
   bring cuda "NVIDIA's compiler and headers (1 GB)" --no-deps 'nvidia-cuda-nvcc==13.*' 'nvidia-nvvm==13.*' 'nvidia-cuda-crt==13.*' \

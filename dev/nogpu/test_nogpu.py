@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("nogpu")  # the samples are built once
+
 HERE = Path(__file__).resolve().parent
 SAMPLES = HERE / "samples"
 

@@ -23,7 +23,7 @@ def cases():
     for variable, name in (("TEST_CPU", "test_cpu"), ("TEST_CURAND", "test_curand")):
         path = binary(variable, name)
         if not path.exists() and not os.environ.get(variable):
-            yield pytest.param(path, None, id=name, marks=pytest.mark.skip(reason=f"build/{name} is not there"))
+            yield pytest.param(path, None, id=name, marks=pytest.mark.skip(reason=f"build/{name} is not there: its making needs GoogleTest, libgtest-dev"))
             continue
         listed = subprocess.run([path, "--gtest_list_tests"], capture_output=True, text=True, timeout=60, check=True)
         suite = ""

@@ -24,6 +24,8 @@ SOURCE = ROOT / "train_gpt2_compact.cu"
 PRECISIONS = ["BF16", "FP32"]
 ARCHITECTURES = ["sm_80", "sm_90", "sm_120"]
 
+pytestmark = pytest.mark.xdist_group("static")  # compiled once, for all of them
+
 # Kernels that may spill or keep a stack frame: {name: why that is no loss}. Without a reason there is no exception.
 MAY_SPILL = {}
 
@@ -54,7 +56,7 @@ def nvcc_command(precision):
     """nvcc and the flags that the Makefile builds with, for sm_80 and the PTX beside it; [] where it finds no nvcc."""
     around = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # of a `make test` that runs this: not for here
     settings = {k: v for k, v in os.environ.items() if k not in around}
-    said = subprocess.run(["make", "-s", f"PRECISION={precision}", "GPU_COMPUTE_CAPABILITY=80", "REVISION=static",
+    said = subprocess.run(["make", "-s", f"PRECISION={precision}", "GPU_COMPUTE_CAPABILITY=80", "REVISION=static", "EXTRA=-Werror",
                            "--eval", "flags-of-nvcc: ; $(info $(if $(NVCC),$(NVCC) $(NVCC_FLAGS))) @true", "flags-of-nvcc"],
                           cwd=ROOT, env=settings, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr

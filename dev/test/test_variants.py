@@ -147,7 +147,7 @@ def test_wrong_kernels(tmp_path):
     settings = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}  # of a `make test` around this
     compiler = subprocess.run(["make", "-s", "--eval", "how: ; $(info $(NOGPU)) @true", "how"], cwd=ROOT, env=settings, capture_output=True, text=True)
     assert compiler.returncode == 0, compiler.stderr
-    for name in "train_gpt2_compact.cu", "train_gpt2_compact.cpp", "dev":  # where common.cuh and the compiler look for them
+    for name in "train_gpt2_compact.cu", "train_gpt2_compact.cpp", "dev", "build":  # where common.cuh and the compiler look for them
         (tmp_path / name).symlink_to(ROOT / name)
     source = tmp_path / "a/b/wrong.cu"
     source.parent.mkdir(parents=True)
