@@ -9,6 +9,7 @@ outcomes, skips = {}, []
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: not for `make check`")
+    config.addinivalue_line("markers", "xdist_group: what one of pytest-xdist's workers does alone, since the tests share something that takes long to make")
 
 
 def note(report, outcome):
