@@ -69,10 +69,12 @@ def run(main):
     """Runs a tool's main. Exit status: 0, 2 after a problem (one line on stderr), 130 and 143 after Ctrl-C and SIGTERM."""
     # as an exception SIGTERM takes the same way out as Ctrl-C, past the code that removes unfinished files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    while (unused := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed descriptor of these three would be the next file's
+    # a closed descriptor of these three would be the next file's
+    while (unused := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(unused)
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w")
+                              for stream in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
         main()
@@ -121,11 +123,16 @@ def some(names):
 
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-STARTS = {b"\x1f\x8b\x08": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz"}  # first bytes of files that are packed like that
-NOT_TEXT = {b"PK\3\4": "a zip archive; unpack it first", b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it first",
-            b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it first", b"\x04\x22\x4d\x18": "packed by lz4; unpack it first",
-            b"\xff\xfe": "text in UTF-16; convert it to UTF-8 first", b"\xfe\xff": "text in UTF-16; convert it to UTF-8 first",
-            b"%PDF-": "a PDF; convert it to text first", TOKENS_MAGIC.to_bytes(4, "little"): "tokens, which the trainer takes as they are"}
+# first bytes of files that are packed like that
+STARTS = {b"\x1f\x8b\x08": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz"}
+NOT_TEXT = {b"PK\3\4": "a zip archive; unpack it first",
+            b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it first",
+            b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it first",
+            b"\x04\x22\x4d\x18": "packed by lz4; unpack it first",
+            b"\xff\xfe": "text in UTF-16; convert it to UTF-8 first",
+            b"\xfe\xff": "text in UTF-16; convert it to UTF-8 first",
+            b"%PDF-": "a PDF; convert it to text first",
+            TOKENS_MAGIC.to_bytes(4, "little"): "tokens, which the trainer takes as they are"}
 
 
 def start_of(path):
@@ -138,15 +145,19 @@ def what_starts(table, start):
 
 
 def open_input(path):
-    """Opens a file for reading bytes, unpacked on the way if its ending or its first bytes say .gz, .bz2 or .xz."""
+    """Opens a file for reading bytes, unpacked on the way if its ending or its first bytes say .gz,
+    .bz2 or .xz."""
     ending, start = os.path.splitext(path)[1].lower(), start_of(path)
-    if what_starts(STARTS, start) == ".bz2" and start[4:10] != b"1AY&SY":  # a text may well begin with BZh
+    # a text may well begin with BZh
+    if what_starts(STARTS, start) == ".bz2" and start[4:10] != b"1AY&SY":
         start = b""
-    return OPENERS.get(ending if ending in OPENERS else what_starts(STARTS, start), open)(path, "rb")
+    return OPENERS.get(ending if ending in OPENERS else what_starts(STARTS, start),
+                       open)(path, "rb")
 
 
 def not_text(path):
-    """What a file is by its first bytes, if that is something else than plain text, and what to do about it."""
+    """What a file is by its first bytes, if that is something else than plain text, and what to do
+    about it."""
     with reading(path):
         return what_starts(NOT_TEXT, start_of(path))
 
@@ -179,24 +190,28 @@ def read_blocks(path, file, count=float("inf")):
 
 
 def read_lines(path):
-    """Yields (number, line) of a text file, counted from 1, without line ends, \\n or \\r\\n, and the byte order mark at its start."""
+    """Yields (number, line) of a text file, counted from 1, without line ends, \\n or \\r\\n, and
+    the byte order mark at its start."""
     check_text(path)
     with reading(path), open_input(path) as file:
-        for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="\n"), 1):
+        for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace",
+                                                       newline="\n"), 1):
             yield number, line.rstrip("\r\n")
 
 
 def read_log(folder):
     """
-    A run's log.jsonl: its header, and the records after it. Of several headers, one for each start, it is the last; what a start
-    did again stands for what was done before. Lines end at \\n alone, and one without its end is being written, or was cut off.
+    A run's log.jsonl: its header, and the records after it. Of several headers, one for each start,
+    it is the last; what a start did again stands for what was done before. Lines end at \\n alone,
+    and one without its end is being written, or was cut off.
     """
     path = os.path.join(folder, "log.jsonl")
     try:
         with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
             lines = file.read().split("\n")[:-1]
     except OSError as error:
-        raise Problem(f"{path}: cannot be read: {error.strerror}; a run's --out folder is wanted") from None
+        raise Problem(f"{path}: cannot be read: {error.strerror}; a run's --out folder is "
+                      "wanted") from None
     header, starts, records = None, False, []
     for number, line in enumerate(lines, 1):
         try:
@@ -206,10 +221,12 @@ def read_log(folder):
                 header, starts = record, True
                 continue
             if starts:
-                records, starts = [before for before in records if before["step"] < record["step"]], False
+                records = [before for before in records if before["step"] < record["step"]]
+                starts = False
             records.append(record)
         except (ValueError, KeyError, TypeError):
-            raise Problem(f"{path}: line {number} is no record of the trainer's: not a log of it, or damaged") from None
+            raise Problem(f"{path}: line {number} is no record of the trainer's: not a log of it, "
+                          "or damaged") from None
     if header is None:
         raise Problem(f"{path}: is not a log of the trainer, which begins with the run's options")
     return header, records
@@ -225,7 +242,8 @@ def check_file(option, path):
 
 
 def lock(file, what):
-    """Keeps a file, or a folder, for this program as long as it is open; however the program ends, it is free again."""
+    """Keeps a file, or a folder, for this program as long as it is open; however the program ends,
+    it is free again."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -250,8 +268,9 @@ def whole_file(path):
     temporary = path + ".tmp"
     with open(temporary, "ab") as file:  # emptied when it is known to be no other program's
         lock(file, path)
-        if not os.path.exists(temporary) or not os.path.samestat(os.fstat(file.fileno()), os.stat(temporary)):
-            raise Problem(f"{path}: another program has just written it")  # and what is open here is its file
+        if not os.path.exists(temporary) or not os.path.samestat(os.fstat(file.fileno()),
+                                                                 os.stat(temporary)):
+            raise Problem(f"{path}: another program has just written it")  # what is open is its
         try:
             file.truncate(0)
             yield file
@@ -383,7 +402,8 @@ class ShardWriter:
         command = "./train_gpt2_compact"
         for split, counts in self.done.items():
             if counts:
-                command += f" --{split} " + shlex.quote(os.path.join(glob.escape(self.folder), f"{split}_*.bin"))
+                command += f" --{split} " + shlex.quote(os.path.join(glob.escape(self.folder),
+                                                                     f"{split}_*.bin"))
         print(f"train on it:\n  {command}")
 
 # ----------------------------------------------------------------------------
@@ -456,8 +476,8 @@ def gpt2_tokenizer(vocab_bpe=None, encoder_json=None):
 
 
 def decode(blocks):
-    """Blocks of UTF-8 to text. A character may lie across two blocks; bytes that are not UTF-8 become U+FFFD, and a byte order mark
-    at the start nothing."""
+    """Blocks of UTF-8 to text. A character may lie across two blocks; bytes that are not UTF-8
+    become U+FFFD, and a byte order mark at the start nothing."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
     for block in blocks:
         text = decoder.decode(block)

@@ -27,7 +27,8 @@ import re
 import struct
 from types import SimpleNamespace
 
-from common import Parser, Problem, header, holding, missing_package, reading, run, whole_file  # says it if NumPy is missing
+# says it if NumPy is missing
+from common import Parser, Problem, header, holding, missing_package, reading, run, whole_file
 import numpy as np
 
 MAGIC, FP32, BF16 = 20240326, 3, 5
@@ -134,8 +135,9 @@ def open_safetensors(path):
     try:
         with reading(path), open(path, "rb") as data:
             length, = struct.unpack("<Q", data.read(8).ljust(8, b"\0"))
-            offsets = {name: 8 + length + entry["data_offsets"][0] for name, entry in json.loads(data.read(min(length, LONGEST))).items()
-                       if name != "__metadata__"}
+            entries = json.loads(data.read(min(length, LONGEST)))
+            offsets = {name: 8 + length + entry["data_offsets"][0]
+                       for name, entry in entries.items() if name != "__metadata__"}
         file = safetensors.safe_open(path, framework="np")
     except (ValueError, AttributeError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise Problem(f"{path}: is no safetensors file, or is cut short: {error}") from None
@@ -144,9 +146,11 @@ def open_safetensors(path):
         values = file.get_slice(name)
         kind, shape = values.get_dtype(), tuple(values.get_shape())
         if kind == "BF16":  # NumPy has no such type, and fp32 has all its values
-            return widen(np.fromfile(path, "<u2", int(np.prod(shape)), offset=offsets[name]).reshape(shape))
+            return widen(np.fromfile(path, "<u2", int(np.prod(shape)),
+                                     offset=offsets[name]).reshape(shape))
         if kind not in ("F32", "F16"):
-            raise Problem(f"{path}: {name} is {kind}, not F32, F16 or BF16; save the model anew, after model.float()")
+            raise Problem(f"{path}: {name} is {kind}, not F32, F16 or BF16; save the model anew, "
+                          "after model.float()")
         return file.get_tensor(name)
     return list(file.keys()), read
 
@@ -165,7 +169,8 @@ def open_pytorch(path):
     try:
         torch.zeros(1).numpy()
     except RuntimeError as error:
-        raise Problem(f"{path}: PyTorch {torch.__version__} does not work with NumPy {np.__version__} ({str(error).splitlines()[0]}); "
+        raise Problem(f"{path}: PyTorch {torch.__version__} does not work with NumPy "
+                      f"{np.__version__} ({str(error).splitlines()[0]}); "
                       "install a newer torch, or numpy<2") from None
     return list(state), lambda name: state[name].float().numpy()
 

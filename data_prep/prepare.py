@@ -20,8 +20,9 @@ import codecs
 import os
 import sys
 
-from common import (BLOCK, Parser, Problem, ShardWriter, add_shard_option, add_tokenizer_options, check_text, encode_all,
-                    load_tokenizer, not_text, open_input, read_blocks, reading, run, some)
+from common import (BLOCK, Parser, Problem, ShardWriter, add_shard_option, add_tokenizer_options,
+                    check_text, encode_all, load_tokenizer, not_text, open_input, read_blocks,
+                    reading, run, some)
 from tqdm import tqdm
 
 
@@ -47,15 +48,18 @@ def find_files(inputs):
 
 
 def cannot_walk(error):
-    raise Problem(f"{error.filename}: cannot read the folder: {error.strerror}; give one that you may read")
+    raise Problem(f"{error.filename}: cannot read the folder: {error.strerror}; give one that you "
+                  "may read")
 
 
 def check_regular(path):
     if os.path.isfile(path):
         return
     if os.path.exists(path):
-        raise Problem(f"{path}: neither a folder nor a regular file; a pipe, say, cannot be read twice: give a file")
-    raise Problem(f"{path}: " + ("is a link to nothing; remove or mend it" if os.path.islink(path) else "there is no such file or folder"))
+        raise Problem(f"{path}: neither a folder nor a regular file; a pipe, say, cannot be read "
+                      "twice: give a file")
+    raise Problem(f"{path}: " + ("is a link to nothing; remove or mend it" if os.path.islink(path)
+                                 else "there is no such file or folder"))
 
 
 def examine(path, bar):
@@ -89,7 +93,8 @@ def find_documents(files, tokenizer):
                 skipped.setdefault(kind or "NUL bytes", []).append(path)
                 continue
             if has_nul and path.endswith(".bin"):
-                raise Problem(f"{path}: has NUL bytes, as tokens without a header have, which cannot be told apart; give the text itself")
+                raise Problem(f"{path}: has NUL bytes, as tokens without a header have, which "
+                              "cannot be told apart; give the text itself")
             if has_nul and tokenizer.name != "bytes":
                 raise Problem(f"{path}: has a NUL byte, so it is not UTF-8 text; unpack or convert it, or use --tokenizer bytes")
             if not is_utf8 and tokenizer.name != "bytes":

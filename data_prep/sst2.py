@@ -34,8 +34,9 @@ example: sst2.py prepare SST-2/train.tsv SST-2/dev.tsv --out data/sst2
 import os
 import shlex
 
-from common import (TOKENS_MAGIC, Parser, Problem, add_tokenizer_options, header, holding, load_tokenizer, read_lines, read_log, run,
-                    whole_file, whole_number, write_tokenizer, writing)
+from common import (TOKENS_MAGIC, Parser, Problem, add_tokenizer_options, header, holding,
+                    load_tokenizer, read_lines, read_log, run, whole_file, whole_number,
+                    write_tokenizer, writing)
 import hellaswag
 import numpy as np
 
@@ -109,7 +110,8 @@ def prepare(paths, out, tokenizer, question, answers, T):
 
     path = {name: os.path.join(out, name + ".bin") for name in ("train", "val", "answers", "tokenizer")}
     with writing(out), holding(out):
-        for earlier in filter(os.path.exists, path.values()):  # which never stand beside those of this run
+        # which never stand beside those of this run
+        for earlier in filter(os.path.exists, path.values()):
             os.remove(earlier)
         write_tokenizer(path["tokenizer"], tokenizer)
         write_answers(path["answers"], examples["val"], answers, end_of_text)
@@ -131,7 +133,8 @@ def read_run(folder):
     header, records = read_log(folder)
     evaluations = [record for record in records if "hellaswag" in record]
     if not evaluations:
-        raise Problem(f"{os.path.join(folder, 'log.jsonl')}: has no accuracy; train with --hellaswag DIR/answers.bin")
+        raise Problem(f"{os.path.join(folder, 'log.jsonl')}: has no accuracy; train with "
+                      "--hellaswag DIR/answers.bin")
     return header["options"], header["plan"], evaluations
 
 

@@ -1,22 +1,27 @@
 #!/usr/bin/env python3
 """
-Trains at several ranks, projections and so on, and compares loss, memory and speed. Runs the trainer once for each
-combination of what is listed, and writes into --out: results.csv, results.md, pictures, and a folder a run.
+Trains at several ranks, projections and so on, and compares loss, memory and speed. Runs the
+trainer once for each combination of what is listed, and writes into --out: results.csv, results.md,
+pictures, and a folder a run.
 
-Whatever is not an option of this program goes to the trainer as it is: --train, -e, -b, --steps, --lr (see the trainer's
---help). What is not listed is as the trainer has it by default. Ratio 1 is full rank, which knows no projection, gap, alpha,
-moments and compressed layers, and is run once per level and seed; if eigen is among --projections, its whole basis as well.
+Whatever is not an option of this program goes to the trainer as it is: --train, -e, -b, --steps,
+--lr (see the trainer's --help). What is not listed is as the trainer has it by default. Ratio 1 is
+full rank, which knows no projection, gap, alpha, moments and compressed layers, and is run once per
+optimizer, level and seed; if eigen is among --projections, its whole basis as well.
 
-Not all combinations are wanted? --also "OPTIONS" adds those that this line would give with these options in place of its own
-or after them, be they lists of this program or flags of the trainer; it may be given several times.
+Not all combinations are wanted? --also "OPTIONS" adds those that this line would give with these
+options in place of its own or after them, be they lists of this program or flags of the trainer; it
+may be given several times.
 
-Where several learning rates or weight decays are listed, each method is run at all pairs of them with the first seed, and
-with the other seeds at its best pair.
+Where several learning rates or weight decays are listed, each method is run at all pairs of them
+with the first seed, and with the other seeds at its best pair.
 
-Started again, it goes on: runs that are done stay as they are; those that failed or were cut off begin anew. A run is
-known by the trainer's name, all its options, given or default, and what its data hold: with any other it is another run.
+Started again, it goes on: runs that are done stay as they are; those that failed or were cut off
+begin anew. A run is known by the trainer's name, all its options, given or default, and what its
+data hold: with any other it is another run.
 
-example: ablate.py --ratios 1,1/2,1/4,64 --projections gaussian,sparse --seeds 1,2,3 --lr-sweep 1e-3,2e-3,4e-3 --out runs/sweep \\
+example: ablate.py --ratios 1,1/2,1/4,64 --projections gaussian,sparse --seeds 1,2,3 \\
+             --lr-sweep 1e-3,2e-3,4e-3 --out runs/sweep \\
              --also "--optimizers muon --ratios 1/4 --projections sparse --gap 100" \\
              --train input.txt -e d4 --channels 128 --context 128 -b 16 --steps 500
 """
@@ -52,13 +57,13 @@ from tqdm import tqdm
 
 FIRST_STEPS = 5  # they also pay for touching memory and for clocks to settle: their speed does not count
 LAST_STEPS = 20  # whose mean is the final training loss: that of one step is noisy
-MOST_ERRORS = 3  # standard errors by which means must differ to count: of two times three runs, by chance alone 4 in 100 do
+MOST_ERRORS = 3  # standard errors by which means must differ to count; see RULE
 COMPRESSION = {"projection": "projections", "gap": "gaps", "refresh-iterations": "refresh", "alpha": "alphas", "moments": "moments",
                "compress": "compress"}  # option: its list
 NOT_RUN = "not run yet"
 NOT_TAKEN, TAKEN, AT_EDGE = "not taken", "taken", "taken, at the edge of the list"
 BLOCK, BLOCKS = 1 << 20, 64  # bytes that are read at once for a file's hash; how many are, at most
-SHARED = ["out", "seeds", "jobs", "binary"]  # what --also cannot change
+SHARED = ["out", "seeds", "jobs", "binary", "also"]  # what --also cannot change
 
 # ---------------------------------------------------------------------------- the command line
 
@@ -91,7 +96,8 @@ def rank(text):
     except (ValueError, ZeroDivisionError):
         value = 0
     if not 0 < value <= 1 and (value < 1 or value.denominator > 1):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a ratio in (0, 1], such as 1/4 or 0.25, nor a whole rank, such as 64")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a ratio in (0, 1], such as 1/4 or "
+                                         "0.25, nor a whole rank, such as 64")
     return f"{float(value):.9g}"
 
 
@@ -113,17 +119,25 @@ def parse_options(words):
     """The options; .groups holds one for the command line and one for each --also."""
     parser = Parser(__doc__)
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where results and runs go")
-    parser.add_argument("--ratios", metavar="LIST", type=listed(rank), default=["1", "0.5", "0.25", "0.125"],
-                        help="rank ratios (1,1/2,1/4,1/8); above 1: whole ranks, the same columns for all layers")
-    for name, what in (("optimizers", "say adamw,muon"), ("projections", "say gaussian,sparse,eigen"), ("gaps", "steps between new projections"),
-                       ("refresh", "of --refresh-iterations; only eigen has them"), ("alphas", "scales of the update"),
-                       ("moments", "say keep,move"), ("levels", "of --recompute"), ("seeds", "")):
+    parser.add_argument("--ratios", metavar="LIST", type=listed(rank),
+                        default=["1", "0.5", "0.25", "0.125"],
+                        help="rank ratios (1,1/2,1/4,1/8); above 1: whole ranks, the same columns "
+                        "for all layers")
+    for name, what in (("optimizers", "say adamw,muon"),
+                       ("projections", "say gaussian,sparse,eigen"),
+                       ("gaps", "steps between new projections"),
+                       ("refresh", "of --refresh-iterations; only eigen has them"),
+                       ("alphas", "scales of the update"), ("moments", "say keep,move"),
+                       ("levels", "of --recompute"), ("seeds", "")):
         parser.add_argument("--" + name, metavar="LIST", type=listed(), default=[None], help=what)
     parser.add_argument("--compress", metavar="LISTS", type=listed(separator="/"), default=[None],
                         help="lists of layers, separated by a slash: qkv,fc,fcproj/fc,fcproj")
-    parser.add_argument("--lr-sweep", metavar="LIST", type=listed(rate), default=[None], help="learning rates, of which each method takes its best")
-    parser.add_argument("--decays", metavar="LIST", type=listed(decay), default=[None], help="weight decays, likewise")
-    parser.add_argument("--also", metavar="OPTIONS", action="append", default=[], help="further combinations: this line, and these options after it")
+    parser.add_argument("--lr-sweep", metavar="LIST", type=listed(rate), default=[None],
+                        help="learning rates, of which each method takes its best")
+    parser.add_argument("--decays", metavar="LIST", type=listed(decay), default=[None],
+                        help="weight decays, likewise")
+    parser.add_argument("--also", metavar="OPTIONS", action="append", default=[],
+                        help="further combinations: this line, and these options after it")
     parser.add_argument("--jobs", metavar="N", type=whole_number(1, 1024), default=1, help="runs at once (default: %(default)s)")
     parser.add_argument("--binary", metavar="FILE", help="the trainer (default: train_gpt2_compactcu where it is built and there is a GPU, "
                         "else train_gpt2_compact, which make builds if it is missing)")
@@ -134,11 +148,12 @@ def parse_options(words):
             group, group.trainer = parser.parse_known_args(words + shlex.split(more))
         except ValueError as error:
             raise Problem(f"--also: {more!r}: {error}") from None
-        changed = [name for name in SHARED if getattr(group, name) != getattr(args, name)] + ["also"] * (group.also != args.also)
+        changed = [name for name in SHARED if getattr(group, name) != getattr(args, name)]
         if changed:
             raise Problem(f"--also: --{changed[0]} is one for all combinations; give it outside")
         if group.refresh != [None] and "eigen" not in group.projections:
-            raise Problem("--refresh: only eigen has iterations; --projections, which must list it, does not")
+            raise Problem("--refresh: only eigen has iterations; --projections, which must list "
+                          "it, does not")
         args.groups.append(group)
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise Problem(f"--out: {args.out} is a file; a folder is wanted")
@@ -166,10 +181,12 @@ def choose_binary(given):
 
 
 def list_methods(args):
-    """The methods, each a dict of the trainer's options that are listed: all but the seed, the learning rate and the weight decay."""
+    """The methods, each a dict of the trainer's options that are listed: all but the seed, the
+    learning rate and the weight decay."""
     methods = []
-    for optimizer, rank, level, *values in itertools.product(args.optimizers, args.ratios, args.levels,
-                                                             *(getattr(args, name) for name in COMPRESSION.values())):
+    lists = [args.optimizers, args.ratios, args.levels,
+             *(getattr(args, name) for name in COMPRESSION.values())]
+    for optimizer, rank, level, *values in itertools.product(*lists):
         full_rank = {"rank": "1", "recompute": level, "optimizer": optimizer}
         method = dict(full_rank, rank=rank, **dict(zip(COMPRESSION, values)))
         eigen = method["projection"] == "eigen"
@@ -188,10 +205,14 @@ def rank_of(run):
 
 
 def ratio_of(run):
-    """The rank ratio; of a whole rank, the columns kept in all beside the inputs of the layers that keep them."""
-    channels = next(tensor["shape"][-1] for tensor in run.plan["tensors"] if tensor["name"] == "wte")
-    inputs = [channels * (4 if layer == "fcproj" else 1) for layer in run.options["compress"].split(",")]
-    return rank_of(run) if rank_of(run) <= 1 else sum(min(rank_of(run), n) for n in inputs) / sum(inputs)
+    """The rank ratio; of a whole rank, the columns kept in all beside the inputs of the layers that
+    keep them."""
+    channels = next(tensor["shape"][-1] for tensor in run.plan["tensors"]
+                    if tensor["name"] == "wte")
+    inputs = [channels * (4 if layer == "fcproj" else 1)
+              for layer in run.options["compress"].split(",")]
+    rank = rank_of(run)
+    return rank if rank <= 1 else sum(min(rank, n) for n in inputs) / sum(inputs)
 
 
 def labels(runs, *leave_out):
@@ -221,13 +242,16 @@ def ask_plan(args, flags):
 
 
 def data_files(flags):
-    """The files whose content is data to the trainer, by its flags {option: paths}. A name that exists is a name, else a pattern."""
+    """The files whose content is data to the trainer, by its flags {option: paths}. A name that
+    exists is a name, else a pattern."""
     parser = argparse.ArgumentParser(add_help=False)
     for names in (["-i", "--train"], ["-j", "--val"], ["--hellaswag"], ["-e", "--model"]):
         parser.add_argument(*names, default="")
     named = vars(parser.parse_known_args(flags)[0])
-    found = {option: [name] if os.path.exists(name) else sorted(glob.glob(os.path.expanduser(name))) for option, name in named.items()}
-    return {option: paths for option, paths in found.items() if paths and all(map(os.path.isfile, paths))}
+    found = {option: [name] if os.path.exists(name) else sorted(glob.glob(os.path.expanduser(name)))
+             for option, name in named.items()}
+    return {option: paths for option, paths in found.items()
+            if paths and all(map(os.path.isfile, paths))}
 
 
 def content(path):
@@ -254,7 +278,8 @@ def plan_run(args, group, method, seed, lr, decay):
     """One run: a method with a seed, a learning rate and a weight decay, where they are listed."""
     listed = {"seed": seed, "lr": lr, "weight-decay": decay}
     chosen = dict(method, **{name: value for name, value in listed.items() if value is not None})
-    flags = [word for name, value in chosen.items() for word in ("--" + name, value)] + ["--checkpoint-every", "0"] + group.trainer
+    flags = [word for name, value in chosen.items() for word in ("--" + name, value)]
+    flags += ["--checkpoint-every", "0", *group.trainer]
     options, plan = ask_plan(args, flags)
     for name, value in chosen.items():
         settled, wanted = meaning(str(options[name])), meaning(value)
@@ -269,23 +294,31 @@ def plan_run(args, group, method, seed, lr, decay):
     # What makes it this run and no other. The bytes of the parameters tell a trainer for bf16 from one for fp32.
     data = data_of(group.trainer)
     known = {name: value for name, value in options.items()
-             if name not in [*plot.NO_MATTER, *data, "checkpoint-every"] and plot.has_meaning(options, name)}
-    known.update(data=data, trainer=os.path.basename(args.binary), parameters=plan["categories"]["parameters"])
+             if name not in [*plot.NO_MATTER, *data, "checkpoint-every"]
+             and plot.has_meaning(options, name)}
+    known.update(data=data, trainer=os.path.basename(args.binary),
+                 parameters=plan["categories"]["parameters"])
     words = ["full"] if plot.is_full_rank(options) else [f"{options['rank']:g}", options["projection"]]
     words += [name for name in [options.get("optimizer", "adamw")] if name != "adamw"]
-    words += [f"r{options['recompute']}", f"lr{options['lr']:g}"] + [f"c{decay}"] * (decay is not None) + [f"s{options['seed']}"]
+    words += [f"r{options['recompute']}", f"lr{options['lr']:g}"]
+    words += [f"c{decay}"] * (decay is not None) + [f"s{options['seed']}"]
     words += [hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]]
-    same = json.dumps({name: value for name, value in known.items() if name not in listed}, sort_keys=True)  # in all runs of the method
+    # what all runs of the method have
+    same = json.dumps({name: value for name, value in known.items() if name not in listed},
+                      sort_keys=True)
     name = "-".join(words)
-    return SimpleNamespace(group=group, chosen=method, same=same, lr=lr, decay=decay, flags=flags, options=options, plan=plan, data=data, name=name,
+    return SimpleNamespace(group=group, chosen=method, same=same, lr=lr, decay=decay, flags=flags,
+                           options=options, plan=plan, data=data, name=name,
                            folder=os.path.join(args.out, name), log=None, status=NOT_RUN, choice="")
 
 
 def plan_first_seed(args):
-    """The runs of the first seed: of each method one, or, where several learning rates or weight decays are listed, one for each pair."""
+    """The runs of the first seed: of each method one, or, where several learning rates or weight
+    decays are listed, one for each pair."""
     runs = {}
     for group in args.groups:
-        for method, lr, decay in itertools.product(list_methods(group), group.lr_sweep, group.decays):
+        for method, lr, decay in itertools.product(list_methods(group), group.lr_sweep,
+                                                   group.decays):
             run = plan_run(args, group, method, args.seeds[0], lr, decay)
             runs.setdefault(run.name, run)
     runs, numbers = list(runs.values()), {}
@@ -295,13 +328,15 @@ def plan_first_seed(args):
         if sum(other.method == run.method for other in runs) > 1:
             run.choice = NOT_TAKEN
             if run.options["val-every"] == 0:
-                raise Problem("--lr-sweep: chooses by validation loss, which --val-every 0 leaves out")
+                raise Problem("--lr-sweep: chooses by validation loss, which --val-every 0 leaves "
+                              "out")
     return runs
 
 
 def plan_other_seeds(args, runs):
     found = []
-    for seed, run in itertools.product(args.seeds[1:], runs):  # a machine whose speed drifts then slows all methods alike
+    # a machine whose speed drifts then slows all methods alike
+    for seed, run in itertools.product(args.seeds[1:], runs):
         found.append(plan_run(args, run.group, run.chosen, seed, run.lr, run.decay))
         found[-1].method, found[-1].choice = run.method, run.choice
     return found
@@ -398,7 +433,8 @@ def train_all(runs, args, finished):
 
 
 def choose_best(runs):
-    """Marks of each method that has several runs, all of one seed, the one with the lowest validation loss. Returns those."""
+    """Marks of each method that has several runs, all of one seed, the one with the lowest
+    validation loss. Returns those."""
     best = []
     for number in dict.fromkeys(run.method for run in runs if run.choice):
         tried = [run for run in runs if run.method == number]
@@ -406,17 +442,19 @@ def choose_best(runs):
         if any(val_loss(run) is None for run in whole):
             raise Problem("--lr-sweep: chooses by validation loss, and there is none; give --val")
         if whole:
-            taken = min(whole, key=lambda run: val_loss(run) if math.isfinite(val_loss(run)) else math.inf)
+            taken = min(whole, key=lambda run: (math.isnan(val_loss(run)), val_loss(run)))
             lists = [{run.options[name] for run in tried} for name in ("lr", "weight-decay")]
             at = [taken.options[name] for name in ("lr", "weight-decay")]
-            edge = any(len(values) > 1 and value > 0 and value in (min(values), max(values)) for values, value in zip(lists, at))
+            edge = any(len(values) > 1 and value > 0 and value in (min(values), max(values))
+                       for values, value in zip(lists, at))
             taken.choice = AT_EDGE if edge else TAKEN
             best.append(taken)
     return best
 
 
 def stands(run):
-    """Whether a run stands for its method: of those between which it chooses, only the best one does."""
+    """Whether a run stands for its method: of those between which it chooses, only the best one
+    does."""
     return run.choice != NOT_TAKEN
 
 
@@ -441,27 +479,35 @@ def perplexity(loss):
 
 
 def row_of(run, baseline):
-    """A run's figures, {column: value}; None where there is none. baseline: {seed: validation loss}."""
+    """A run's figures, {column: value}; None where there is none. baseline: {seed: validation
+    loss}."""
     row = {"name": run.name, "rank": rank_of(run), "optimizer": run.options.get("optimizer"),
-           **{name: run.options[name] if plot.has_meaning(run.options, name) else None for name in COMPRESSION}}
-    row.update(level=run.options["recompute"], seed=run.options["seed"], lr=run.options["lr"], weight_decay=run.options["weight-decay"],
-               choice=run.choice, steps=run.options["steps"])
-    row.update(dict.fromkeys(["final_train_loss", "final_val_loss", "perplexity", "bits_per_byte", "best_val_loss", "perplexity_above_full_rank_percent"]))
+           **{name: run.options[name] if plot.has_meaning(run.options, name) else None
+              for name in COMPRESSION}}
+    row.update(level=run.options["recompute"], seed=run.options["seed"], lr=run.options["lr"],
+               weight_decay=run.options["weight-decay"], choice=run.choice,
+               steps=run.options["steps"])
+    row.update(dict.fromkeys(["final_train_loss", "final_val_loss", "perplexity", "bits_per_byte",
+                              "best_val_loss", "perplexity_above_full_rank_percent"]))
     row.update(plan_bytes=run.plan["total_bytes"], full_rank_bytes=run.plan["full_rank_total_bytes"],
                flops_per_token=run.plan["flops_per_token"]["total"], tokens_per_second=None, seconds=None, status=run.status)
     if run.log:
         row.update(final_train_loss=float(run.log.losses[-LAST_STEPS:].mean()), tokens_per_second=speed(run.log), seconds=run.log.ms.sum() / 1e3)
     if val_loss(run) is not None:
         base = baseline.get(row["seed"])
-        row.update(final_val_loss=val_loss(run), perplexity=perplexity(val_loss(run)), bits_per_byte=run.log.bits_per_byte,
+        row.update(final_val_loss=val_loss(run), perplexity=perplexity(val_loss(run)),
+                   bits_per_byte=run.log.bits_per_byte,
                    best_val_loss=float(run.log.val_losses.min()),
-                   perplexity_above_full_rank_percent=None if base is None else 100 * (perplexity(val_loss(run) - base) - 1))
+                   perplexity_above_full_rank_percent=None if base is None
+                   else 100 * (perplexity(val_loss(run) - base) - 1))
     return row
 
 
 def baseline_of(runs):
-    """The method that all are compared with: full rank, the first one listed, with AdamW if there is one."""
-    full_rank = [(run.options.get("optimizer", "adamw") != "adamw", run.method) for run in runs if plot.is_full_rank(run.options)]
+    """The method that all are compared with: full rank, the first one listed, with AdamW if there
+    is one."""
+    full_rank = [(run.options.get("optimizer", "adamw") != "adamw", run.method) for run in runs
+                 if plot.is_full_rank(run.options)]
     return min(full_rank)[1] if full_rank else None
 
 
@@ -470,21 +516,23 @@ def judge(those, base):
     failed = sum(not run.log for run in those)
     if failed:
         return f"{failed} failed"
-    losses, base = ([val_loss(run) for run in runs if val_loss(run) is not None] for runs in (those, base))
+    losses, base = ([val_loss(run) for run in runs if val_loss(run) is not None]
+                    for runs in (those, base))
     if min(len(losses), len(base)) < 2:
         return ""
-    (mean, deviation), (base_mean, base_deviation) = plot.mean_and_deviation(losses), plot.mean_and_deviation(base)
-    error = math.sqrt(deviation**2 / len(losses) + base_deviation**2 / len(base))
-    if abs(mean - base_mean) <= MOST_ERRORS * error:
+    (mean, deviation), (wanted, spread) = map(plot.mean_and_deviation, (losses, base))
+    error = math.sqrt(deviation**2 / len(losses) + spread**2 / len(base))
+    if abs(mean - wanted) <= MOST_ERRORS * error:
         return "alike"
-    return "**better**" if mean < base_mean else "worse"
+    return "**better**" if mean < wanted else "worse"
 
 
 RULE = f"""
-A method counts as **better** (or worse) than the baseline if the mean of its validation losses over seeds is lower (higher) by more than
-{MOST_ERRORS} standard errors of the difference of the means, √(s₁²/n₁ + s₂²/n₂), with s the standard deviation over n seeds; else the two are alike: these
-runs do not tell them apart. Of methods that do not differ, with three seeds each, about 4 in 100 count as better or worse by chance. One seed counts
-for nothing.
+A method counts as **better** (or worse) than the baseline if the mean of its validation losses
+over seeds is lower (higher) by more than {MOST_ERRORS} standard errors of the difference of the
+means, √(s₁²/n₁ + s₂²/n₂), with s the standard deviation over n seeds; else the two are alike: these
+runs do not tell them apart. Of methods that do not differ, with three seeds each, about 4 in 100
+count as better or worse by chance. One seed counts for nothing.
 """
 
 
@@ -494,14 +542,16 @@ def write_whole(path, text):
 
 
 def keep_earlier(args, runs):
-    """What another sweep has left in the folder: its tables get another name, and of runs or files that it did not finish nothing is left."""
+    """What another sweep has left in the folder: its tables get another name, and of runs or files
+    that it did not finish nothing is left."""
     for entry in list(os.scandir(args.out)):
         if entry.name.endswith(".part") and os.path.exists(os.path.join(entry.path, "output.txt")):
             shutil.rmtree(entry.path, ignore_errors=True)
         elif re.fullmatch(r"(results\.\w+|\w+\.png)\.tmp", entry.name):
             os.remove(entry.path)
     try:
-        with open(os.path.join(args.out, "results.csv"), encoding="utf-8", errors="replace", newline="") as file:
+        with open(os.path.join(args.out, "results.csv"), encoding="utf-8", errors="replace",
+                  newline="") as file:
             rows = list(csv.DictReader(file))
     except FileNotFoundError:
         return
@@ -509,11 +559,14 @@ def keep_earlier(args, runs):
     later = set(args.seeds) - seeds  # whose runs are known when a best one is
     if all(row.get("name") in names or row.get("seed") in later for row in rows):
         return
-    number = next(i for i in itertools.count(1) if not os.path.exists(os.path.join(args.out, f"results_{i}.csv")))
+    number = next(i for i in itertools.count(1)
+                  if not os.path.exists(os.path.join(args.out, f"results_{i}.csv")))
     for ending in ("md", "csv"):
         with contextlib.suppress(FileNotFoundError):
-            os.rename(os.path.join(args.out, f"results.{ending}"), os.path.join(args.out, f"results_{number}.{ending}"))
-    print(f"the tables of another sweep, which were in {args.out}, are results_{number}.md and results_{number}.csv now")
+            os.rename(os.path.join(args.out, f"results.{ending}"),
+                      os.path.join(args.out, f"results_{number}.{ending}"))
+    print(f"the tables of another sweep, which were in {args.out}, are results_{number}.md and "
+          f"results_{number}.csv now")
 
 
 def table(head, rows):
@@ -548,7 +601,9 @@ def over_seeds(column, rows):
     if not values:
         return ""
     mean, deviation = plot.mean_and_deviation(values)
-    return shown(column, mean) + (f" ± {shown(column, deviation).lstrip('+')}" if len(values) > 1 and math.isfinite(mean) else "")
+    if len(values) == 1 or not math.isfinite(mean):
+        return shown(column, mean)
+    return f"{shown(column, mean)} ± {shown(column, deviation).lstrip('+')}"
 
 
 def markdown(args, runs, rows, pictures):
@@ -561,35 +616,49 @@ def markdown(args, runs, rows, pictures):
         text += f"- {args.jobs} runs at once: their speeds are lower than that of one alone\n"
 
     those = [run for run in runs if counts(run)]
-    names = {run.method: name or "all" for run, name in zip(those, labels(those, "seed", "lr", "weight-decay"))}
+    names = {run.method: name or "all"
+             for run, name in zip(those, labels(those, "seed", "lr", "weight-decay"))}
     if names:
         base = baseline_of(those)
-        figures = ["final_val_loss", "perplexity", "perplexity_above_full_rank_percent", "bits_per_byte"]
-        head = ["method", "runs", "lr", "weight decay", "validation loss", "perplexity", "above the baseline, %", "bits per byte", "counts as", "memory",
-                "of full rank's", "tokens/s", "FLOPs per token"]
+        figures = ["final_val_loss", "perplexity", "perplexity_above_full_rank_percent",
+                   "bits_per_byte"]
+        head = ["method", "runs", "lr", "weight decay", "validation loss", "perplexity",
+                "above the baseline, %", "bits per byte", "counts as", "memory", "of full rank's",
+                "tokens/s", "FLOPs per token"]
         lines = []
         for number, name in names.items():
             chosen = [row for run, row in zip(runs, rows) if run.method == number and counts(run)]
             first, plan = chosen[0], chosen[0]["plan_bytes"]
-            tried = [run for run in runs if run.method == number and stands(run) and run.status != NOT_RUN]
-            verdict = "baseline" if number == base else judge(tried, [run for run in those if run.method == base])
-            lines.append([name, len(chosen), f"{first['lr']:g}" + " (edge)" * (first["choice"] == AT_EDGE), f"{first['weight_decay']:g}",
-                          *(over_seeds(column, chosen) for column in figures), verdict, shown("plan_bytes", plan),
-                          f"{100 * plan / first['full_rank_bytes']:.0f} %", over_seeds("tokens_per_second", chosen),
+            tried = [run for run in runs
+                     if run.method == number and stands(run) and run.status != NOT_RUN]
+            verdict = judge(tried, [run for run in those if run.method == base])
+            lines.append([name, len(chosen),
+                          f"{first['lr']:g}" + " (edge)" * (first["choice"] == AT_EDGE),
+                          f"{first['weight_decay']:g}",
+                          *(over_seeds(column, chosen) for column in figures),
+                          "baseline" if number == base else verdict,
+                          shown("plan_bytes", plan),
+                          f"{100 * plan / first['full_rank_bytes']:.0f} %",
+                          over_seeds("tokens_per_second", chosen),
                           shown("flops_per_token", first["flops_per_token"])])
         if not any(line[head.index("bits per byte")] for line in lines):
             for line in [head, *lines]:
                 del line[7]
-        text += "\n## Methods\n\nMean ± standard deviation over seeds. The memory is all that a run takes, by its plan; the speed is the median of all "
-        text += f"steps but the first {FIRST_STEPS}.\n\n" + table(head, lines) + (RULE if base is not None else "")
+        text += "\n## Methods\n\nMean ± standard deviation over seeds. The memory is all that a run "
+        text += "takes, by its plan; the speed is the median of all steps but the first "
+        text += f"{FIRST_STEPS}.\n\n"
+        text += table(head, lines) + (RULE if base is not None else "")
         if any(run.choice == AT_EDGE for run in those):
-            text += "\n**(edge): best at the edge of the list of learning rates or weight decays; a wider one may have better.**\n"
+            text += "\n**(edge): best at the edge of the list of learning rates or weight decays; "
+            text += "a wider one may have better.**\n"
     text += "".join(f"\n![{os.path.basename(path)}]({os.path.basename(path)})\n" for path in pictures)
 
     differing = [column for column in rows[0] if len({str(row[column]) for row in rows if row[column] is not None}) > 1]
     alike = {column: next((row[column] for row in rows if row[column] is not None), "") for column in rows[0] if column not in differing}
     alike = [f"{column} {shown(column, value)}" for column, value in alike.items() if value != ""]
-    text += f"\n## Runs\n\nThe training loss is the mean of the last {LAST_STEPS} steps. The seconds are those of the training steps alone. Alike in all runs that have it: {', '.join(alike)}.\n\n"
+    text += f"\n## Runs\n\nThe training loss is the mean of the last {LAST_STEPS} steps. The "
+    text += "seconds are those of the training steps alone. Alike in all runs that have it: "
+    text += ", ".join(alike) + ".\n\n"
     text += table([column.replace("_", " ") for column in differing], [[shown(column, row[column]) for column in differing] for row in rows])
     return text
 
@@ -597,7 +666,8 @@ def markdown(args, runs, rows, pictures):
 def write_tables(args, runs, pictures=()):
     runs = sorted(runs, key=lambda run: run.method)
     base = baseline_of(runs)
-    baseline = {run.options["seed"]: val_loss(run) for run in runs if counts(run) and run.method == base}
+    baseline = {run.options["seed"]: val_loss(run)
+                for run in runs if counts(run) and run.method == base}
     rows = [row_of(run, baseline) for run in runs]
     out = io.StringIO()
     writer = csv.DictWriter(out, rows[0], lineterminator="\n")
@@ -611,7 +681,8 @@ def draw(args, runs):
     """The pictures, of the runs that are done. Returns their paths."""
     those = sorted(filter(counts, runs), key=lambda run: run.method)
     methods = list(dict.fromkeys(run.method for run in those))
-    # A line is one way to compress, and its points are the ranks, whole ones apart; each full rank is a line. A line has a colour, a rank a marker.
+    # A line is one way to compress, and its points are the ranks, whole ones apart; each full rank
+    # is a line. A line has a colour, a rank a marker.
     lines = {run.method: ", ".join(filter(None, [name, "whole rank" * (rank_of(run) > 1)]))
              for run, name in zip(those, labels(those, "rank", "seed", "lr", "weight-decay"))}
     compressed = [run for run in those if not plot.is_full_rank(run.options)]
@@ -623,7 +694,8 @@ def draw(args, runs):
 
     def look_of_line(run):
         if plot.is_full_rank(run.options):  # a star; the first is black
-            return dict(plot.look(0), color=str(0.35 * full.index(run.method) % 1), marker="*", markersize=10, linestyle="none")
+            return dict(plot.look(0), color=str(0.35 * full.index(run.method) % 1), marker="*",
+                        markersize=10, linestyle="none")
         number = numbers[lines[run.method]]
         return plot.look(number, number - 1 if len(numbers) <= 6 else None)  # as long as they last, each colour has its own dashes
 
@@ -635,7 +707,8 @@ def draw(args, runs):
         return plot.look(numbers[lines[run.method]], ranks.index(rank_of(run)))
 
     def series(x, y, by_rank=False):
-        """For plot.draw_series; x and y are functions of a run. by_rank: the markers are those of the ranks."""
+        """For plot.draw_series; x and y are functions of a run. by_rank: the markers are those of
+        the ranks."""
         groups, starts, found = {}, {}, []
         for run in sorted(those, key=ratio_of, reverse=True):
             if y(run) is not None:
@@ -645,12 +718,16 @@ def draw(args, runs):
         for (number, line), points in sorted(groups.items()):  # full rank comes first
             whole, run = number == 0, next(iter(points.values()))[0]
             same, look = (run.options["recompute"], run.options.get("optimizer")), look_of_line(run)
-            points = [(x(those[0]), [y(run) for run in those], markers[rank] if by_rank and not whole else look["marker"])
+            points = [(x(those[0]), [y(run) for run in those],
+                       markers[rank] if by_rank and not whole else look["marker"])
                       for rank, those in points.items()]
             if whole:
                 starts[same] = (points[0][0], plot.mean_and_deviation(points[0][1])[0])
-            label = ", ".join(filter(None, ["full rank", line])) if whole else line or run.options["projection"]
-            start = None if whole or run.options["projection"] == "eigen" else starts.get(same)  # eigen's ratio 1 is its own
+            label = line or run.options["projection"]
+            if whole:
+                label = ", ".join(filter(None, ["full rank", line]))
+            # eigen's ratio 1 is its own
+            start = None if whole or run.options["projection"] == "eigen" else starts.get(same)
             found.append(SimpleNamespace(label=label, look=look, points=points, start=start))
         return found
 
@@ -681,7 +758,8 @@ def draw(args, runs):
     if those:
         plot.draw_series(series(memory, lambda run: speed(run.log), True), path("speed_memory.png"), "Speed against memory", plan,
                          "speed (tokens per second)", markers=told)
-    swept = [run for run in runs if run.choice and run.log and run.method in methods and run.options["seed"] == runs[0].options["seed"]]
+    swept = [run for run in runs if run.choice and run.log and run.method in methods
+             and run.options["seed"] == runs[0].options["seed"]]
     if len({run.options["lr"] for run in swept}) > 1:
         groups = {}
         for run, name in zip(swept, labels(swept, "lr")):
@@ -711,7 +789,8 @@ def main():
 
 
 def sweep(args, first):
-    """Trains the runs of the first seed and what follows from them, and writes tables and pictures."""
+    """Trains the runs of the first seed and what follows from them, and writes tables and
+    pictures."""
     runs = first + plan_other_seeds(args, [run for run in first if not run.choice])
     keep_earlier(args, runs)
     sys.stdout.reconfigure(line_buffering=True)
@@ -746,8 +825,8 @@ def sweep(args, first):
         print(f"{run.name}: {run.status}", file=sys.stderr)
     for run in runs:
         if run.choice == AT_EDGE and run in first:
-            print(f"{run.name}: its learning rate or weight decay is the best of the list, and at its edge: a wider list may have a better one",
-                  file=sys.stderr)
+            print(f"{run.name}: its learning rate or weight decay is the best of the list, and at "
+                  "its edge: a wider list may have a better one", file=sys.stderr)
     print(f"{len(runs) - len(failed)} of {len(runs)} runs are done: {os.path.join(args.out, 'results.md')}")
     sys.exit(1 if failed else 0)
 

@@ -32,7 +32,8 @@ def trainer_steps(binary, folder, steps, flags):
     """ms of each step but the first, which also pays for touching its memory."""
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
-    command = [str(binary), "--train", str(folder / "train.bin"), "-b", "4", "-t", "64", "-x", str(steps + 1), "-v", "0", "-n", "0", "-o", str(out)]
+    command = [str(binary), "--train", str(folder / "train.bin"), "-b", "4", "-t", "64", "-x",
+               str(steps + 1), "-v", "0", "-n", "0", "-o", str(out)]
     subprocess.run(command + flags, check=True, stdout=subprocess.DEVNULL)
     lines = (out / "log.jsonl").read_text().split("\n")[:-1]
     return [json.loads(line)["ms"] for line in lines[2:]]

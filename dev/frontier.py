@@ -19,6 +19,8 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "data_prep"))
+import common  # noqa: E402
 BINARIES = ["train_gpt2_compactcu", "train_gpt2_compact_nogpu"]  # bf16, as a GPU trains; both print a plan on any machine
 MODELS = [("d12", 64, "GPT-2 124M (d12), B = 64"), ("d48", 4, "GPT-2 1.5B (d48), B = 4")]
 RATIOS = {"1": "full rank", "0.5": "1/2", "0.25": "1/4", "0.125": "1/8"}
@@ -78,7 +80,8 @@ def draw(panels, out):
         lines.append(Line2D([], [], color=COLOURS[ratio], linestyle=line, marker=marker, label=f"rank {RATIOS[ratio]}, {kind}"))
     figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False,
                   title="small numbers: --recompute level; grey lines: full rank at level 2")
-    figure.savefig(out, dpi=110)
+    with common.whole_file(str(out)) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def main():

@@ -338,7 +338,8 @@ def plan_command(trainer, setting, batch):
 
 
 def timing_command(trainer, setting, batch, steps, train, out):
-    return [trainer, "--train", train, *setting.flags(batch), "-x", str(steps), "-v", "0", "-n", "0", "-l", "1e-4", "-o", out]
+    return [trainer, "--train", train, *setting.flags(batch), "-x", str(steps), "-v", "0",
+            "-n", "0", "-l", "1e-4", "-o", out]
 
 
 def ask_plan(check, trainer, setting, batch):
@@ -494,7 +495,8 @@ def time_variants(check):
 
 def twice_commands(train="build/gpu_check/tokens.bin", folder="build/gpu_check"):
     flags = ["-e", "d12", "-b", "4", "-t", str(SEQ), "-x", "6", "-v", "0", "--gap", "2", "--moments", "move", "--projection", "gaussian"]
-    return [[TRAINER, "--train", train, *flags, "-n", "0", "-o", f"{folder}/{which}"] for which in ("first", "second")]
+    return [[TRAINER, "--train", train, *flags, "-n", "0", "-o", f"{folder}/{which}"]
+            for which in ("first", "second")]
 
 
 def twice(check):

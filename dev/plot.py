@@ -2,8 +2,8 @@
 """
 Draws the loss of runs of the trainer against their steps: training loss smoothed, with the raw curve faint behind it,
 and validation loss. Each DIR holds a run's log.jsonl (the trainer's --out); a run that is still going, or was cut off,
-is drawn as far as it came. The legend names the options in which the runs differ. What holds no run is named and passed
-over, so that runs/* may be given.
+is drawn as far as it came. The legend names the options in which the runs differ. What holds no run
+is named and passed over, so that runs/* may be given.
 
 example: plot.py runs/full runs/quarter --out loss.png
 """
@@ -39,8 +39,9 @@ NO_MATTER = ["out", "plan", "tokenizer", "resume", "dump"]  # options that do no
 
 
 def read_log(folder):
-    """DIR/log.jsonl: options, plan, device and revision, as the last start noted them; arrays steps, losses, speeds (tokens/s), ms,
-    of each step, and val_steps, val_losses of each evaluation; bits_per_byte of the last one, or None."""
+    """DIR/log.jsonl: options, plan, device and revision, as the last start noted them; arrays
+    steps, losses, speeds (tokens/s), ms, of each step, and val_steps, val_losses of each
+    evaluation; bits_per_byte of the last one, or None."""
     head, records = common.read_log(folder)
     try:
         steps = [record for record in records if "loss" in record]
@@ -53,7 +54,8 @@ def read_log(folder):
             val_losses=np.array([record["val_loss"] for record in evaluations], float),
             bits_per_byte=evaluations[-1].get("bits_per_byte") if evaluations else None)
     except (KeyError, TypeError, ValueError):
-        raise Problem(f"{os.path.join(folder, 'log.jsonl')}: is not a log of the trainer, whose first line holds the options and the plan") from None
+        raise Problem(f"{os.path.join(folder, 'log.jsonl')}: is not a log of the trainer, whose "
+                      "first line holds the options and the plan") from None
 
 
 def smooth(values, reach):
@@ -92,19 +94,23 @@ def words(options, name):
         return ""
     if isinstance(value, bool) or value == "":
         return name if value else f"no {name}"
-    return str(value) if name in ("projection", "optimizer") else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+    if name in ("projection", "optimizer"):
+        return str(value)
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def labels(many, leave_out=()):
     """For each of many runs' options: the rank and whatever else differs among them. Empty where nothing does."""
     names = [name for options in many for name in options if name not in NO_MATTER and name not in leave_out]
-    names = sorted(dict.fromkeys(names), key=lambda name: (name != "rank", name != "projection", name != "optimizer"))  # these first
+    first = ["rank", "projection", "optimizer"]
+    names = [name for name in dict.fromkeys(first + names) if name in names]
 
     def differ(name, some):
         return len({words(options, name) for options in some} - {""}) > 1
     differing = [name for name in names if differ(name, many)]
-    if "gap" in differing:  # one that follows from projection and optimizer, as where none is given, says nothing more
-        same = [[options for options in many if all(options.get(name) == one.get(name) for name in ("projection", "optimizer"))] for one in many]
+    if "gap" in differing:  # one that follows from those two, as where none is given, says nothing
+        same = [[options for options in many
+                 if all(options.get(name) == one.get(name) for name in first[1:])] for one in many]
         differing = [name for name in differing if name != "gap" or any(differ(name, some) for some in same)]
     return [", ".join(filter(None, (words(options, name) for name in differing))) for options in many]
 
@@ -138,8 +144,8 @@ def look(number, kind=None):
 
 
 def plain(text):
-    """A name as it is: not set as a formula between two $, with what is no text shown as bytes, and not
-    left out of the legend where it begins with _."""
+    """A name as it is: not set as a formula between two $, with what is no text shown as bytes, and
+    not left out of the legend where it begins with _."""
     text = text.encode(errors="backslashreplace").decode().replace("$", r"\$")
     return " " + text if text.startswith("_") else text
 
@@ -168,7 +174,8 @@ def draw_curves(logs, names, looks, path):
     if not any(len(log.val_losses) for log in logs):
         val.set_yticks([])
         val.text(0.5, 0.5, "no validation loss", transform=val.transAxes, ha="center")
-    figure.legend(handles.values(), map(plain, handles), loc="outside right upper", frameon=False, fontsize="small")
+    figure.legend(handles.values(), map(plain, handles), loc="outside right upper", frameon=False,
+                  fontsize="small")
     save(figure, path)
 
 
@@ -202,7 +209,8 @@ def draw_series(series, path, title, xlabel, ylabel, ticks=None, markers=None, f
         for (x, y, deviation), (_, _, marker) in zip(means, one.points):
             axis.errorbar(x, y, yerr=deviation or None, **dict(one.look, marker=marker, linestyle="none"), elinewidth=1, capsize=3, zorder=3)
         alike = {marker for _, _, marker in one.points}
-        handles.append(Line2D([], [], label=plain(one.label), **dict(one.look, marker=alike.pop() if len(alike) == 1 else None)))
+        handles.append(Line2D([], [], label=plain(one.label),
+                              **dict(one.look, marker=alike.pop() if len(alike) == 1 else None)))
     handles += [Line2D([], [], label=text, color="0.4", linestyle="none", marker=marker) for marker, text in (markers or {}).items()]
     best = [place for place in sorted(places) if not any(x <= place[0] and y <= place[1] and (x, y) != place for x, y in places)]
     if frontier and len(best) > 1:

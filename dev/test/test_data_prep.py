@@ -317,22 +317,24 @@ def test_folder(tmp_path):
 
 
 def test_links(tmp_path):
-    """Linked files and folders are read; a folder that is read already is not read again, whatever leads there."""
+    """Linked files and folders are read; a folder that is read already is not read again, whatever
+    leads there."""
     for name in ("in/a/1.txt", "elsewhere/2.txt", "3.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(Path(name).stem)
     (tmp_path / "in/b").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in/c.txt").symlink_to(tmp_path / "3.txt")
     (tmp_path / "in/a/round").symlink_to(tmp_path / "in")
-    result = good("prepare.py", f"{tmp_path}/in/", tmp_path / "elsewhere", "--out", tmp_path / "out", *BYTES,
-                  "--val-fraction", 0)
+    result = good("prepare.py", f"{tmp_path}/in/", tmp_path / "elsewhere", "--out",
+                  tmp_path / "out", *BYTES, "--val-fraction", 0)
     assert bytes_of(tmp_path / "out", "train") == b"312"
     said = "skipped, read already under another name: "
     assert result.stderr == f"{said}{tmp_path}/in/a/round\n{said}{tmp_path}/elsewhere\n"
 
 
 def test_what_a_folder_cannot_give(tmp_path, monkeypatch):
-    """Whatever is in a folder, is not hidden and cannot be read ends the run; nothing is passed over without a word."""
+    """Whatever is in a folder, is not hidden and cannot be read ends the run; nothing is passed
+    over without a word."""
     folder = tmp_path / "in"
     (folder / "locked").mkdir(parents=True)
     (folder / "good.txt").write_text("text\n" * 100)
@@ -352,7 +354,7 @@ def test_what_a_folder_cannot_give(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
     monkeypatch.setattr(os, "scandir", denied)
-    with pytest.raises(common.Problem, match=f"^{folder}/locked: cannot read the folder: Permission denied"):
+    with pytest.raises(common.Problem, match="/locked: cannot read the folder: Permission denied"):
         list(prepare.find_files([str(folder)]))
     good(*args)
 
@@ -367,21 +369,25 @@ def test_packed_under_another_name(tmp_path, pack):
 
 NOT_TEXT = [(b"PK\3\4" + b"\0a" * 50, "zip"), (b"\x28\xb5\x2f\xfd" + b"ab" * 50, "zstd"),
             ("text\n".encode("utf-16") * 20, "UTF-16"), (b"7z\xbc\xaf\x27\x1c" + b"a" * 50, "7z"),
-            (b"%PDF-1.7\n" + b"a" * 50, "PDF"), (struct.pack("<256i", 20240520, 1, 2, *253 * [0]) + b"a\0b\0", "trainer")]
+            (b"%PDF-1.7\n" + b"a" * 50, "PDF"),
+            (struct.pack("<256i", 20240520, 1, 2, *253 * [0]) + b"a\0b\0", "trainer")]
 
 
 @pytest.mark.parametrize("data, named", NOT_TEXT, ids=[named for _, named in NOT_TEXT])
 def test_not_text(tmp_path, data, named):
-    """What is packed or no text is never taken for text: named itself it is refused, in a folder passed over with a word."""
+    """What is packed or no text is never taken for text: named itself it is refused, in a folder
+    passed over with a word."""
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "x.txt"
     path.write_bytes(data)
     one_line("prepare.py", run("prepare.py", path, "--out", tmp_path / "out", *BYTES), path, named)
     (tmp_path / "in" / "y.txt").write_text("good\n" * 50)
-    result = good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES, "--val-fraction", 0)
+    result = good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES,
+                  "--val-fraction", 0)
     assert bytes_of(tmp_path / "out", "train") == b"good\n" * 50
     assert result.stderr.count("\n") == 1 and str(path) in result.stderr and named in result.stderr
-    one_line("fineweb.py", run("fineweb.py", "--jsonl", path, "--out", tmp_path / "other", *BYTES), path, named)
+    one_line("fineweb.py", run("fineweb.py", "--jsonl", path, "--out", tmp_path / "other", *BYTES),
+             path, named)
 
 
 def test_text_that_begins_like_an_archive(tmp_path):
@@ -403,17 +409,21 @@ def test_byte_order_mark(tmp_path):
     text = words(3000).encode()
     for name, data in ("plain", text), ("marked", b"\xef\xbb\xbf" + text):
         (tmp_path / name).write_bytes(data)
-        good("prepare.py", tmp_path / name, "--out", tmp_path / f"{name}.out", *VOCABULARY, "--val-fraction", 0)
-    plain, marked = (read_split(tmp_path / f"{name}.out", "train", 50257) for name in ("plain", "marked"))
+        good("prepare.py", tmp_path / name, "--out", tmp_path / f"{name}.out", *VOCABULARY,
+             "--val-fraction", 0)
+    plain, marked = (read_split(tmp_path / f"{name}.out", "train", 50257)
+                     for name in ("plain", "marked"))
     assert np.array_equal(plain, marked)
 
 
 def test_lines_of_json(tmp_path):
-    """Lines end at \\n, with \\r before it or not, and nowhere else; a byte order mark stands before the first."""
+    """Lines end at \\n, with \\r before it or not, and nowhere else; a byte order mark stands
+    before the first."""
     texts = ["one\u2028two\u0085three", "four\x0cfive", "six"]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    good("fineweb.py", "--jsonl", tmp_path / "in.jsonl", "--out", tmp_path / "out", *BYTES, "--shard-tokens", 10)
+    good("fineweb.py", "--jsonl", tmp_path / "in.jsonl", "--out", tmp_path / "out", *BYTES,
+         "--shard-tokens", 10)
     got = bytes_of(tmp_path / "out", "val") + bytes_of(tmp_path / "out", "train")
     assert got.decode() == "".join(text + "\n" for text in texts)
 
@@ -428,14 +438,17 @@ def test_names_of_any_bytes(tmp_path):
     assert "caf" in result.stdout and "Traceback" not in result.stderr
     (tmp_path / "[1]").mkdir()
     (tmp_path / "1").mkdir()
-    result = good("prepare.py", folder / os.fsdecode(b"\xe9.txt"), "--out", tmp_path / "[1]", *BYTES)
+    result = good("prepare.py", folder / os.fsdecode(b"\xe9.txt"), "--out", tmp_path / "[1]",
+                  *BYTES)
     command = shlex.split(result.stdout.splitlines()[-1])
     for option, split in ("--train", "train"), ("--val", "val"):
-        assert glob.glob(command[command.index(option) + 1]) == [str(tmp_path / "[1]" / f"{split}_000000.bin")]
+        pattern = command[command.index(option) + 1]
+        assert glob.glob(pattern) == [str(tmp_path / "[1]" / f"{split}_000000.bin")]
 
 
 def test_one_at_a_time(tmp_path):
-    """A folder or file that another program is writing is left alone, and is free when that one has died."""
+    """A folder or file that another program is writing is left alone, and is free when that one has
+    died."""
     (tmp_path / "in").write_text("some text\n" * 50)
     args = ["prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES]
     with common.holding(tmp_path / "out"):
@@ -452,9 +465,16 @@ def test_one_at_a_time(tmp_path):
                 pass
     assert Path(target).read_text() == "first" and names(tmp_path) == ["file", "in", "out"]
 
-    held = f"import sys; sys.path.insert(0, {str(TOOLS)!r}); import common, time; file = common.whole_file({target!r}); " \
-           f"file.__enter__().write(b'half'); folder = common.holding({str(tmp_path / 'out')!r}); folder.__enter__(); " \
-           "print('held', flush=True); time.sleep(60)"
+    held = f"""
+import sys, time
+sys.path.insert(0, {str(TOOLS)!r})
+import common
+file, folder = common.whole_file({target!r}), common.holding({str(tmp_path / "out")!r})
+file.__enter__().write(b"half")
+folder.__enter__()
+print("held", flush=True)
+time.sleep(60)
+"""
     child = subprocess.Popen([sys.executable, "-B", "-c", held], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout.readline() == "held\n"
@@ -479,12 +499,16 @@ def test_what_a_killed_run_left(tmp_path):
 
 
 def test_closed_descriptors(tmp_path):
-    """With standard output and error closed a tool does its work, and nothing that it prints goes into its files."""
+    """With standard output and error closed a tool does its work, and nothing that it prints goes
+    into its files."""
     (tmp_path / "in").write_text("some text\n" * 50)
-    command = shlex.join([sys.executable, "-B", str(TOOLS / "prepare.py"), str(tmp_path / "in"), "--out", str(tmp_path / "out"), *BYTES])
+    command = shlex.join([sys.executable, "-B", str(TOOLS / "prepare.py"), str(tmp_path / "in"),
+                          "--out", str(tmp_path / "out"), *BYTES])
     for closed in ">&-", ">&- 2>&-", "<&- >&- 2>&-":
-        assert subprocess.run(["sh", "-c", f"{command} {closed}"], stderr=subprocess.DEVNULL).returncode == 0
-        assert bytes_of(tmp_path / "out", "train") + bytes_of(tmp_path / "out", "val") == (tmp_path / "in").read_bytes()
+        done = subprocess.run(["sh", "-c", f"{command} {closed}"], stderr=subprocess.DEVNULL)
+        assert done.returncode == 0
+        got = bytes_of(tmp_path / "out", "train") + bytes_of(tmp_path / "out", "val")
+        assert got == (tmp_path / "in").read_bytes()
         shutil.rmtree(tmp_path / "out")
 
 

@@ -141,20 +141,24 @@ def test_import_of_half_precision(tmp_path, params):
 
 
 def test_import_of_bf16(tmp_path, params):
-    """Widened, which loses nothing; beside tensors of other types, and where a name is in the file's metadata as well."""
+    """Widened, which loses nothing; beside tensors of other types, and where a name is in the
+    file's metadata as well."""
     tensors, data, header, at = tensors_of(params), b"", {"__metadata__": {"format": "pt"}}, 0
     for name, values in tensors.items():
         half = name.startswith("h.")
         part = formats.to_bf16(values).tobytes() if half else values.tobytes()
-        header[name] = {"dtype": "BF16" if half else "F32", "shape": list(values.shape), "data_offsets": [at, at + len(part)]}
+        header[name] = {"dtype": "BF16" if half else "F32", "shape": list(values.shape),
+                        "data_offsets": [at, at + len(part)]}
         data, at = data + part, at + len(part)
     text = json.dumps(header).encode()
     save(tmp_path / "in", tensors)
-    (tmp_path / "in" / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    data = len(text).to_bytes(8, "little") + text + data
+    (tmp_path / "in" / "model.safetensors").write_bytes(data)
     good("import", tmp_path / "in", tmp_path / "out.bin")
     for name, values in formats.read_model(tmp_path / "out.bin")[1].items():
         layered = name not in formats.WITHOUT_LAYER
-        assert np.array_equal(values, formats.round_bf16(params[name]) if layered else params[name]), name
+        wanted = formats.round_bf16(params[name]) if layered else params[name]
+        assert np.array_equal(values, wanted), name
 
 
 # What a PyTorch that is built for NumPy 1 does beside NumPy 2.

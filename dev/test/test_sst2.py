@@ -167,13 +167,18 @@ def test_marked_and_windows_text(tmp_path, inputs):
 
 
 def test_score_of_a_run_with_several_starts(tmp_path):
-    """The last header holds; what a start did again replaces what it stood for; a sample may hold any sign."""
+    """The last header holds; what a start did again replaces what it stood for; a sample may hold
+    any sign."""
     def header(rank):
-        return {"options": {"rank": rank}, "plan": {"total_bytes": 1 << 20, "full_rank_total_bytes": 2 << 20}}
-    records = [header(0.5), {"step": 1, "loss": 2.0}, {"step": 2, "hellaswag": 0.9, "sample": "a\u2028b"}, {"step": 3, "hellaswag": 1.0},
+        return {"options": {"rank": rank},
+                "plan": {"total_bytes": 1 << 20, "full_rank_total_bytes": 2 << 20}}
+    records = [header(0.5), {"step": 1, "loss": 2.0},
+               {"step": 2, "hellaswag": 0.9, "sample": "a\u2028b"}, {"step": 3, "hellaswag": 1.0},
                header(0.25), {"step": 2, "loss": 1.5}, {"step": 2, "hellaswag": 0.5}]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records) + '{"step": 3')
-    assert good("score", tmp_path).splitlines()[1].split()[1:] == ["0.25", "2", "0.5000", "0.5000", "1.0", "2.0"]
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (tmp_path / "log.jsonl").write_text(text + '{"step": 3')
+    row = good("score", tmp_path).splitlines()[1].split()
+    assert row[1:] == ["0.25", "2", "0.5000", "0.5000", "1.0", "2.0"]
 
 
 # ---------------------------------------------------------------------------- the loss on answers alone

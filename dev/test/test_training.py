@@ -681,20 +681,24 @@ def test_validation_batches(train, shards):
 
 
 def test_bits_per_byte(train, tmp_path):
-    """The loss in bits, over the bytes that the predicted tokens spell, of which an end of text has none; left out where that is not known."""
+    """The loss in bits, over the bytes that the predicted tokens spell, of which an end of text has
+    none; left out where that is not known."""
     plain = train("-x", 0, "-v", -1).evaluations[0]
     assert abs(plain["bits_per_byte"] - plain["val_loss"] / math.log(2)) <= 2 * LOGGED
     vocab, end = 300, 299
     tokens = np.random.Generator(np.random.PCG64(4)).integers(0, vocab, 1000)
     tokens[::50] = end
     formats.write_tokens(tmp_path / "tokens.bin", tokens, vocab)
-    args = ["--train", tmp_path / "tokens.bin", "--val", tmp_path / "tokens.bin", "-x", 0, "-v", -1, "-m"]
+    args = ["--train", tmp_path / "tokens.bin", "--val", tmp_path / "tokens.bin", "-x", 0, "-v", -1,
+            "-m"]
     assert "bits_per_byte" not in train(*args, -1).evaluations[0]
     pieces = [b"x" * (i % 7) for i in range(vocab)]
-    for count, known in ((vocab, True), (vocab - 1, False)):  # the last token is not in a smaller vocabulary
+    # the last token is not in a smaller vocabulary
+    for count, known in ((vocab, True), (vocab - 1, False)):
         header = np.zeros(256, "<i4")
         header[:4] = [20240328, 2, count, min(end, count - 1)]
-        (tmp_path / "tokenizer.bin").write_bytes(header.tobytes() + b"".join(bytes([len(piece)]) + piece for piece in pieces[:count]))
+        table = b"".join(bytes([len(piece)]) + piece for piece in pieces[:count])
+        (tmp_path / "tokenizer.bin").write_bytes(header.tobytes() + table)
         for batches, sequences in ((-1, 31), (5, 10)):
             found = train(*args, batches).evaluations[0]
             assert ("bits_per_byte" in found) == known
@@ -833,7 +837,8 @@ def test_log(train, tmp_path):
             # 64 tokens a step; ms has 3 decimals, a step takes at least 0.05 ms
             assert abs(line["tokens_per_second"] * line["ms"] / 64e3 - 1) < 0.02
         else:
-            assert set(line) <= {"step", "val_loss", "bits_per_byte", "hellaswag", "sample"} and len(line) > 1
+            assert set(line) <= {"step", "val_loss", "bits_per_byte", "hellaswag", "sample"}
+            assert len(line) > 1
     steps = {key: [line["step"] for line in lines[1:] if key in line] for key in ("loss", "val_loss", "hellaswag", "sample")}
     assert steps == {"loss": [1, 2, 3, 4, 5, 6], "val_loss": [3, 6], "hellaswag": [3, 6], "sample": [2, 4, 6]}
     samples = [line["sample"] for line in lines[1:] if "sample" in line]
