@@ -622,6 +622,21 @@ def test_changed_data(sweep):
     assert len(sweep.begun) == 2 and "1 of 1 runs are done already" in said and sweep.rows == first
 
 
+def test_which_files_are_data(tmp_path, monkeypatch):
+    """As the trainer takes them: a name that exists is a name, else a pattern; the last one holds."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a[1].txt", "a1.txt", "b1.bin", "b2.bin", "m.bin"):
+        Path(name).write_text(name)
+    files = ablate.data_files
+    assert files(["--train", "a[1].txt"]) == {"train": ["a[1].txt"]}
+    assert files(["-i", "none", "--train=b[12].bin", "--val", "a?.txt", "-e", "m.bin"]) == {
+        "train": ["b1.bin", "b2.bin"], "val": ["a1.txt"], "model": ["m.bin"]}
+    assert files(["-i", "b*", "-e", "d4", "--hellaswag", "a1.txt", "-b", "4", "-x", "3"]) == {
+        "train": ["b1.bin", "b2.bin"], "hellaswag": ["a1.txt"]}
+    Path("a[1].txt").unlink()
+    assert files(["-i", "a[1].txt"]) == {"train": ["a1.txt"]}
+
+
 def test_data_change_while_it_runs(sweep):
     text = sweep.folder / "text.txt"
     sweep.start("--ratios", "1,1/2", how="slow")
