@@ -376,6 +376,7 @@ static Linear linear_shape(const Config& c, const Options& o, int which) {
     while (param_rows[weight].linear != which) weight++;
     Linear linear = {param_rows[weight].rows * c.C, param_rows[weight].columns * c.C, 0};
     double r = o.rank <= 1.0 ? round(o.rank * linear.n) : o.rank;
+    if (o.rank < 1.0 && r >= 8) r = round(r / 8) * 8;  // so that rows of z begin on 16 bytes
     linear.r = o.compress >> which & 1 ? std::max(1, int(std::min<double>(r, linear.n))) : linear.n;
     linear.eigen = o.compress >> which & 1 && o.projection == EIGEN;
     return linear;

@@ -377,6 +377,7 @@ static Linear linear_shape(const Config& c, const Options& o, int which) {
     while (param_rows[weight].linear != which) weight++;
     Linear linear = {param_rows[weight].rows * c.C, param_rows[weight].columns * c.C, 0};
     double r = o.rank <= 1.0 ? round(o.rank * linear.n) : o.rank;
+    if (o.rank < 1.0 && r >= 8) r = round(r / 8) * 8;  // so that rows of z begin on 16 bytes
     linear.r = o.compress >> which & 1 ? std::max(1, int(std::min<double>(r, linear.n))) : linear.n;
     linear.eigen = o.compress >> which & 1 && o.projection == EIGEN;
     return linear;
@@ -477,6 +478,7 @@ static void check(cudaError_t status, const char* file, int line) {
     const char* hint =
         status == cudaErrorMemoryAllocation         ? "a smaller --batch, --seq or --rank, or --recompute 5, takes less memory"
         : status == cudaErrorNoKernelImageForDevice ? "build for this device: make GPU_COMPUTE_CAPABILITY=NN"
+        : status == cudaErrorUnsupportedPtxVersion ? "the driver is older than the toolkit that built this: update one of them"
         : status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver ? "is a GPU there, and its driver new enough?"
                                                                                : "compute-sanitizer finds the place";
     fail(text("%s:%d: %s (%s); ", file, line, cudaGetErrorString(status), cudaGetErrorName(status)) + hint);
@@ -1585,6 +1587,7 @@ struct Model {
     float *y, *reflectors;    // (r, n) Y^T, then the new Q^T; (PANEL, n) Householder's vectors
     float *t, *t_products;    // (r, PANEL) T of each panel; twice (r, PANEL)
     float* lifted;            // (m, n) a dense step on its way to weights without master copies
+    void* cublas_workspace;
     floatX* logits;           // (CHUNK, logits_width)
     float *partial, *dot;     // (SLABS, 4C) sums of columns; (N, NH)
     float *norm_partial, *norm;
@@ -1598,6 +1601,8 @@ struct Model {
 };
 
 enum { PANEL = 32 };    // columns that Householder's method takes at a time
+enum { SPARE_BYTES = 256 << 20 };   // stay free for kernels, which are loaded when they are first called
+enum { CUBLAS_BYTES = 32 << 20 };   // its workspace, ours: so that results do not depend on what else it serves
 enum { CHUNK = 1024 };  // tokens whose logits exist at one time
 
 static int logits_width(const Config& c) { return (c.Vp + 7) / 8 * 8; }  // so that each row begins on 16 bytes
@@ -1739,6 +1744,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     add("workspace", "qr_reflectors", "fp32", {PANEL, eigen_n}, &s.reflectors);
     add("workspace", "qr_t", "fp32", {eigen_r, PANEL}, &s.t);
     add("workspace", "qr_products", "fp32", {2, eigen_r, PANEL}, &s.t_products);
+    add("workspace", "cublas", "byte", {CUBLAS_BYTES}, &s.cublas_workspace);
     add("workspace", "logits", TYPE_X, {std::min<int64_t>(CHUNK, N), logits_width(c)}, &s.logits);
     add("workspace", "column_sums", "fp32", {SLABS, 4 * C}, &s.partial);
     add("workspace", "attention_dot", "fp32", {N, c.NH}, &s.dot);
@@ -1758,7 +1764,10 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
 static void model_allocate(Model& s, const Plan& plan) {
     size_t free_bytes, total_bytes;
     CUDA(cublasCreate(&cublas));
+    // Sums stay in fp32, also those that cuBLAS splits.
+    CUDA(cublasSetMathMode(cublas, cublasMath_t(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
     CUDA(cudaMemGetInfo(&free_bytes, &total_bytes));
+    free_bytes -= std::min<size_t>(free_bytes, SPARE_BYTES);
     if (plan.bytes() > int64_t(free_bytes)) {
         Options o = s.options;
         int64_t accumulated = o.total_batch / o.seq;
@@ -1789,6 +1798,7 @@ static void model_allocate(Model& s, const Plan& plan) {
     }
     printf("device memory: the plan's %s bytes, of %s that were free; the libraries took %s before\n",
            commas(plan.bytes()).c_str(), commas(free_bytes).c_str(), commas(total_bytes - free_bytes).c_str());
+    CUDA(cublasSetWorkspace(cublas, s.cublas_workspace, CUBLAS_BYTES));
     for (int i = 0; i < PARAMS && !IS_BF16; i++) s.master[i] = (float*)s.params[i];
     for (int i = 0; i < 2 && s.options.offload; i++) {
         CUDA(cudaEventCreateWithFlags(&s.computed[i], cudaEventDisableTiming));
@@ -2663,15 +2673,19 @@ static double model_peak_flops() {
     floatX* memory;
     if (cudaMalloc((void**)&memory, 3 * sizeof(floatX) * SIZE * SIZE) != cudaSuccess) return cudaGetLastError(), 0;
     CUDA(cudaMemset(memory, 0x3C, 3 * sizeof(floatX) * SIZE * SIZE));  // 0.0115 everywhere: zeros would be too easy
-    double start = 0;
-    for (size_t i = 0; i <= TIMES; i++) {
-        floatX *a = memory + SIZE * SIZE, *b = a + SIZE * SIZE;
-        matmul(memory, CUDA_X, a, false, b, true, CUDA_X, SIZE, SIZE, SIZE, 1.0f, 0.0f);
-        if (i == 0) CUDA(cudaDeviceSynchronize()), start = seconds();
+    double start = seconds(), elapsed = 0;
+    for (bool warm = false; !warm;) {  // for a second, in which the clocks rise; the last round counts
+        double before = seconds();
+        for (size_t i = 0; i < TIMES; i++) {
+            floatX *a = memory + SIZE * SIZE, *b = a + SIZE * SIZE;
+            matmul(memory, CUDA_X, a, false, b, true, CUDA_X, SIZE, SIZE, SIZE, 1.0f, 0.0f);
+        }
+        CUDA(cudaDeviceSynchronize());
+        elapsed = seconds() - before;
+        warm = seconds() - start > 1;
     }
-    CUDA(cudaDeviceSynchronize());
     CUDA(cudaFree(memory));
-    return TIMES * 2.0 * SIZE * SIZE * SIZE / (seconds() - start);
+    return TIMES * 2.0 * SIZE * SIZE * SIZE / elapsed;
 }
 
 // ====================================================================================================================
