@@ -576,7 +576,7 @@ __device__ inline uint4 philox_block(uint64_t seed, uint64_t stream, uint64_t in
 
 static int blocks_for(int64_t count, int each) { return int((count + each - 1) / each); }
 
-#ifndef __NOGPU__
+#if !defined(__NOGPU__) && !defined(PRECISION_FP32)  // for bf16 alone: compute capability 8.0 and newer
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // d (16 x 8, fp32) += a (16 x 16, bf16, by rows) b (16 x 8, bf16, by columns), over a warp. In the PTX ISA's layout lane 4g + t
@@ -870,6 +870,18 @@ __global__ void __launch_bounds__(128)
 
 enum { ATT = 128, HEAD = 64 };
 
+// products[j] = sum over d of x[d] rows[j, d] for j < count, 0 from there to ATT: x (hs) in shared memory, rows `stride`
+// elements apart. 8 lanes a row: neighbours read neighbours. Has no barrier of its own.
+__device__ inline void row_products(float* products, const float* x, const floatX* rows, size_t stride, int count, int hs) {
+    const int LANES = 8;
+    for (int j = threadIdx.x / LANES; j < ATT; j += ATT / LANES) {
+        float sum = 0;
+        for (int d = threadIdx.x % LANES; d < hs && j < count; d += LANES) sum += x[d] * to_float(rows[j * stride + d]);
+        for (int other = LANES / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, other);
+        if (threadIdx.x % LANES == 0) products[j] = sum;
+    }
+}
+
 // grid (B NH, T), block ATT, dynamic shared memory ATT + 2 hs + 32 floats. out (N, C), qkv (N, 3C)
 __global__ void __launch_bounds__(ATT)
     attention_plain_forward(floatX* out, float* lse, const floatX* qkv, int T, int C, int NH) {
@@ -881,13 +893,13 @@ __global__ void __launch_bounds__(ATT)
     for (int d = tid; d < hs; d += ATT) q[d] = to_float(base[size_t(t) * 3 * C + d]), o[d] = 0;
     __syncthreads();
     for (int k0 = 0; k0 <= t; k0 += ATT) {
-        const floatX* k = base + size_t(k0 + tid) * 3 * C + C;
-        float s = k0 + tid <= t ? 0.0f : -INFINITY;
-        for (int d = 0; d < hs && k0 + tid <= t; d++) s += q[d] * to_float(k[d]) * scale;
+        int keys = min(int(ATT), t - k0 + 1);
+        row_products(p, q, base + size_t(k0) * 3 * C + C, 3 * C, keys, hs);
+        __syncthreads();
+        float s = tid < keys ? p[tid] * scale : -INFINITY;
         float most = fmaxf(top, block_reduce(s, reduce, true)), shrink = expf(top - most);
         p[tid] = expf(s - most);
         sum = sum * shrink + block_reduce(p[tid], reduce, false);  // its barriers make p visible, too
-        int keys = min(int(ATT), t - k0 + 1);
         for (int d = tid; d < hs; d += ATT) {
             float total = o[d] * shrink;
             for (int j = 0; j < keys; j++) total += p[j] * to_float(base[size_t(k0 + j) * 3 * C + 2 * C + d]);
@@ -913,12 +925,12 @@ __global__ void __launch_bounds__(256)
     if (threadIdx.x % WARP == 0) dot[i] = sum;
 }
 
-// dq, of one query a block: ds = p (dp - dot) scale, dq = ds k. Grid, block and shared memory (ATT + 3 hs floats) as forward.
+// dq, of one query a block: ds = p (dp - dot) scale, dq = ds k. Grid, block and shared memory (2 ATT + 3 hs floats) as forward.
 __global__ void __launch_bounds__(ATT) attention_plain_dq(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse,
                                                           const float* dot, int T, int C, int NH) {
     extern __shared__ float shared[];
     int hs = C / NH, t = blockIdx.y, b = blockIdx.x / NH, h = blockIdx.x % NH, tid = threadIdx.x;
-    float *ds = shared, *q = ds + ATT, *dout_t = q + hs, *dq = dout_t + hs;
+    float *ds = shared, *dp = ds + ATT, *q = dp + ATT, *dout_t = q + hs, *dq = dout_t + hs;
     const floatX* base = qkv + size_t(b) * T * 3 * C + h * hs;
     float scale = rsqrtf(float(hs)), log_sum = lse[size_t(blockIdx.x) * T + t], dot_t = dot[size_t(blockIdx.x) * T + t];
     for (int d = tid; d < hs; d += ATT) {
@@ -928,12 +940,13 @@ __global__ void __launch_bounds__(ATT) attention_plain_dq(floatX* dqkv, const fl
     }
     __syncthreads();
     for (int k0 = 0; k0 <= t; k0 += ATT) {
-        const floatX* k = base + size_t(k0 + tid) * 3 * C + C;
-        float s = 0, dp = 0;
-        for (int d = 0; d < hs && k0 + tid <= t; d++) s += q[d] * to_float(k[d]), dp += dout_t[d] * to_float(k[C + d]);
-        ds[tid] = k0 + tid <= t ? expf(s * scale - log_sum) * (dp - dot_t) * scale : 0.0f;
-        __syncthreads();
         int keys = min(int(ATT), t - k0 + 1);
+        const floatX* k = base + size_t(k0) * 3 * C + C;
+        row_products(ds, q, k, 3 * C, keys, hs);
+        row_products(dp, dout_t, k + C, 3 * C, keys, hs);
+        __syncthreads();
+        ds[tid] = tid < keys ? expf(ds[tid] * scale - log_sum) * (dp[tid] - dot_t) * scale : 0.0f;
+        __syncthreads();
         for (int d = tid; d < hs; d += ATT) {
             for (int j = 0; j < keys; j++) dq[d] += ds[j] * to_float(base[size_t(k0 + j) * 3 * C + C + d]);
         }
@@ -957,14 +970,13 @@ __global__ void __launch_bounds__(ATT) attention_plain_dkv(floatX* dqkv, const f
     }
     __syncthreads();
     for (int q0 = t; q0 < T; q0 += ATT) {
-        int i = q0 + tid;
-        float s = 0, dp = 0;
-        for (int d = 0; d < hs && i < T; d++)
-            s += k[d] * to_float(base[size_t(i) * 3 * C + d]), dp += v[d] * to_float(dout_b[size_t(i) * C + d]);
-        p[tid] = i < T ? expf(s * scale - lse[size_t(blockIdx.x) * T + i]) : 0.0f;
-        ds[tid] = i < T ? p[tid] * (dp - dot[size_t(blockIdx.x) * T + i]) * scale : 0.0f;
+        int i = q0 + tid, queries = min(int(ATT), T - q0);
+        row_products(p, k, base + size_t(q0) * 3 * C, 3 * C, queries, hs);
+        row_products(ds, v, dout_b + size_t(q0) * C, C, queries, hs);
         __syncthreads();
-        int queries = min(int(ATT), T - q0);
+        p[tid] = i < T ? expf(p[tid] * scale - lse[size_t(blockIdx.x) * T + i]) : 0.0f;
+        ds[tid] = i < T ? p[tid] * (ds[tid] - dot[size_t(blockIdx.x) * T + i]) * scale : 0.0f;
+        __syncthreads();
         for (int d = tid; d < hs; d += ATT) {
             for (int j = 0; j < queries; j++) {
                 dv[d] += p[j] * to_float(dout_b[size_t(q0 + j) * C + d]);
@@ -979,6 +991,7 @@ __global__ void __launch_bounds__(ATT) attention_plain_dkv(floatX* dqkv, const f
     }
 }
 
+#ifndef PRECISION_FP32
 // ---- attention on tensor cores: FlashAttention-2 (arXiv 2307.08691) with mma.sync, heads of 64. A block of 4 warps takes 128
 // queries (or keys), 32 a warp, and walks the keys (or queries) in tiles of 64, which come by cp.async, the next one while this
 // one is used. What a warp reads of a tile in shared memory serves its 32 rows: with 16, reading would take longer than
@@ -1276,6 +1289,7 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
     write_rows(dqkv, 3 * C, column + C, dk, 0.125f, begin + first, end);
     write_rows(dqkv, 3 * C, column + 2 * C, dv, 1, begin + first, end);
 }
+#endif
 
 static void attention_forward(floatX* out, float* lse, const floatX* qkv, int B, int T, int C, int NH) {
     int hs = C / NH;
@@ -1305,7 +1319,7 @@ static void attention_backward(floatX* dqkv, float* dot, const floatX* dout, con
     int64_t count = int64_t(B) * NH * T;
     attention_dot<<<blocks_for(count, 8), 256>>>(dot, dout, out, count, T, C, NH);
     LAUNCHED();
-    attention_plain_dq<<<dim3(B * NH, T), ATT, (ATT + 3 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
+    attention_plain_dq<<<dim3(B * NH, T), ATT, (2 * ATT + 3 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
     LAUNCHED();
     attention_plain_dkv<<<dim3(B * NH, T), ATT, (2 * ATT + 4 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
     LAUNCHED();
