@@ -1,15 +1,15 @@
 // train_gpt2_compact.cpp: trains GPT-2 with compressed activations (CompAct, arXiv 2410.15352) on the CPU, in one file.
 //
 // A linear layer y = x W^T + b needs its input x in the backward pass for one thing only, the weight gradient dy^T x.
-// Here it may keep z = x P instead, where P (n, r) has few columns. The weight gradient dy^T z, and with it Adam's
-// moments, then have r columns instead of n; Adam's step U is lifted back to the weight as U P^T. The forward pass, and
-// the gradient that flows to the layer below, stay exact. Rank ratio 1 keeps x: that is ordinary AdamW. CompAct's P is
-// random and never stored; by default P is the top eigenvectors of x^T x, and Adam works in their basis.
+// Here it may keep z = x P instead, where P (n, r) has few columns, random and never stored. The weight gradient dy^T z,
+// and with it the optimizer's moments, then have r columns instead of n; the optimizer's step U, AdamW's or Muon's, is
+// lifted back to the weight as U P^T. The forward pass, and the gradient that flows to the layer below, stay exact. Rank
+// ratio 1 keeps x: that is the ordinary optimizer.
 //
 // How to read it, top to bottom:
 //   1. host, first part     errors, text, options, random numbers, the memory plan (the same text in the CUDA trainer)
 //   2. layers               matrix product, LayerNorm, GELU, attention, embedding, classifier: forward beside backward
-//   3. the compressed linear layer: where z is made, kept and used, and where Adam's step meets the weight
+//   3. the compressed linear layer: where z is made, kept and used, and where the optimizer's step meets the weight
 //   4. the model            parameters, tape, forward, backward, update
 //   5. host, second part    files, data, sampling, evaluation, checkpoints, log, command line, main (the same text again)
 //
@@ -131,7 +131,7 @@ static double seconds() { return std::chrono::duration<double>(std::chrono::stea
 // ---- options: what the user asked for (parsed in the second part)
 
 enum { QKV, ATTPROJ, FC, FCPROJ, LINEARS };
-enum { GAUSSIAN, RADEMACHER, SPARSE, EIGEN, AUTO };
+enum { GAUSSIAN, RADEMACHER, SPARSE };
 enum { ADAMW, MUON };
 enum { KEEP, MOVE, RESET };
 enum { COSINE, LINEAR, CONSTANT, WSD };
@@ -142,7 +142,7 @@ enum { MASTER_FP32, MASTER_NONE };
 
 static const char* linear_names = "qkv,attproj,fc,fcproj";
 static const char* optimizer_names = "adamw,muon";
-static const char* projection_names = "gaussian,rademacher,sparse,eigen,auto";
+static const char* projection_names = "gaussian,rademacher,sparse";
 static const char* moments_names = "keep,move,reset";
 static const char* schedule_names = "cosine,linear,constant,wsd";
 static const char* type_names = "fp32,bf16";
@@ -156,10 +156,9 @@ struct Options {
     int batch = 4, seq = 0, total_batch = 0, steps = -1, warmup = 0;
     double lr = 3e-4, final_lr_frac = 0.1, weight_decay = 0.1, clip = 1.0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
     int schedule = COSINE;
-    int optimizer = ADAMW;
+    int optimizer = MUON;
     double rank = 0.25;
-    int compress = 1 << QKV | 1 << FC | 1 << FCPROJ, projection = AUTO, gap = -1, moments = KEEP;
-    int refresh_iterations = 1;
+    int compress = 1 << QKV | 1 << FC | 1 << FCPROJ, projection = SPARSE, gap = 100, moments = KEEP;
     double alpha = 1.0;
     int recompute = 0, gelu = GELU_EXACT, tape = TAPE_FULL, master = MASTER_FP32;
     bool offload = false;
@@ -361,11 +360,10 @@ static int64_t param_count(const Config& c, int param, int rank = 0) {
     return count;
 }
 
-// A linear layer's outputs, inputs and rank; r == n means full rank, no projection, but for an eigenbasis: then it is whole.
+// A linear layer's outputs, inputs and rank; r == n means full rank, no projection.
 struct Linear {
     int m, n, r;
-    bool eigen = false;
-    bool compressed() const { return eigen || r < n; }
+    bool compressed() const { return r < n; }
 };
 
 // Muon orthogonalises q, k and v apart.
@@ -378,7 +376,6 @@ static Linear linear_shape(const Config& c, const Options& o, int which) {
     double r = o.rank <= 1.0 ? round(o.rank * linear.n) : o.rank;
     if (o.rank < 1.0 && r >= 8) r = round(r / 8) * 8;  // so that rows of z begin on 16 bytes
     linear.r = o.compress >> which & 1 ? std::max(1, int(std::min<double>(r, linear.n))) : linear.n;
-    linear.eigen = o.compress >> which & 1 && o.projection == EIGEN;
     return linear;
 }
 
@@ -437,7 +434,7 @@ static std::string levels_help() {
 enum { NEWTON_SCHULZ = 5 };  // iterations of Muon
 
 // Causal attention counts half of T x T; the update's lift, and Muon's products, are spread over the tokens of an optimizer
-// step, a refresh of an eigenbasis over those of all steps to the next one.
+// step.
 static Flops matrix_flops(const Config& c, const Options& o, const Linear* linears) {
     double L = c.L, attention = double(o.seq) * c.C, head = 2.0 * c.V * c.C;
     Flops f = {head + L * 2 * attention, 2 * head + L * 5 * attention, 0, 0, 0};
@@ -452,8 +449,6 @@ static Flops matrix_flops(const Config& c, const Options& o, const Linear* linea
         if (!linears[i].compressed() || o.projection == SPARSE) continue;
         f.projection += L * 2 * n * r;
         f.update += L * 2 * m * n * r / o.total_batch;
-        if (!linears[i].eigen || o.gap == 0) continue;
-        f.projection += L * o.refresh_iterations * 4 * n * r * (double(o.batch) * o.seq + r) / (double(o.gap) * o.total_batch);
     }
     for (int i = 0; i < TAPE_ROWS; i++) {
         int by = tape_rows[i].made_by;
@@ -990,8 +985,6 @@ struct Model {
     Linear linear[LINEARS];
     int64_t epoch;  // of the projections
     float *params[PARAMS], *grads[PARAMS], *m[PARAMS], *v[PARAMS];
-    float* basis[LINEARS];  // (L, r, n): Q^T of the eigenbasis
-    int refresh;            // iterations of the bases that the next forward pass makes
     // tape; a row is kept in one of these ways, as kept[row] says, or is null in all
     int kept[TAPE_ROWS];
     float* tape[TAPE_ROWS];                            // (L, N, width C)
@@ -1010,8 +1003,6 @@ struct Model {
     float* z_now;           // (N, r) z where it is not on the tape
     float *p, *p_next, *p_change;  // P (n, r), or (n) signs; the next epoch's; (r, r) the change between them
     int *shift, *shift_next;       // sparse: a rotation for each stripe of r inputs
-    float *y, *reflectors;         // (r, n) Y^T, then the new Q^T; (PANEL, n) Householder's vectors
-    float *t, *t_products;         // (r, PANEL) T of each panel; twice (r, PANEL)
     float* logits;                 // (CHUNK, V)
     float* scratch;                // attention's tiles, for each thread
     // data
@@ -1019,7 +1010,6 @@ struct Model {
     float* losses;          // (N)
 };
 
-enum { PANEL = 32 };   // columns that Householder's method takes at a time
 enum { CHUNK = 256 };  // tokens whose logits exist at one time
 
 static bool moments_move(const Options& o) { return o.moments == MOVE && o.gap > 0; }
@@ -1068,12 +1058,6 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
                      &group.home[i]);
         }
     }
-    for (int i = 0; i < PARAMS; i++) {
-        int which = param_rows[i].linear;
-        if (which < 0 || !s.linear[which].eigen) continue;
-        plan_add(plan, "basis", std::string("basis.") + param_rows[i].name, "fp32", {L, s.linear[which].r, s.linear[which].n},
-                 &s.basis[which]);
-    }
 
     for (int i = 0; i < TAPE_ROWS; i++) {
         const TapeRow& row = tape_rows[i];
@@ -1108,7 +1092,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     plan_add(plan, "workspace", "wide", "fp32", {wide_rows(s, N), 4 * C}, &s.wide);
     plan_add(plan, "workspace", "spare", "fp32", {N, spare_is_wide(s) ? 4 * C : C}, &s.spare);
 
-    int64_t z_now = 0, p_count = 0, p_change = 0, stripes = 0, eigen_r = 0, eigen_n = 0, eigen_count = 0;
+    int64_t z_now = 0, p_count = 0, p_change = 0, stripes = 0;
     for (int i = 0; i < LINEARS; i++) {
         const Linear& l = s.linear[i];
         if (!l.compressed()) continue;
@@ -1116,21 +1100,14 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
         p_count = std::max<int64_t>(p_count, o.projection == SPARSE ? l.n : int64_t(l.n) * l.r);
         p_change = std::max<int64_t>(p_change, int64_t(l.r) * l.r);
         stripes = std::max<int64_t>(stripes, o.projection == SPARSE ? (l.n + l.r - 1) / l.r : 0);
-        if (!l.eigen) continue;
-        eigen_r = std::max<int64_t>(eigen_r, l.r), eigen_n = std::max<int64_t>(eigen_n, l.n);
-        eigen_count = std::max<int64_t>(eigen_count, int64_t(l.r) * l.n);
     }
     bool move = moments_move(o);
     plan_add(plan, "workspace", "z", "fp32", {N, z_now}, &s.z_now);
-    plan_add(plan, "workspace", "projection", "fp32", {o.projection == EIGEN ? 0 : p_count}, &s.p);
+    plan_add(plan, "workspace", "projection", "fp32", {p_count}, &s.p);
     plan_add(plan, "workspace", "projection_shift", "int32", {stripes}, &s.shift);
     plan_add(plan, "workspace", "projection_next", "fp32", {move ? p_count : 0}, &s.p_next);
     plan_add(plan, "workspace", "projection_next_shift", "int32", {move ? stripes : 0}, &s.shift_next);
     plan_add(plan, "workspace", "projection_change", "fp32", {move ? p_change : 0}, &s.p_change);
-    plan_add(plan, "workspace", "qr", "fp32", {eigen_count}, &s.y);
-    plan_add(plan, "workspace", "qr_reflectors", "fp32", {PANEL, eigen_n}, &s.reflectors);
-    plan_add(plan, "workspace", "qr_t", "fp32", {eigen_r, PANEL}, &s.t);
-    plan_add(plan, "workspace", "qr_products", "fp32", {2, eigen_r, PANEL}, &s.t_products);
     plan_add(plan, "workspace", "logits", "fp32", {std::min<int64_t>(CHUNK, N), c.V}, &s.logits);
     plan_add(plan, "workspace", "attention_tiles", "fp32", {omp_get_max_threads(), int64_t(attention_scratch(c.C / c.NH))},
              &s.scratch);
@@ -1209,7 +1186,7 @@ static void draw_signs(float* out, int64_t count, float scale, uint64_t seed, ui
 
 // P (n, r) with E[P P^T] = I, drawn anew wherever it is needed. gaussian: N(0, 1/r) (CompAct, section 3.1); rademacher:
 // signs / sqrt(r); sparse: one sign in each row, p[k] in column (k + shift[k / r]) mod r, so that z is a signed fold of x.
-// Another projection is another branch here, in project, and in lift. An eigenbasis is not drawn: see below.
+// Another projection is another branch here, in project, and in lift.
 static void draw_projection(float* p, int* shift, const Linear& l, int projection, uint64_t seed, uint64_t stream) {
     int64_t count = int64_t(l.n) * l.r;
     if (projection == GAUSSIAN) {
@@ -1222,9 +1199,9 @@ static void draw_projection(float* p, int* shift, const Linear& l, int projectio
     }
 }
 
-// z (N, r) = x P, x (N, n). Dense p is (n, r), an eigenbasis its transpose.
+// z (N, r) = x P, x (N, n). Dense p is (n, r).
 static void project(float* z, const float* x, const float* p, const int* shift, const Linear& l, int projection, int N) {
-    if (projection != SPARSE) return matmul(z, x, false, p, l.eigen, N, l.r, l.n, 1.0f, 0.0f);
+    if (projection != SPARSE) return matmul(z, x, false, p, false, N, l.r, l.n, 1.0f, 0.0f);
 #pragma omp parallel for schedule(static)
     for (int i = 0; i < N; i++) {
         const float* xi = x + size_t(i) * l.n;
@@ -1241,7 +1218,7 @@ static void project(float* z, const float* x, const float* p, const int* shift, 
 // W (m, n) = keep W - step U P^T, U (m, r): the low-rank step of the optimizer, lifted (CompAct, algorithm 2)
 static void lift(float* w, const float* u, const float* p, const int* shift, const Linear& l, int projection, float keep,
                  float step) {
-    if (projection != SPARSE) return matmul(w, u, false, p, !l.eigen, l.m, l.n, l.r, -step, keep);
+    if (projection != SPARSE) return matmul(w, u, false, p, true, l.m, l.n, l.r, -step, keep);
 #pragma omp parallel for schedule(static)
     for (int o = 0; o < l.m; o++) {
         float* wo = w + size_t(o) * l.n;
@@ -1256,115 +1233,15 @@ static void lift(float* w, const float* u, const float* p, const int* shift, con
 
 static int weight_of(int which) { return which == QKV ? QKVW : which == ATTPROJ ? ATTPROJW : which == FC ? FCW : FCPROJW; }
 
-static float* basis_at(const Model& s, int which, int layer) {
-    return s.basis[which] + layer * int64_t(s.linear[which].r) * s.linear[which].n;
-}
-
-// The present P of a layer: drawn into s.p, or its eigenbasis.
+// The present P of a layer: drawn into s.p.
 static const float* projection_now(Model& s, int which, int layer) {
     const Linear& l = s.linear[which];
-    if (l.eigen) return basis_at(s, which, layer);
     draw_projection(s.p, s.shift, l, s.options.projection, s.options.seed, stream_of(which, layer, s.epoch));
     return s.p;
 }
 
 static void make_z(Model& s, int which, int layer, float* z, const float* x, int N) {
     project(z, x, projection_now(s, which, layer), s.shift, s.linear[which], s.options.projection, N);
-}
-
-// ---- the eigenbasis: P is the top r eigenvectors of x^T x, followed by orthogonal iteration, so that Adam works in that basis
-// (SOAP, arXiv 2409.11321, on one side). Columns keep their order and sign from one refresh to the next: so do the moments.
-
-// One panel: rows first..first+count-1 of a (., n) become Householder's vectors, each made after those before it, of length
-// 1; t (count, count), upper triangular, makes the reflections' product I - V t V^T (Schreiber and Van Loan, 1989). A vector
-// takes its row to a multiple of a unit vector, the sign being the other one (Golub and Van Loan, 5.1); where nothing is left
-// of a row, it is 0.
-static void householder_panel(float* a, float* t, int first, int count, int n) {
-    std::fill(t, t + count * count, 0.0f);
-    for (int j = 0; j < count; j++) {
-        float *v = a + int64_t(first + j) * n, dots[PANEL], rest = 0;
-        int pivot = first + j;
-#pragma omp simd reduction(+ : rest)
-        for (int i = pivot + 1; i < n; i++) rest += v[i] * v[i];
-        v[pivot] += copysignf(sqrtf(v[pivot] * v[pivot] + rest), v[pivot]);
-        float squares = v[pivot] * v[pivot] + rest, scale = squares > 1e-30f ? 1 / sqrtf(squares) : 0.0f;
-        for (int i = 0; i < n; i++) v[i] = i < pivot ? 0.0f : scale * v[i];
-#pragma omp parallel for schedule(static)
-        for (int k = 0; k < count; k++) {
-            float *row = a + int64_t(first + k) * n, dot = 0;
-#pragma omp simd reduction(+ : dot)
-            for (int i = pivot; i < n; i++) dot += v[i] * row[i];
-            dots[k] = dot;
-            for (int i = pivot; k > j && i < n; i++) row[i] -= 2 * dot * v[i];
-        }
-        for (int i = 0; i < j; i++) {
-            for (int k = i; k < j; k++) t[i * count + j] -= 2 * t[i * count + k] * dots[k];
-        }
-        t[j * count + j] = 2;
-    }
-}
-
-// a (rows, n) -= (a V^T) t V, with t transposed or not; V (count, n)
-static void reflect(float* a, int rows, const float* v, const float* t, bool transposed, int count, int n, float* products) {
-    float* by_t = products + int64_t(rows) * count;
-    matmul(products, a, false, v, true, rows, count, n, 1.0f, 0.0f);
-    matmul(by_t, products, false, t, transposed, rows, count, count, 1.0f, 0.0f);
-    matmul(a, by_t, false, v, false, rows, n, count, -1.0f, 1.0f);
-}
-
-// a (r, n), the transpose of A, becomes the transpose of Q, where A = Q R with orthonormal columns and R's diagonal
-// positive. Householder's method in panels: it holds where columns are parallel, or none are left.
-static void orthonormalise(Model& s, float* a, int r, int n) {
-#pragma omp parallel for schedule(static)
-    for (int j = 0; j < r; j++) {  // a column's length is R's, not Q's
-        float *row = a + int64_t(j) * n, most = 0;
-#pragma omp simd reduction(max : most)
-        for (int i = 0; i < n; i++) most = std::max(most, fabsf(row[i]));
-        for (int i = 0; i < n && most > 0; i++) row[i] /= most;
-    }
-    for (int first = 0; first < r; first += PANEL) {
-        int count = std::min<int>(PANEL, r - first), rest = r - first - count;
-        float *v = a + int64_t(first) * n, *t = s.t + first * PANEL;
-        householder_panel(a, t, first, count, n);
-        if (rest > 0) reflect(v + int64_t(count) * n, rest, v, t, false, count, n, s.t_products);
-    }
-    for (int first = (r - 1) / PANEL * PANEL; first >= 0; first -= PANEL) {  // the panels' product, from the last one
-        int count = std::min<int>(PANEL, r - first);
-        float* v = a + int64_t(first) * n;
-        memcpy(s.reflectors, v, sizeof(float) * count * n);
-        std::fill(v, v + int64_t(count) * n, 0.0f);
-        for (int j = 0; j < count; j++) {  // with the sign that makes R's diagonal positive
-            int64_t pivot = int64_t(j) * n + first + j;
-            v[pivot] = s.reflectors[pivot] > 0 ? -1 : 1;
-        }
-        reflect(v, r - first, s.reflectors, s.t + first * PANEL, true, count, n, s.t_products);
-    }
-}
-
-// M <- M P_old^T P_new: the first moment moves into the space of a new projection (Flora, arXiv 2402.03293). change (r, r)
-// is P_old^T P_new; the gradient's memory, free until the next backward pass, serves for the product.
-static void move_moment(Model& s, int which, int layer, const float* change) {
-    const Linear& l = s.linear[which];
-    float *m = param_at(s, s.m, weight_of(which), layer), *moved = param_at(s, s.grads, weight_of(which), layer);
-    matmul(moved, m, false, change, false, l.m, l.r, l.r, 1.0f, 0.0f);
-    memcpy(m, moved, sizeof(float) * l.m * l.r);
-}
-
-// The basis Q follows the layer's inputs x (N, n): Y = x^T (x Q), Q <- the orthonormal factor of Y, s.refresh times.
-static void refresh_basis(Model& s, int which, int layer, const float* x, int N) {
-    const Linear& l = s.linear[which];
-    float *q = basis_at(s, which, layer), *z = s.z[which] ? at_layer(s.z[which], layer, int64_t(N) * l.r) : s.z_now;
-    size_t bytes = sizeof(float) * l.r * l.n;
-    if (moments_move(s.options)) memcpy(s.p_next, q, bytes);
-    for (int i = 0; i < s.refresh; i++) {
-        make_z(s, which, layer, z, x, N);
-        matmul(s.y, z, true, x, false, l.r, l.n, N, 1.0f, 0.0f);
-        orthonormalise(s, s.y, l.r, l.n);
-        memcpy(q, s.y, bytes);
-    }
-    if (!moments_move(s.options)) return;
-    matmul(s.p_change, s.p_next, false, q, true, l.r, l.r, l.n, 1.0f, 0.0f);
-    move_moment(s, which, layer, s.p_change);
 }
 
 // y (N, m) = x W^T + b, plus residual (N, m) where it is given; when training, keeps z if the tape has a place for it.
@@ -1379,7 +1256,6 @@ static void linear_forward(Model& s, int which, int layer, float* y, const float
         for (int j = 0; j < l.m; j++) yi[j] = residual ? residual[size_t(i) * l.m + j] + b[j] : b[j];
     }
     matmul(y, x, false, w, true, N, l.m, l.n, 1.0f, 1.0f);
-    if (training && l.eigen && s.refresh > 0) refresh_basis(s, which, layer, x, N);
     if (training && s.z[which]) make_z(s, which, layer, at_layer(s.z[which], layer, int64_t(N) * l.r), x, N);
 }
 
@@ -1413,16 +1289,24 @@ static void linear_update(Model& s, int which, int layer, const Adam& a) {
     }
     float keep = 1.0f - a.lr * a.decay;
     if (l.compressed()) {
-        float size = l.eigen ? sqrtf(float(l.n) / l.r) : 1.0f;  // Q Q^T is no more than I, a random P P^T is I on average
         return lift(w, g, projection_now(s, which, layer), s.shift, l, s.options.projection, keep,
-                    a.lr * float(s.options.alpha) * size);
+                    a.lr * float(s.options.alpha));
     }
 #pragma omp parallel for simd schedule(static)
     for (int64_t i = 0; i < count; i++) w[i] = keep * w[i] - a.lr * g[i];
 }
 
+// M <- M P_old^T P_new: the first moment moves into the space of a new projection (Flora, arXiv 2402.03293). change (r, r)
+// is P_old^T P_new; the gradient's memory, free until the next backward pass, serves for the product.
+static void move_moment(Model& s, int which, int layer, const float* change) {
+    const Linear& l = s.linear[which];
+    float *m = param_at(s, s.m, weight_of(which), layer), *moved = param_at(s, s.grads, weight_of(which), layer);
+    matmul(moved, m, false, change, false, l.m, l.r, l.r, 1.0f, 0.0f);
+    memcpy(m, moved, sizeof(float) * l.m * l.r);
+}
+
 // A new epoch's P: the moments stay as they are (CompAct), or start again from zero, or the first of them moves into the
-// new space. An eigenbasis moves it when it is refreshed.
+// new space.
 static void linear_next_epoch(Model& s, int which, int layer) {
     const Linear& l = s.linear[which];
     const Options& o = s.options;
@@ -1431,7 +1315,7 @@ static void linear_next_epoch(Model& s, int which, int layer) {
         float *m = param_at(s, s.m, weight_of(which), layer), *v = param_at(s, s.v, weight_of(which), layer);
         std::fill(m, m + count, 0.0f);
         if (v) std::fill(v, v + count, 0.0f);
-    } else if (o.moments == MOVE && !l.eigen) {
+    } else if (o.moments == MOVE) {
         draw_projection(s.p, s.shift, l, o.projection, o.seed, stream_of(which, layer, s.epoch - 1));
         draw_projection(s.p_next, s.shift_next, l, o.projection, o.seed, stream_of(which, layer, s.epoch));
         if (o.projection == SPARSE) {
@@ -1610,7 +1494,6 @@ static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
         std::fill(s.grads[i], s.grads[i] + param_count(c, i), 0.0f);
     }
     model_forward(s, B, T, true);
-    s.refresh = 0;
     classifier(s, N, true, scale, beta);
     layernorm_backward(s.dresidual, s.grads[LNFW], s.grads[LNFB], s.spare, s.now[RESIDUAL], s.lnf_mean, s.lnf_rstd,
                        s.params[LNFW], N, c.C, 0.0f);
@@ -1618,19 +1501,14 @@ static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
     embedding_backward(s.grads[WTE], s.grads[WPE], s.dresidual, s.inputs, B, T, c.C);
 }
 
-enum { START_ITERATIONS = 4 };  // of an eigenbasis from a random start
-
 // Before optimizer step `step` (from 0): the projections' epoch advances every --gap steps, for all layers together.
 static void model_begin_step(Model& s, int64_t step) {
     const Options& o = s.options;
     bool advances = o.gap > 0 && step > 0 && step % o.gap == 0;
     s.epoch = o.gap > 0 ? step / o.gap : 0;
-    s.refresh = step == 0 ? START_ITERATIONS : advances ? o.refresh_iterations : 0;
     for (int layer = 0; layer < s.config.L; layer++) {
         for (int which = 0; which < LINEARS; which++) {
             const Linear& l = s.linear[which];
-            if (l.eigen && step == 0)
-                draw_normals(basis_at(s, which, layer), 0, int64_t(l.r) * l.n, 1.0f, o.seed, stream_of(which, layer, 0));
             if (l.compressed() && advances) linear_next_epoch(s, which, layer);
         }
     }
@@ -1697,8 +1575,7 @@ static std::vector<float> model_projection(Model& s, int which, int layer) {
     const float* p = projection_now(s, which, layer);
     for (int k = 0; k < l.n; k++) {
         if (s.options.projection == SPARSE) out[int64_t(k) * l.r + (k + s.shift[k / l.r]) % l.r] = p[k];
-        for (int j = 0; s.options.projection != SPARSE && j < l.r; j++)
-            out[int64_t(k) * l.r + j] = l.eigen ? p[int64_t(j) * l.n + k] : p[int64_t(k) * l.r + j];
+        for (int j = 0; s.options.projection != SPARSE && j < l.r; j++) out[int64_t(k) * l.r + j] = p[int64_t(k) * l.r + j];
     }
     return out;
 }
@@ -2272,7 +2149,6 @@ static std::string checkpoint_path(const std::string& dir, const char* kind, int
 static std::vector<Tensor> saved_tensors(const Plan& plan) {
     std::vector<Tensor> saved = weights_of(plan);
     tensors_of(plan, "moments", saved);
-    tensors_of(plan, "basis", saved);
     return saved;
 }
 
@@ -2412,10 +2288,9 @@ static std::vector<OptionRow> option_table(Options& o) {
         {0, "optimizer", "O", KIND_CHOICE, &o.optimizer, "of the linear layers' weights; all else takes adamw: ", 0, 0, optimizer_names},
         {0, "rank", "R", KIND_RANK, &o.rank, "ratio in (0, 1] of a layer's inputs, or a whole rank above 1; 1 is full rank", 0, MANY},
         {0, "compress", "LIST", KIND_SET, &o.compress, "the layers that this holds for: none, or from ", 0, 0, linear_names},
-        {0, "projection", "P", KIND_CHOICE, &o.projection, "auto is eigen, but at --rank 1 full rank: ", 0, 0, projection_names},
-        {0, "gap", "T", KIND_INT, &o.gap, "steps between new projections; 0: never, -1: 50, or 10 for an eigenbasis", -1, MANY},
+        {0, "projection", "P", KIND_CHOICE, &o.projection, "", 0, 0, projection_names},
+        {0, "gap", "T", KIND_INT, &o.gap, "steps between new projections; 0: never", 0, MANY},
         {0, "alpha", "A", KIND_REAL, &o.alpha, "scale of a compressed layer's step", 0, MANY},
-        {0, "refresh-iterations", "K", KIND_INT, &o.refresh_iterations, "of an eigenbasis, every --gap steps", 1, 1000},
         {0, "moments", "M", KIND_CHOICE, &o.moments, "the optimizer's, at a new projection: ", 0, 0, moments_names},
         {'r', "recompute", "N", KIND_INT, &o.recompute, levels_help(), 0, NEVER - 1},
         {0, "gelu", "G", KIND_CHOICE, &o.gelu, "2bit keeps 2 bits of each of fch, for a derivative in steps: ", 0, 0, gelu_names},
@@ -2620,8 +2495,6 @@ static void fit_memory(Options& o, const Config& c) {
 
 // Fills in what follows from the model, and looks for contradictions.
 static void settle_options(Options& o, const Config& c) {
-    if (o.projection == AUTO) o.projection = o.rank == 1.0 ? GAUSSIAN : EIGEN;  // a whole eigenbasis is not full rank
-    if (o.gap < 0) o.gap = o.projection == EIGEN ? 10 : 50;  // a fresher basis trains better; a drawn P may as well stay
     if (o.seq == 0) o.seq = c.context;
     if (o.seq > c.context) refuse("--seq: " + str(o.seq) + " is more than the model's context of " + str(c.context));
     if (o.gelu == GELU_2BIT && o.recompute >= tape_rows[FCH].gone_from)
@@ -2660,12 +2533,14 @@ static std::string shape_text(const Tensor& t, const char* between) {
 
 // The plan of a run beside those that it is measured against.
 struct Plans {
-    Plan run, full_rank, level_2;  // the same flags at full rank; full rank at --recompute 2 and nothing else: llm.c's best
+    Plan run, full_rank,
+        level_2;  // the same flags at full rank with AdamW; that at --recompute 2 and nothing else: llm.c's best
 };
 
 static Plans make_plans(Model& s, const Config& c, const Options& o) {
     Options full = o;
-    full.rank = 1.0, full.projection = GAUSSIAN;
+    full.rank = 1.0;
+    full.optimizer = ADAMW;
     Options level_2 = full;
     level_2.recompute = 2, level_2.gelu = GELU_EXACT, level_2.tape = TAPE_FULL, level_2.master = MASTER_FP32;
     level_2.offload = false;
@@ -2822,11 +2697,12 @@ static void describe(const Options& o, const Config& c, const Data& train, const
            o.total_batch / o.seq / o.batch, commas(o.total_batch).c_str(), commas(steps).c_str(),
            double(steps) * (o.total_batch / o.seq) / train.sequences);
     std::string method = "full rank";
-    if ((o.rank != 1.0 || o.projection == EIGEN) && o.compress != 0) {
+    if (o.rank != 1.0 && o.compress != 0) {
         method = text("rank %g of ", o.rank) + names_of(linear_names, o.compress) + "; " +
                  names_of(projection_names, 1 << o.projection) +
                  text(", new every %d steps, alpha %g, moments ", o.gap, o.alpha) + names_of(moments_names, 1 << o.moments);
     }
+    method += std::string("; ") + names_of(optimizer_names, 1 << o.optimizer);
     printf("method   %s; recompute %d; lr %g, %s\n", method.c_str(), o.recompute, o.lr,
            names_of(schedule_names, 1 << o.schedule).c_str());
 }

@@ -1,15 +1,15 @@
 // train_gpt2_compact.cu: trains GPT-2 with compressed activations (CompAct, arXiv 2410.15352) on one NVIDIA GPU, in one file.
 //
 // The method and its reference on the CPU are in train_gpt2_compact.cpp: a linear layer keeps z = x P instead of its input x,
-// with P (n, r) the top eigenvectors of x^T x, or random and never stored; weight gradient and Adam's moments have r columns
-// instead of n; the rest is exact.
+// with a random P (n, r) that is never stored; weight gradient and the optimizer's moments have r columns instead of n; the
+// rest is exact.
 //
 // How to read it, top to bottom:
 //   1. host, first part     errors, text, options, random numbers, the memory plan (the same text as in the CPU trainer)
 //   2. device               errors, types, packs of 16 bytes, reductions, tensor cores, cuBLAS
 //   3. layers               forward beside backward: LayerNorm, GELU, attention (plain, and flash on tensor cores), embedding,
-//   classifier, AdamW
-//   4. the compressed linear layer: where P is drawn, where z is made, kept and used, and where Adam's step meets the weight
+//   classifier, AdamW, Muon
+//   4. the compressed linear layer: where P is drawn, where z is made, kept and used, and where the optimizer's step meets the weight
 //   5. the model            parameters, tape, forward, backward, update
 //   6. host, second part    files, data, sampling, evaluation, checkpoints, log, command line, main (the same text again)
 //
@@ -132,7 +132,7 @@ static double seconds() { return std::chrono::duration<double>(std::chrono::stea
 // ---- options: what the user asked for (parsed in the second part)
 
 enum { QKV, ATTPROJ, FC, FCPROJ, LINEARS };
-enum { GAUSSIAN, RADEMACHER, SPARSE, EIGEN, AUTO };
+enum { GAUSSIAN, RADEMACHER, SPARSE };
 enum { ADAMW, MUON };
 enum { KEEP, MOVE, RESET };
 enum { COSINE, LINEAR, CONSTANT, WSD };
@@ -143,7 +143,7 @@ enum { MASTER_FP32, MASTER_NONE };
 
 static const char* linear_names = "qkv,attproj,fc,fcproj";
 static const char* optimizer_names = "adamw,muon";
-static const char* projection_names = "gaussian,rademacher,sparse,eigen,auto";
+static const char* projection_names = "gaussian,rademacher,sparse";
 static const char* moments_names = "keep,move,reset";
 static const char* schedule_names = "cosine,linear,constant,wsd";
 static const char* type_names = "fp32,bf16";
@@ -157,10 +157,9 @@ struct Options {
     int batch = 4, seq = 0, total_batch = 0, steps = -1, warmup = 0;
     double lr = 3e-4, final_lr_frac = 0.1, weight_decay = 0.1, clip = 1.0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
     int schedule = COSINE;
-    int optimizer = ADAMW;
+    int optimizer = MUON;
     double rank = 0.25;
-    int compress = 1 << QKV | 1 << FC | 1 << FCPROJ, projection = AUTO, gap = -1, moments = KEEP;
-    int refresh_iterations = 1;
+    int compress = 1 << QKV | 1 << FC | 1 << FCPROJ, projection = SPARSE, gap = 100, moments = KEEP;
     double alpha = 1.0;
     int recompute = 0, gelu = GELU_EXACT, tape = TAPE_FULL, master = MASTER_FP32;
     bool offload = false;
@@ -362,11 +361,10 @@ static int64_t param_count(const Config& c, int param, int rank = 0) {
     return count;
 }
 
-// A linear layer's outputs, inputs and rank; r == n means full rank, no projection, but for an eigenbasis: then it is whole.
+// A linear layer's outputs, inputs and rank; r == n means full rank, no projection.
 struct Linear {
     int m, n, r;
-    bool eigen = false;
-    bool compressed() const { return eigen || r < n; }
+    bool compressed() const { return r < n; }
 };
 
 // Muon orthogonalises q, k and v apart.
@@ -379,7 +377,6 @@ static Linear linear_shape(const Config& c, const Options& o, int which) {
     double r = o.rank <= 1.0 ? round(o.rank * linear.n) : o.rank;
     if (o.rank < 1.0 && r >= 8) r = round(r / 8) * 8;  // so that rows of z begin on 16 bytes
     linear.r = o.compress >> which & 1 ? std::max(1, int(std::min<double>(r, linear.n))) : linear.n;
-    linear.eigen = o.compress >> which & 1 && o.projection == EIGEN;
     return linear;
 }
 
@@ -437,8 +434,8 @@ static std::string levels_help() {
 
 enum { NEWTON_SCHULZ = 5 };  // iterations of Muon
 
-// Causal attention counts half of T x T; the update's lift, and Muon's products, are spread over the tokens of an optimizer step, a refresh of an
-// eigenbasis over those of all steps to the next one.
+// Causal attention counts half of T x T; the update's lift, and Muon's products, are spread over the tokens of an optimizer
+// step.
 static Flops matrix_flops(const Config& c, const Options& o, const Linear* linears) {
     double L = c.L, attention = double(o.seq) * c.C, head = 2.0 * c.V * c.C;
     Flops f = {head + L * 2 * attention, 2 * head + L * 5 * attention, 0, 0, 0};
@@ -453,8 +450,6 @@ static Flops matrix_flops(const Config& c, const Options& o, const Linear* linea
         if (!linears[i].compressed() || o.projection == SPARSE) continue;
         f.projection += L * 2 * n * r;
         f.update += L * 2 * m * n * r / o.total_batch;
-        if (!linears[i].eigen || o.gap == 0) continue;
-        f.projection += L * o.refresh_iterations * 4 * n * r * (double(o.batch) * o.seq + r) / (double(o.gap) * o.total_batch);
     }
     for (int i = 0; i < TAPE_ROWS; i++) {
         int by = tape_rows[i].made_by;
@@ -1566,8 +1561,6 @@ struct Model {
     floatX* params[PARAMS];
     float* master[PARAMS];  // fp32 copies of the weights, the weights themselves in fp32
     float *grads[PARAMS], *m[PARAMS], *v[PARAMS];
-    floatX* basis[LINEARS];  // (L, r, n): Q^T of the eigenbasis
-    int refresh;             // iterations of the bases that the next forward pass makes
     // tape; a row is kept in one of these ways, as kept[row] says, or is null in all. Of L layers, or of those at hand:
     // `slots`.
     int kept[TAPE_ROWS], slots;
@@ -1598,8 +1591,6 @@ struct Model {
     float *sign, *sign_next;  // sparse: (n) signs
     int *shift, *shift_next;  // sparse: a rotation for each stripe of r inputs
     float* p_change;          // (r, r) P_old^T P_new
-    float *y, *reflectors;    // (r, n) Y^T, then the new Q^T; (PANEL, n) Householder's vectors
-    float *t, *t_products;    // (r, PANEL) T of each panel; twice (r, PANEL)
     float* lifted;            // (m, n) a dense step on its way to weights without master copies
     void* cublas_workspace;
     floatX* logits;           // (CHUNK, logits_width)
@@ -1614,7 +1605,6 @@ struct Model {
     float* losses;          // (N)
 };
 
-enum { PANEL = 32 };    // columns that Householder's method takes at a time
 enum { SPARE_BYTES = 256 << 20 };   // stay free for kernels, which are loaded when they are first called
 enum { CUBLAS_BYTES = 32 << 20 };   // its workspace, ours: so that results do not depend on what else it serves
 enum { CHUNK = 1024 };  // tokens whose logits exist at one time
@@ -1678,13 +1668,6 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
         }
     }
 
-    for (int i = 0; i < PARAMS; i++) {
-        int which = param_rows[i].linear;
-        if (which < 0 || !s.linear[which].eigen) continue;
-        add("basis", std::string("basis.") + param_rows[i].name, TYPE_X, {L, s.linear[which].r, s.linear[which].n},
-            &s.basis[which]);
-    }
-
     s.slots = o.offload ? std::min(2, c.L) : c.L;
     auto keep = [&](const std::string& name, const char* type, int64_t width, void* home) {
         add("tape", name, type, {s.slots, N, width}, home);
@@ -1728,7 +1711,6 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     add("workspace", "spare", TYPE_X, {N, spare_is_wide(s) ? 4 * C : C}, &s.spare);
 
     int64_t z_now = 0, dense = 0, p_change = 0, u = 0, lifted = 0, signs = 0, stripes = 0, move = moments_move(o);
-    int64_t eigen_r = 0, eigen_n = 0;
     for (int i = 0; i < LINEARS; i++) {
         const Linear& l = s.linear[i];
         if (!l.compressed()) continue;
@@ -1742,10 +1724,9 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
             if (o.optimizer == ADAMW) u = std::max<int64_t>(u, int64_t(l.m) * l.r);
             if (o.master == MASTER_NONE) lifted = std::max<int64_t>(lifted, int64_t(l.m) * l.n);
         }
-        if (l.eigen) eigen_r = std::max<int64_t>(eigen_r, l.r), eigen_n = std::max<int64_t>(eigen_n, l.n);
     }
     add("workspace", "z", TYPE_X, {N, z_now}, &s.z_now);
-    add("workspace", "projection", TYPE_X, {o.projection == EIGEN ? 0 : dense}, &s.p);
+    add("workspace", "projection", TYPE_X, {dense}, &s.p);
     add("workspace", "projection_next", TYPE_X, {move * dense}, &s.p_next);
     add("workspace", "update", TYPE_X, {u}, &s.u);
     add("workspace", "lifted", "fp32", {lifted}, &s.lifted);
@@ -1754,10 +1735,6 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     add("workspace", "projection_shift", "int32", {stripes}, &s.shift);
     add("workspace", "projection_shift_next", "int32", {move * stripes}, &s.shift_next);
     add("workspace", "projection_change", "fp32", {move * p_change}, &s.p_change);
-    add("workspace", "qr", "fp32", {o.projection == EIGEN ? dense : 0}, &s.y);
-    add("workspace", "qr_reflectors", "fp32", {PANEL, eigen_n}, &s.reflectors);
-    add("workspace", "qr_t", "fp32", {eigen_r, PANEL}, &s.t);
-    add("workspace", "qr_products", "fp32", {2, eigen_r, PANEL}, &s.t_products);
     add("workspace", "cublas", "byte", {CUBLAS_BYTES}, &s.cublas_workspace);
     add("workspace", "logits", TYPE_X, {std::min<int64_t>(CHUNK, N), logits_width(c)}, &s.logits);
     add("workspace", "column_sums", "fp32", {SLABS, 4 * C}, &s.partial);
@@ -1920,13 +1897,8 @@ static void draw_projection(floatX* p, float* sign, int* shift, const Linear& l,
     LAUNCHED();
 }
 
-static floatX* basis_at(const Model& s, int which, int layer) {
-    return s.basis[which] + layer * int64_t(s.linear[which].r) * s.linear[which].n;
-}
-
-// The present P of a layer: drawn, a dense one into s.p, or its eigenbasis.
+// The present P of a layer: drawn, a dense one into s.p.
 static const floatX* projection_now(Model& s, int which, int layer) {
-    if (s.linear[which].eigen) return basis_at(s, which, layer);
     draw_projection(s.p, s.sign, s.shift, s.linear[which], s.options.projection, s.options.seed,
                     stream_of(which, layer, s.epoch));
     return s.p;
@@ -1943,14 +1915,14 @@ static Fold fold_into(Model& s, int which, int layer, floatX* z) {
     return Fold{z, s.sign, s.shift, l.n, l.r};
 }
 
-// z (N, r) = x P, for an input x (N, n) that is there already. Dense P is (n, r), an eigenbasis its transpose.
+// z (N, r) = x P, for an input x (N, n) that is there already. Dense P is (n, r).
 static void make_z(Model& s, int which, int layer, floatX* z, const floatX* x, int N) {
     const Linear& l = s.linear[which];
     if (s.options.projection == SPARSE) {
         fold_kernel<<<N, 256>>>(fold_into(s, which, layer, z), x);
         return LAUNCHED();
     }
-    matmul(z, CUDA_X, x, false, projection_now(s, which, layer), l.eigen, CUDA_X, N, l.r, l.n, 1.0f, 0.0f);
+    matmul(z, CUDA_X, x, false, projection_now(s, which, layer), false, CUDA_X, N, l.r, l.n, 1.0f, 0.0f);
 }
 
 // grid N, block 256: y (N, m) = b
@@ -1961,148 +1933,6 @@ __global__ void bias_kernel(floatX* y, const floatX* b, int m) {
 
 static floatX* tape_z(const Model& s, int which, int layer, int N) {
     return at_layer(s.z[which], layer % s.slots, int64_t(N) * s.linear[which].r);
-}
-
-// ---- the eigenbasis: P is the top r eigenvectors of x^T x, followed by orthogonal iteration, so that Adam works in that basis
-// (SOAP, arXiv 2409.11321, on one side). Columns keep their order and sign from one refresh to the next: so do the moments.
-
-// One panel: rows first..first+count-1 of a (., n) become Householder's vectors, each made after those before it, of length
-// 1; t (count, count), upper triangular, makes the reflections' product I - V t V^T (Schreiber and Van Loan, 1989). A vector
-// takes its row to a multiple of a unit vector, the sign being the other one (Golub and Van Loan, 5.1); where nothing is left
-// of a row, it is 0. grid 1, block 32 count: warp k owns row first + k. For each vector the panel is read
-// twice and written once, all in L2.
-__global__ void __launch_bounds__(WARP* PANEL) householder_panel(float* a, float* t, int first, int count, int n) {
-    __shared__ float T[PANEL][PANEL], dots[PANEL], scale;
-    int lane = threadIdx.x % WARP, k = threadIdx.x / WARP;
-    float *row = a + int64_t(first + k) * n, rest = 0;  // of the row's squares, right of the next pivot
-    for (int i = lane * QUAD; i < n; i += WARP * QUAD) {
-        float4 quad = load_quad(row + i);
-        float x[QUAD] = {quad.x, quad.y, quad.z, quad.w};
-        for (int e = 0; e < QUAD; e++) {
-            if (i + e < first) x[e] = 0;
-            if (i + e > first) rest += x[e] * x[e];
-        }
-        store_quad(row + i, {x[0], x[1], x[2], x[3]});
-    }
-    T[k][lane] = 0;
-    for (int j = 0; j < count; j++) {
-        int pivot = first + j, begin = pivot / QUAD * QUAD;
-        float* v = a + int64_t(pivot) * n;
-        rest = warp_sum(rest);
-        __syncwarp();
-        if (k == j && lane == 0) {
-            float x = row[pivot], top = x + copysignf(sqrtf(x * x + rest), x), squares = top * top + rest;
-            row[pivot] = top;
-            scale = squares > 1e-30f ? 1 / sqrtf(squares) : 0;
-        }
-        __syncthreads();
-        for (int i = begin + threadIdx.x * QUAD; i < n; i += blockDim.x * QUAD) {
-            float4 x = load_quad(v + i);
-            store_quad(v + i, {scale * x.x, scale * x.y, scale * x.z, scale * x.w});
-        }
-        __syncthreads();
-        float dot = 0;
-        for (int i = begin + lane * QUAD; i < n; i += WARP * QUAD) {
-            float4 x = load_quad(row + i), y = load_quad(v + i);
-            dot += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
-        }
-        dot = warp_sum(dot);
-        if (lane == 0) dots[k] = dot;
-        rest = 0;
-        for (int i = begin + lane * QUAD; k > j && i < n; i += WARP * QUAD) {
-            float4 x4 = load_quad(row + i), y4 = load_quad(v + i);
-            float x[QUAD] = {x4.x, x4.y, x4.z, x4.w}, y[QUAD] = {y4.x, y4.y, y4.z, y4.w};
-            for (int e = 0; e < QUAD; e++) {
-                x[e] = i + e > pivot ? x[e] - 2 * dot * y[e] : 0;
-                if (i + e > pivot + 1) rest += x[e] * x[e];
-            }
-            store_quad(row + i, {x[0], x[1], x[2], x[3]});
-        }
-        __syncthreads();
-        if (k == 0 && lane <= j) {
-            float sum = lane == j ? -1 : 0;
-            for (int i = lane; i < j; i++) sum += T[lane][i] * dots[i];
-            T[lane][j] = -2 * sum;
-        }
-        __syncwarp();
-    }
-    __syncthreads();
-    if (lane < count) t[k * count + lane] = T[k][lane];
-}
-
-// a (rows, n) -= (a V^T) t V, with t transposed or not; V (count, n)
-static void reflect(float* a, int rows, const float* v, const float* t, bool transposed, int count, int n, float* products) {
-    float* by_t = products + int64_t(rows) * count;
-    matmul(products, CUDA_R_32F, a, false, v, true, CUDA_R_32F, rows, count, n, 1.0f, 0.0f);
-    matmul(by_t, CUDA_R_32F, products, false, t, transposed, CUDA_R_32F, rows, count, count, 1.0f, 0.0f);
-    matmul(a, CUDA_R_32F, by_t, false, v, false, CUDA_R_32F, rows, n, count, -1.0f, 1.0f);
-}
-
-// grid r, block 256: each row of a (r, n) over its largest element.
-__global__ void __launch_bounds__(256) scale_rows_kernel(float* a, int n) {
-    __shared__ float shared[WARP];
-    float *row = a + int64_t(blockIdx.x) * n, most = 0;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) most = fmaxf(most, fabsf(row[i]));
-    most = block_reduce(most, shared, true);
-    for (int i = threadIdx.x; i < n && most > 0; i += blockDim.x) row[i] /= most;
-}
-
-// grid rows, block 256: row j of a (rows, n) becomes the unit vector first + j, with the sign that makes R's diagonal
-// positive: the other one than its Householder vector, v (rows, n), has there.
-__global__ void unit_rows_kernel(float* a, const float* v, int first, int n) {
-    int64_t row = blockIdx.x, pivot = first + row;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) a[row * n + i] = i != pivot ? 0 : v[row * n + pivot] > 0 ? -1 : 1;
-}
-
-// a (r, n), the transpose of A, becomes the transpose of Q, where A = Q R with orthonormal columns and R's diagonal
-// positive. Householder's method in panels: it holds where columns are parallel, or none are left.
-static void orthonormalise(Model& s, float* a, int r, int n) {
-    scale_rows_kernel<<<r, 256>>>(a, n);  // a column's length is R's, not Q's
-    LAUNCHED();
-    for (int first = 0; first < r; first += PANEL) {
-        int count = std::min<int>(PANEL, r - first), rest = r - first - count;
-        float *v = a + int64_t(first) * n, *t = s.t + first * PANEL;
-        householder_panel<<<1, WARP * count>>>(a, t, first, count, n);
-        LAUNCHED();
-        if (rest > 0) reflect(v + int64_t(count) * n, rest, v, t, false, count, n, s.t_products);
-    }
-    for (int first = (r - 1) / PANEL * PANEL; first >= 0; first -= PANEL) {  // the panels' product, from the last one
-        int count = std::min<int>(PANEL, r - first);
-        float* v = a + int64_t(first) * n;
-        CUDA(cudaMemcpyAsync(s.reflectors, v, sizeof(float) * count * n, cudaMemcpyDeviceToDevice));
-        unit_rows_kernel<<<count, 256>>>(v, s.reflectors, first, n);
-        LAUNCHED();
-        reflect(v, r - first, s.reflectors, s.t + first * PANEL, true, count, n, s.t_products);
-    }
-}
-
-// M <- M P_old^T P_new: the first moment moves into the space of a new projection (Flora, arXiv 2402.03293). change (r, r)
-// is P_old^T P_new; the gradient's memory, free until the next backward pass, serves for the product.
-static void move_moment(Model& s, int which, int layer, const float* change) {
-    const Linear& l = s.linear[which];
-    int i = weight_of(which);
-    float *m = s.m[i] + grad_offset(s, i, layer), *moved = s.grads[i] + grad_offset(s, i, layer);
-    matmul(moved, CUDA_R_32F, m, false, change, false, CUDA_R_32F, l.m, l.r, l.r, 1.0f, 0.0f);
-    CUDA(cudaMemcpyAsync(m, moved, sizeof(float) * l.m * l.r, cudaMemcpyDeviceToDevice));
-}
-
-// The basis Q follows the layer's inputs x (N, n): Y = x^T (x Q), Q <- the orthonormal factor of Y, s.refresh times. Y and its
-// factors are fp32.
-static void refresh_basis(Model& s, int which, int layer, const floatX* x, int N) {
-    const Linear& l = s.linear[which];
-    floatX *q = basis_at(s, which, layer), *z = s.z[which] ? tape_z(s, which, layer, N) : s.z_now;
-    size_t count = size_t(l.r) * l.n;
-    if (moments_move(s.options)) CUDA(cudaMemcpyAsync(s.p_next, q, count * sizeof(floatX), cudaMemcpyDeviceToDevice));
-    for (int i = 0; i < s.refresh; i++) {
-        make_z(s, which, layer, z, x, N);
-        matmul(s.y, CUDA_R_32F, z, true, x, false, CUDA_X, l.r, l.n, N, 1.0f, 0.0f);
-        orthonormalise(s, s.y, l.r, l.n);
-        round_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(q, s.y, count, false);
-        LAUNCHED();
-    }
-    if (!moments_move(s.options)) return;
-    matmul(s.p_change, CUDA_R_32F, s.p_next, false, q, true, CUDA_X, l.r, l.r, l.n, 1.0f, 0.0f);
-    move_moment(s, which, layer, s.p_change);
 }
 
 // For an input that is computed again: folded into z_now where that is all that the backward pass wants of it.
@@ -2121,7 +1951,6 @@ static void linear_forward(Model& s, int which, int layer, floatX* y, const floa
     }
     matmul(y, CUDA_X, x, false, s.params[w] + param_offset(s, w, layer), true, CUDA_X, N, l.m, l.n, 1.0f,
            with_bias ? 1.0f : 0.0f);
-    if (training && l.eigen && s.refresh > 0) refresh_basis(s, which, layer, x, N);
     if (training && s.z[which] && s.options.projection != SPARSE) make_z(s, which, layer, tape_z(s, which, layer, N), x, N);
 }
 
@@ -2210,7 +2039,7 @@ static void linear_update(Model& s, int which, int layer, const Adam& a, int64_t
         if (!u) adam_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(to, g, m, v, whole, a);
         return LAUNCHED();
     }
-    by *= float(s.options.alpha) * (l.eigen ? sqrtf(float(l.n) / l.r) : 1.0f);
+    by *= float(s.options.alpha);
     const floatX* p = projection_now(s, which, layer);
     if (s.options.projection == SPARSE) {
         sparse_update_kernel<<<l.m, 256, l.r * sizeof(float)>>>(to, u, g, m, v, s.sign, s.shift, l.n, l.r, a, by);
@@ -2222,11 +2051,11 @@ static void linear_update(Model& s, int which, int layer, const Adam& a, int64_t
         u = s.u;
     }
     if (to.stochastic) {
-        matmul(s.lifted, CUDA_R_32F, u, false, p, !l.eigen, CUDA_X, l.m, l.n, l.r, 1.0f, 0.0f);
+        matmul(s.lifted, CUDA_R_32F, u, false, p, true, CUDA_X, l.m, l.n, l.r, 1.0f, 0.0f);
         lift_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(to, s.lifted, nullptr, whole, keep, by);
         return LAUNCHED();
     }
-    matmul(to.master, CUDA_R_32F, u, false, p, !l.eigen, CUDA_X, l.m, l.n, l.r, -by, keep);
+    matmul(to.master, CUDA_R_32F, u, false, p, true, CUDA_X, l.m, l.n, l.r, -by, keep);
     if (!IS_BF16) return;
     round_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(to.w, to.master, whole, false);
     LAUNCHED();
@@ -2266,8 +2095,18 @@ __global__ void sparse_change_kernel(float* change, const float* sign, const int
     }
 }
 
+// M <- M P_old^T P_new: the first moment moves into the space of a new projection (Flora, arXiv 2402.03293). change (r, r)
+// is P_old^T P_new; the gradient's memory, free until the next backward pass, serves for the product.
+static void move_moment(Model& s, int which, int layer, const float* change) {
+    const Linear& l = s.linear[which];
+    int i = weight_of(which);
+    float *m = s.m[i] + grad_offset(s, i, layer), *moved = s.grads[i] + grad_offset(s, i, layer);
+    matmul(moved, CUDA_R_32F, m, false, change, false, CUDA_R_32F, l.m, l.r, l.r, 1.0f, 0.0f);
+    CUDA(cudaMemcpyAsync(m, moved, sizeof(float) * l.m * l.r, cudaMemcpyDeviceToDevice));
+}
+
 // A new epoch's P: the moments stay as they are (CompAct), or start again from zero, or the first of them moves into the
-// new space. An eigenbasis moves it when it is refreshed.
+// new space.
 static void linear_next_epoch(Model& s, int which, int layer) {
     const Linear& l = s.linear[which];
     const Options& o = s.options;
@@ -2276,7 +2115,7 @@ static void linear_next_epoch(Model& s, int which, int layer) {
         size_t bytes = sizeof(float) * l.m * l.r;
         CUDA(cudaMemsetAsync(s.m[i] + grad_offset(s, i, layer), 0, bytes));
         if (s.v[i]) CUDA(cudaMemsetAsync(s.v[i] + grad_offset(s, i, layer), 0, bytes));
-    } else if (o.moments == MOVE && !l.eigen) {
+    } else if (o.moments == MOVE) {
         draw_projection(s.p, s.sign, s.shift, l, o.projection, o.seed, stream_of(which, layer, s.epoch - 1));
         draw_projection(s.p_next, s.sign_next, s.shift_next, l, o.projection, o.seed, stream_of(which, layer, s.epoch));
         if (o.projection == SPARSE) {
@@ -2559,7 +2398,6 @@ static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
         if (i != WTE && param_rows[i].linear < 0) CUDA(cudaMemsetAsync(s.grads[i], 0, param_count(c, i) * sizeof(float)));
     }
     model_forward(s, B, T, true);
-    s.refresh = 0;
     classifier(s, N, true, scale, beta);
     layernorm_backward(s, s.dresidual, s.spare, s.now[RESIDUAL], s.lnf_mean, s.lnf_rstd, LNFW, 0, N, false);
     for (int layer = c.L - 1; layer >= 0; layer--) {
@@ -2571,23 +2409,14 @@ static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
     CUDA(cudaDeviceSynchronize());
 }
 
-enum { START_ITERATIONS = 4 };  // of an eigenbasis from a random start
-
 // Before optimizer step `step` (from 0): the projections' epoch advances every --gap steps, for all layers together.
 static void model_begin_step(Model& s, int64_t step) {
     const Options& o = s.options;
     bool advances = o.gap > 0 && step > 0 && step % o.gap == 0;
     s.epoch = o.gap > 0 ? step / o.gap : 0;
-    s.refresh = step == 0 ? START_ITERATIONS : advances ? o.refresh_iterations : 0;
     for (int layer = 0; layer < s.config.L; layer++) {
         for (int which = 0; which < LINEARS; which++) {
             const Linear& l = s.linear[which];
-            int64_t count = int64_t(l.r) * l.n;
-            if (l.eigen && step == 0) {
-                gaussian_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(basis_at(s, which, layer), count, 1.0f, o.seed,
-                                                                        stream_of(which, layer, 0));
-                LAUNCHED();
-            }
             if (l.compressed() && advances) linear_next_epoch(s, which, layer);
         }
     }
@@ -2648,7 +2477,7 @@ static std::vector<float> model_projection(Model& s, int which, int layer) {
     for (int k = 0; k < l.n; k++) {
         if (s.options.projection == SPARSE) out[int64_t(k) * l.r + (k + shift[k / l.r]) % l.r] = sign[k];
         for (int j = 0; s.options.projection != SPARSE && j < l.r; j++)
-            out[int64_t(k) * l.r + j] = float(dense[l.eigen ? int64_t(j) * l.n + k : int64_t(k) * l.r + j]);
+            out[int64_t(k) * l.r + j] = float(dense[int64_t(k) * l.r + j]);
     }
     return out;
 }
@@ -3248,7 +3077,6 @@ static std::string checkpoint_path(const std::string& dir, const char* kind, int
 static std::vector<Tensor> saved_tensors(const Plan& plan) {
     std::vector<Tensor> saved = weights_of(plan);
     tensors_of(plan, "moments", saved);
-    tensors_of(plan, "basis", saved);
     return saved;
 }
 
@@ -3388,10 +3216,9 @@ static std::vector<OptionRow> option_table(Options& o) {
         {0, "optimizer", "O", KIND_CHOICE, &o.optimizer, "of the linear layers' weights; all else takes adamw: ", 0, 0, optimizer_names},
         {0, "rank", "R", KIND_RANK, &o.rank, "ratio in (0, 1] of a layer's inputs, or a whole rank above 1; 1 is full rank", 0, MANY},
         {0, "compress", "LIST", KIND_SET, &o.compress, "the layers that this holds for: none, or from ", 0, 0, linear_names},
-        {0, "projection", "P", KIND_CHOICE, &o.projection, "auto is eigen, but at --rank 1 full rank: ", 0, 0, projection_names},
-        {0, "gap", "T", KIND_INT, &o.gap, "steps between new projections; 0: never, -1: 50, or 10 for an eigenbasis", -1, MANY},
+        {0, "projection", "P", KIND_CHOICE, &o.projection, "", 0, 0, projection_names},
+        {0, "gap", "T", KIND_INT, &o.gap, "steps between new projections; 0: never", 0, MANY},
         {0, "alpha", "A", KIND_REAL, &o.alpha, "scale of a compressed layer's step", 0, MANY},
-        {0, "refresh-iterations", "K", KIND_INT, &o.refresh_iterations, "of an eigenbasis, every --gap steps", 1, 1000},
         {0, "moments", "M", KIND_CHOICE, &o.moments, "the optimizer's, at a new projection: ", 0, 0, moments_names},
         {'r', "recompute", "N", KIND_INT, &o.recompute, levels_help(), 0, NEVER - 1},
         {0, "gelu", "G", KIND_CHOICE, &o.gelu, "2bit keeps 2 bits of each of fch, for a derivative in steps: ", 0, 0, gelu_names},
@@ -3596,8 +3423,6 @@ static void fit_memory(Options& o, const Config& c) {
 
 // Fills in what follows from the model, and looks for contradictions.
 static void settle_options(Options& o, const Config& c) {
-    if (o.projection == AUTO) o.projection = o.rank == 1.0 ? GAUSSIAN : EIGEN;  // a whole eigenbasis is not full rank
-    if (o.gap < 0) o.gap = o.projection == EIGEN ? 10 : 50;  // a fresher basis trains better; a drawn P may as well stay
     if (o.seq == 0) o.seq = c.context;
     if (o.seq > c.context) refuse("--seq: " + str(o.seq) + " is more than the model's context of " + str(c.context));
     if (o.gelu == GELU_2BIT && o.recompute >= tape_rows[FCH].gone_from)
@@ -3636,12 +3461,13 @@ static std::string shape_text(const Tensor& t, const char* between) {
 
 // The plan of a run beside those that it is measured against.
 struct Plans {
-    Plan run, full_rank, level_2;  // the same flags at full rank; full rank at --recompute 2 and nothing else: llm.c's best
+    Plan run, full_rank, level_2;  // the same flags at full rank with AdamW; that at --recompute 2 and nothing else: llm.c's best
 };
 
 static Plans make_plans(Model& s, const Config& c, const Options& o) {
     Options full = o;
-    full.rank = 1.0, full.projection = GAUSSIAN;
+    full.rank = 1.0;
+    full.optimizer = ADAMW;
     Options level_2 = full;
     level_2.recompute = 2, level_2.gelu = GELU_EXACT, level_2.tape = TAPE_FULL, level_2.master = MASTER_FP32;
     level_2.offload = false;
@@ -3798,11 +3624,12 @@ static void describe(const Options& o, const Config& c, const Data& train, const
            o.total_batch / o.seq / o.batch, commas(o.total_batch).c_str(), commas(steps).c_str(),
            double(steps) * (o.total_batch / o.seq) / train.sequences);
     std::string method = "full rank";
-    if ((o.rank != 1.0 || o.projection == EIGEN) && o.compress != 0) {
+    if (o.rank != 1.0 && o.compress != 0) {
         method = text("rank %g of ", o.rank) + names_of(linear_names, o.compress) + "; " +
                  names_of(projection_names, 1 << o.projection) +
                  text(", new every %d steps, alpha %g, moments ", o.gap, o.alpha) + names_of(moments_names, 1 << o.moments);
     }
+    method += std::string("; ") + names_of(optimizer_names, 1 << o.optimizer);
     printf("method   %s; recompute %d; lr %g, %s\n", method.c_str(), o.recompute, o.lr,
            names_of(schedule_names, 1 << o.schedule).c_str());
 }

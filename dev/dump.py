@@ -76,7 +76,7 @@ def read(path):
 def lift(records, name):
     """
     The gradient of a linear layer's weight, such as "fcw.0", in the weight's own shape (m, n). Of a compressed layer that is
-    G P^T, from G (m, r) and P (n, r): an unbiased estimate of the full gradient, or, of an eigenbasis, its projection into it;
+    G P^T, from G (m, r) and P (n, r): an unbiased estimate of the full gradient;
     at full rank it is the gradient itself.
     """
     gradient = records["grad." + name]

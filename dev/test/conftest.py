@@ -11,7 +11,7 @@ import pytest
 import formats
 
 # A model that starts, trains some steps and ends within some hundredths of a second.
-TINY = ["-e", "d2", "--channels", 16, "--heads", 2, "--context", 32, "-b", 2]
+TINY = ["-e", "d2", "--channels", 16, "--heads", 2, "--context", 32, "-b", 2, "--optimizer", "adamw"]
 VOCAB = 100  # of the shards
 NAME = "train_gpt2_compact: "  # what a line on standard error begins with
 LEVELS = range(6)  # of --recompute
@@ -150,8 +150,7 @@ def philox(seed, stream, index):
 
 
 def draw(kind, n, r, seed, linear, layer, epoch):
-    """P (n, r) in double precision, from the description of the random stream. A run's dump shows P of epoch 0 alone. Of an
-    eigenbasis it is what its first iteration starts from."""
+    """P (n, r) in double precision, from the description of the random stream. A run's dump shows P of epoch 0 alone."""
     stream = epoch << 32 | layer << 8 | ["qkv", "attproj", "fc", "fcproj"].index(linear)
 
     def signs(count):
@@ -159,8 +158,6 @@ def draw(kind, n, r, seed, linear, layer, epoch):
         bits = words[:, :, None] >> np.arange(32, dtype=np.uint64) & np.uint64(1)
         return 1.0 - 2.0 * bits.reshape(-1)[:count].astype(float)
 
-    if kind == "eigen":
-        return draw("gaussian", r, n, seed, linear, layer, 0).T * math.sqrt(n)
     if kind == "rademacher":
         return signs(n * r).reshape(n, r) / math.sqrt(r)
     if kind == "gaussian":  # Box-Muller as in cuRAND: u in (0, 1], an angle in (0, 2 pi]

@@ -22,8 +22,6 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import formats
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-INPUT_OF = {"qkvw": "ln1", "attprojw": "atty", "fcw": "ln2", "fcprojw": "fch_gelu"}
-START_ITERATIONS = 4  # of an eigenbasis
 
 
 # ---------------------------------------------------------------------------- the model
@@ -112,38 +110,14 @@ def compact_update(W, G, P, moments, step, hyper):
     W -= hyper["lr"] * (U + hyper["decay"] * W)
 
 
-def iterate(Q, x, iterations):
-    """Orthogonal iteration: Q (n, r) nearer to the top eigenvectors of x^T x, where R's diagonal is positive."""
-    for _ in range(iterations):
-        Q, R = torch.linalg.qr(x.T @ (x @ Q))
-        Q = Q * R.diagonal().sign()
-    return Q
-
-
-def refresh(proj, act, step, moments, basis):
-    """The bases follow the inputs of the step's first micro batch; and the moments follow the bases, if they are to."""
-    for record, Q in proj.items():
-        name, layer = record.split(".")
-        x = act[f"act.{INPUT_OF[name]}.{layer}"][:basis["micro"]].detach().flatten(0, 1)
-        proj[record] = iterate(Q, x, START_ITERATIONS if step == 1 else basis["iterations"])
-        if record in moments and basis["moments"] == "move":
-            moments[record][0].copy_(moments[record][0] @ Q.T @ proj[record])
-        if basis["moments"] == "reset":
-            moments.pop(record, None)
-
-
-def train_compact(params, config, inputs, targets, hyper, steps, proj, basis=None):
-    """As train, but tensors that have a projection, proj["qkvw.0"] and so on, learn from gradients times it. Where there is a
-    `basis`, proj is what eigenbases start from, and is replaced every basis["gap"] steps."""
+def train_compact(params, config, inputs, targets, hyper, steps, proj):
+    """As train, but tensors that have a projection, proj["qkvw.0"] and so on, learn from gradients times it."""
     p = parameters(params)
     proj = {name: torch.tensor(P, dtype=torch.float64) for name, P in proj.items()}
-    moments, losses, norms, first = {}, [], [], {}
+    moments, losses, norms = {}, [], []
     for step in range(1, steps + 1):
-        act, _, loss = backward(p, config, inputs, targets)
+        _, _, loss = backward(p, config, inputs, targets)
         losses.append(loss)
-        if basis and (step - 1) % basis["gap"] == 0:
-            refresh(proj, act, step, moments, basis)
-            first = first or {"first." + name: Q.numpy() for name, Q in proj.items()}
         todo = []
         for name in formats.PARAMS:
             for (record, W), (_, G) in zip(formats.per_layer(name, p[name].detach()), formats.per_layer(name, p[name].grad)):
@@ -153,13 +127,9 @@ def train_compact(params, config, inputs, targets, hyper, steps, proj, basis=Non
         for name, record, W, G in todo:
             decay = hyper["weight_decay"] if name in formats.DECAYED else 0.0
             mv = moments.setdefault(record, (torch.zeros_like(G), torch.zeros_like(G)))
-            P, age, alpha = proj.get(record), step, hyper.get("alpha")
-            if basis and P is not None:
-                age = (step - 1) % basis["gap"] + 1 if basis["moments"] == "reset" else step
-                alpha *= math.sqrt(P.shape[0] / P.shape[1])
-            compact_update(W, scale * G, P, mv, age, dict(hyper, decay=decay, alpha=alpha))
+            compact_update(W, scale * G, proj.get(record), mv, step, dict(hyper, decay=decay))
         norms.append(norm)
-    return np.array(losses), np.array(norms), {name: t.detach().numpy() for name, t in p.items()}, first
+    return np.array(losses), np.array(norms), {name: t.detach().numpy() for name, t in p.items()}
 
 
 # ---------------------------------------------------------------------------- goldens
@@ -220,7 +190,7 @@ def make_goldens(directory):
 # ---------------------------------------------------------------------------- questions from test_parity.py
 
 def evaluate(job_path, out_path):
-    """The job holds the model, the batch and, as proj.NAME.LAYER, the projections if there are any, or where eigenbases start."""
+    """The job holds the model, the batch and, as proj.NAME.LAYER, the projections if there are any."""
     job = np.load(job_path)
     about = json.loads(job["about"].tobytes())
     config, hyper = about["config"], about["hyper"]
@@ -229,8 +199,7 @@ def evaluate(job_path, out_path):
     inputs, targets = torch.tensor(job["inputs"]).long(), torch.tensor(job["targets"]).long()
     out = first_step(params, config, inputs, targets)
     if proj:
-        losses, norms, trained, first = train_compact(params, config, inputs, targets, hyper, about["steps"], proj, about.get("basis"))
-        out.update(first)
+        losses, norms, trained = train_compact(params, config, inputs, targets, hyper, about["steps"], proj)
     else:
         losses, norms, trained = train(params, config, inputs, targets, hyper, about["steps"])
     out.update({"trained." + name: value for name, value in trained.items()}, losses=losses, norms=norms)

@@ -14,7 +14,7 @@ import formats
 from conftest import LEVELS, NAME, TINY, VOCAB, check_one_line, environment, make_text
 
 METHODS = [["--rank", 1.0]] + [["--projection", p, "--moments", m]
-                               for p in ("gaussian", "rademacher", "sparse", "eigen") for m in ("keep", "move", "reset")]
+                               for p in ("gaussian", "rademacher", "sparse") for m in ("keep", "move", "reset")]
 FEW_BITS = ["--gelu 2bit -r 2", "--tape int8 -r 4", "--master none", "--master none --gelu 2bit --tape int8 --moments move"]
 CONSTANT = ["-k", "constant", "-l", 1e-2]  # a rate that does not depend on --steps
 
@@ -63,8 +63,7 @@ def test_resume_in_a_schedule(train):
 
 
 def test_resume_with_another_micro_batch_or_level(train):
-    """What may change between: how a step is cut (the sums' order changes) and what is computed again (nothing does). An eigenbasis
-    follows the first micro batch, so that there the cut is a choice of its own."""
+    """What may change between: how a step is cut (the sums' order changes) and what is computed again (nothing does)."""
     args = [*CONSTANT, "--projection", "gaussian", "-d", 8 * 32, "-n", -1, "--eps", 1e-3]
     whole = train(*args, "-b", 4, "-x", 20)
     part = train(*args, "-b", 4, "-x", 10).out

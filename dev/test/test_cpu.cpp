@@ -1076,144 +1076,6 @@ TEST(Compressed, EpochAdvancesWithTheGap) {
     EXPECT_EQ(s.epoch, 0);
 }
 
-// ---- the eigenbasis
-
-// The transpose of A's orthonormal factor, from the transpose of A; what is lent to orthonormalise is as large as the plan
-// says.
-static Floats orthonormalised(Floats a, int r, int n) {
-    Floats reflectors(PANEL * n, NAN), t(r * PANEL, NAN), products(2 * r * PANEL, NAN);
-    Model s = {};
-    s.reflectors = reflectors.data(), s.t = t.data(), s.t_products = products.data();
-    orthonormalise(s, a.data(), r, n);
-    return a;
-}
-
-// How far Q^T Q is from I, at most; NaN where it is no number.
-static double orthogonality_error(const Floats& q, int r, int n) {
-    Doubles gram = naive_product(doubles(q), false, doubles(q), true, r, r, n);
-    for (int j = 0; j < r; j++) gram[j * r + j] -= 1;
-    double sum = 0;
-    for (double value : gram) sum += value;
-    return std::isfinite(sum) ? greatest(gram) : NAN;
-}
-
-// Gram and Schmidt's way, in double precision and twice over, from and to a transpose (r, n). A column of nothing stays that.
-static Doubles gram_schmidt(Doubles q, int r, int n) {
-    auto part = [&](int i, int j) { return std::inner_product(&q[i * n], &q[i * n] + n, &q[j * n], 0.0); };
-    for (int j = 0; j < r; j++) {
-        for (int i = 0; i < 2 * j; i++) {
-            const double along = part(i % j, j);
-            for (int k = 0; k < n; k++) q[j * n + k] -= along * q[i % j * n + k];
-        }
-        const double left = sqrt(part(j, j));
-        for (int k = 0; k < n; k++) q[j * n + k] /= left > 0 ? left : 1;
-    }
-    return q;
-}
-
-enum { PLAIN, PARALLEL, SAME, ZERO, SOME_ZERO, HUGE_AND_TINY, THREE_DEEP, FALLING, STAIRS, SMALL, LARGE, COLUMNS };
-static const char* column_names[COLUMNS] = {
-    "plain",     "nearly parallel", "all the same",      "all zero",      "every third zero", "1e15 apart",
-    "of rank 3", "down to 1e-16",   "nearly triangular", "of size 1e-17", "of size 1e15"};
-
-// The transpose (r, n) of columns that hurt in some way.
-static Floats draw_columns(int kind, int r, int n, Random& random) {
-    const Floats common = random.reals(3 * n);
-    Floats a(r * n);
-    for (int j = 0; j < r; j++) {
-        const Floats mix = random.reals(3);
-        for (int i = 0; i < n; i++) {
-            const float x = random.real();
-            float& to = a[j * n + i];
-            to = x;
-            if (kind == PARALLEL) to = common[i] + 1e-4f * x;
-            if (kind == SAME) to = float(i % 5 - 2);  // exactly: nothing but rounding is left after the first, and then of that
-            if (kind == ZERO || (kind == SOME_ZERO && j % 3 == 1)) to = 0;
-            if (kind == HUGE_AND_TINY) to = j == 0 ? 3e7f * x : j == r - 1 ? 3e-8f * x : x;
-            if (kind == THREE_DEEP) to = mix[0] * common[i] + mix[1] * common[n + i] + mix[2] * common[2 * n + i];
-            if (kind == FALLING) to = x * powf(10, -16.0f * j / r);
-            if (kind == STAIRS && i > j) to = 1e-10f * x;
-            if (kind == SMALL) to = 1e-17f * x;
-            if (kind == LARGE) to = 1e15f * x;
-        }
-    }
-    return a;
-}
-
-TEST(Eigenbasis, OrthonormaliseIsQR) {
-    const int shapes[][2] = {{1, 7},   {7, 7},   {6, 7},   {PANEL - 1, 64}, {PANEL, 40}, {PANEL + 1, PANEL + 2},
-                             {33, 70}, {64, 64}, {70, 90}, {5, 300}};
-    const int threads_were = omp_get_max_threads();
-    Random random(71);
-    for (auto& shape : shapes) {
-        for (int kind = 0; kind < COLUMNS; kind++) {
-            const int r = shape[0], n = shape[1];
-            const Floats a = draw_columns(kind, r, n, random);
-            // Where a column is nearly a mixture of others, rounding decides what is left of it: how much does it move Q?
-            const Doubles want = gram_schmidt(doubles(a), r, n);
-            Doubles other = doubles(a);
-            for (int j = 0; j < r; j++) {
-                const double most = greatest(Doubles(&other[j * n], &other[j * n] + n));
-                for (int k = 0; k < n; k++) other[j * n + k] += ROUND * most * random.real();
-            }
-            other = gram_schmidt(other, r, n);
-            for (int i = 0; i < r * n; i++) other[i] -= want[i];
-            const double moved = greatest(other);
-            for (int threads = 1; threads <= 2; threads++) {
-                SCOPED_TRACE(text("%d columns of %d, %s, %d threads", r, n, column_names[kind], threads));
-                omp_set_num_threads(threads);
-                const Floats q = orthonormalised(a, r, n);
-                // Householder's method errs by some roundings, whatever the columns: 5 were the most below R's diagonal, but
-                // for sums of n equal numbers that are taken one after the other, without vectors: 29 of 300.
-                const double allowed = std::max(16.0, n / 8.0) * ROUND;
-                ASSERT_LE(orthogonality_error(q, r, n), allowed * sqrt(double(n)));
-                const Doubles R = naive_product(doubles(q), false, doubles(a), true, r, r, n);  // Q^T A
-                for (int j = 0; j < r; j++) {
-                    Doubles rest(&a[j * n], &a[j * n] + n);
-                    const double length = sqrt(dot(rest, rest));
-                    for (int i = 0; i < r; i++) {
-                        ASSERT_LE(i > j ? fabs(R[i * r + j]) : 0.0, allowed * length) << i << " " << j;
-                        for (int k = 0; k < n; k++) rest[k] -= i <= j ? R[i * r + j] * q[i * n + k] : 0;
-                    }
-                    ASSERT_GE(R[j * r + j], -allowed * length) << j;
-                    ASSERT_LE(sqrt(dot(rest, rest)), 2 * allowed * length) << "A is not Q R in column " << j;
-                }
-                // A sum of n errs by some sqrt(n) roundings, where it is taken in one piece.
-                const double several = 8 * sqrt(double(n));
-                if (kind != ZERO && kind != SOME_ZERO) expect_close("Q", q.data(), want, several * (ROUND + moved), 1);
-            }
-        }
-    }
-    omp_set_num_threads(threads_were);
-}
-
-// Q = A R^-1 with R^T R = A^T A, by Cholesky's method: fewer operations, and the condition squared.
-static Floats cholesky_qr(Floats a, int r, int n) {
-    Floats g(r * r);
-    matmul(g.data(), a.data(), false, a.data(), true, r, r, n, 1.0f, 0.0f);
-    for (int i = 0; i < r; i++) {  // g's lower triangle becomes R^T, row by row, and the rows of a those of Q^T
-        for (int j = 0; j <= i; j++) {
-            for (int k = 0; k < j; k++) g[i * r + j] -= g[i * r + k] * g[j * r + k];
-            g[i * r + j] = i == j ? sqrtf(g[i * r + i]) : g[i * r + j] / g[j * r + j];
-        }
-        for (int k = 0; k < n; k++) {
-            for (int j = 0; j < i; j++) a[i * n + k] -= g[i * r + j] * a[j * n + k];
-            a[i * n + k] /= g[i * r + i];
-        }
-    }
-    return a;
-}
-
-TEST(Eigenbasis, CholeskyWouldNotDo) {  // why it is Householder's method
-    const int r = 40, n = 100;
-    Random random(72);
-    const Floats plain = draw_columns(PLAIN, r, n, random), parallel = draw_columns(PARALLEL, r, n, random);
-    EXPECT_LE(orthogonality_error(cholesky_qr(plain, r, n), r, n), 1e-5);  // a Cholesky QR it is
-    const double error = orthogonality_error(cholesky_qr(parallel, r, n), r, n);
-    EXPECT_FALSE(error <= 0.1) << error;
-    EXPECT_LE(orthogonality_error(orthonormalised(parallel, r, n), r, n), 16 * ROUND * sqrt(double(n)));
-}
-
 // ---- data
 
 static void write_file(const std::string& path, const std::string& bytes) {
@@ -1654,8 +1516,7 @@ static Combination draw_combination(Random& random) {
     o.total_batch = micros * o.batch * o.seq;
     o.rank = one_of({1, 0.5, 0.25, 0.1, 2, 3, 7});
     o.compress = random.below(16);
-    o.projection = random.below(4), o.moments = random.below(3), o.gap = random.below(3);
-    o.refresh_iterations = 1 + random.below(3);
+    o.projection = random.below(3), o.moments = random.below(3), o.gap = random.below(3);
     o.recompute = random.below(NEVER), o.gelu = random.below(3) == 0 ? GELU_2BIT : GELU_EXACT;
     o.tape = random.below(2), o.master = random.below(2);
     return {c, o, micros, o.gelu == GELU_2BIT && o.recompute >= 3};
@@ -1664,11 +1525,10 @@ static Combination draw_combination(Random& random) {
 static std::string words_of(const Combination& x) {
     const Options& o = x.options;
     return text(
-        "L %d NH %d C %d V %d T %d B %d seq %d micros %d rank %g compress %d projection %d moments %d gap %d iterations %d -r "
-        "%d "
-        "gelu %d tape %d master %d",
+        "L %d NH %d C %d V %d T %d B %d seq %d micros %d rank %g compress %d projection %d moments %d gap %d -r %d gelu %d "
+        "tape %d master %d",
         x.config.L, x.config.NH, x.config.C, x.config.V, x.config.context, o.batch, o.seq, x.micros, o.rank, o.compress,
-        o.projection, o.moments, o.gap, o.refresh_iterations, o.recompute, o.gelu, o.tape, o.master);
+        o.projection, o.moments, o.gap, o.recompute, o.gelu, o.tape, o.master);
 }
 
 // Two steps and an evaluation: losses and norms on the way, and the weights at the end.

@@ -77,7 +77,7 @@ def same_end(a, b, step):
 @pytest.mark.parametrize("precision, flags", [
     ("bf16", "--projection gaussian --moments move"), ("bf16", "--master none -r 3 --projection sparse"), ("bf16", "--tape int8 --offload -r 5"),
     ("bf16", "--gelu 2bit --tape int8 --master none --offload --moments move"), ("fp32", "--master none --tape int8 -r 4"),
-    ("bf16", "--projection eigen --moments move"), ("fp32", "--projection eigen --rank 1 -r 5 --master none")])
+    ("bf16", "--optimizer muon --moments move"), ("fp32", "--optimizer muon --rank 1 -r 5 --master none")])
 def test_resume_is_bit_exact(shard, tmp_path, precision, flags):
     flags = ["--train", shard, *TINY, "--gap", 2, "-n", -1, *flags.split()]
     for name, steps in ("whole", [4]), ("parts", [2, 4]):
@@ -127,7 +127,7 @@ def random_flags(rng):
              "-b", B, "-t", T, "-d", B * T * micros, "-r", level, "--gelu", gelu,
              "--rank", rng.choice(["1", "0.5", "0.25", "0.1", "3", "7"]),
              "--compress", ",".join(rng.sample(ALL, rng.randrange(1, 5))),
-             "--projection", rng.choice(["gaussian", "rademacher", "sparse", "eigen"]), "--gap", rng.choice([0, 1, 1]),
+             "--projection", rng.choice(["gaussian", "rademacher", "sparse"]), "--gap", rng.choice([0, 1, 1]),
              "--moments", rng.choice(["keep", "move", "reset"]), "--tape", rng.choice(["full", "int8"]),
              "--master", rng.choice(["fp32", "none"]), *rng.choice([[], ["--offload"]])]
     return flags, gelu == "2bit" and level >= 3

@@ -19,8 +19,7 @@ from conftest import LEVELS, draw
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CASES = ["padded", "odd", "one", "long"]  # see reference.py
-DRAWN = ["gaussian", "rademacher", "sparse"]
-PROJECTIONS = [*DRAWN, "eigen"]
+PROJECTIONS = ["gaussian", "rademacher", "sparse"]
 LINEARS = ["qkv", "attproj", "fc", "fcproj"]
 COMPRESSED = "qkv,fc,fcproj"  # the default of --compress
 
@@ -120,7 +119,7 @@ def run(out, model, tokens, B, T, steps, hyper, *extra):
     if os.path.exists(dump):
         os.remove(dump)  # a session that is resumed must write its own
     args = ["-e", model, "--train", tokens, "-b", B, "-t", T, "-x", steps, "-o", out, "-n", -1, "--overfit",
-            "--dump", dump, "-l", hyper["lr"], "-u", 0, "-k", "constant",
+            "--dump", dump, "-l", hyper["lr"], "-u", 0, "-k", "constant", "--optimizer", "adamw",
             "-c", hyper["weight_decay"], "--clip", hyper["clip"], "--beta1", hyper["beta1"],
             "--beta2", hyper["beta2"], "--eps", hyper["eps"], *extra]
     done = formats.run_trainer(args)
@@ -289,6 +288,8 @@ def test_compressed_gradients(case, projection, rank, trainer):
     for name in names:
         n = input_width(name, about["config"]["channels"])
         r = int(rank) if "." not in rank else max(1, int(float(rank) * n + 0.5))
+        if "." in rank and r >= 8:  # of a ratio: a multiple of 8 from there on
+            r = min(n, int(r / 8 + 0.5) * 8)
         assert dump["proj." + name].shape == (n, r)
         assert np.abs(dump["proj." + name]).max() > 0
     if projection == "gaussian":  # a few signs may agree by chance
@@ -303,14 +304,13 @@ def test_compressed_layers_are_those_asked_for(linears, trainer):
 
 
 def adam_step(W, G, P, moments, age, hyper, decay):
-    """The update of design's table, in double precision: the new weight. P is None at full rank, and has orthonormal columns
-    where hyper says so: then the step is sqrt(n / r) as long."""
+    """The update of design's table, in double precision: the new weight. P is None at full rank."""
     b1, b2 = hyper["beta1"], hyper["beta2"]
     moments[0] = b1 * moments[0] + (1 - b1) * G
     moments[1] = b2 * moments[1] + (1 - b2) * G * G
     U = moments[0] / (1 - b1 ** age) / (np.sqrt(moments[1] / (1 - b2 ** age)) + hyper["eps"])
     if P is not None:
-        U = hyper["alpha"] * (P.shape[0] / P.shape[1] if hyper["eigen"] else 1) ** 0.5 * U @ P.T
+        U = hyper["alpha"] * U @ P.T
     return W - hyper["lr"] * (U + decay * W)
 
 
@@ -329,9 +329,7 @@ def test_compressed_updates(case, projection, rule, linears, files):
     """Five steps with new projections after the second and the fourth, replayed from the trainer's own gradients and
     projections. The trainer is stopped and resumed after each step, for it dumps a session's first step."""
     about, _ = golden(case)
-    B, T, gap, hyper = about["B"], about["T"], 2, dict(about["hyper"], alpha=0.5, eps=1e-3, eigen=projection == "eigen")
-    if hyper["eigen"]:
-        hyper["clip"] *= 0.9  # Q takes a part of a gradient's length, where the others take all of it on average
+    B, T, gap, hyper = about["B"], about["T"], 2, dict(about["hyper"], alpha=0.5, eps=1e-3)
     model, tokens, out = files(case)
     params, before, moments, P = golden_params(case), model, {}, {}
     for step in range(1, 6):
@@ -425,7 +423,7 @@ def check_steps(name, got, want, moved, key, tolerance, unit):
     check(name, got, want[key], tolerance + 8 * sensitive, unit)
 
 
-@pytest.mark.parametrize("method", ["full rank"] + DRAWN)
+@pytest.mark.parametrize("method", ["full rank"] + PROJECTIONS)
 def test_live(method, tmp_path):
     seed = live_seed()
     rng = np.random.default_rng(seed)
@@ -461,45 +459,6 @@ def test_live(method, tmp_path):
                 check_grads(got.dump, {name: G}, BACKWARD)
         check_steps("losses" + at, got.losses, want, moved, "losses", 2 * LOSS + LOGGED, want["losses"].max())
         check_steps("norms" + at, got.norms, want, moved, "norms", BACKWARD + LOGGED, want["norms"].max())
-        for name in formats.PARAMS:
-            check_steps(f"{name} after training" + at, got.params[name], want, moved, "trained." + name, CONDITIONED, hyper["lr"])
-
-
-@pytest.mark.parametrize("rule, micro", [("keep", 1), ("move", 1), ("reset", 3)])
-def test_live_eigenbasis(rule, micro, tmp_path):
-    """Six steps with refreshes in the third and the fifth, in micro batches of one sequence or of three. The reference follows its
-    own inputs, from the same start. Where eigenvalues lie near each other nothing says which vectors of their space the basis
-    holds; that does not matter, for a few iterations of a given start are a smooth function of the inputs. How smooth, the
-    reference tells, as in test_live. But a product errs by its roundings of the greatest eigenvalue, which late columns with a
-    thousandth of it would show: hence a rank of 5."""
-    rng, B, T, steps, rank = np.random.default_rng(live_seed()), 3, 37, 6, 5
-    config = dict(context=40, vocab=50, layers=2, heads=2, channels=16, padded_vocab=64)
-    hyper = dict(lr=1e-2, clip=0.75, eps=1e-3, beta1=0.8, beta2=0.9, weight_decay=0.3, alpha=0.7)
-    basis = dict(gap=2, iterations=2, moments=rule, micro=micro)
-    params, tokens = formats.draw_model(config, live_seed()), rng.integers(0, config["vocab"], B * T + 1)
-    model, shard = tmp_path / "model.bin", tmp_path / "tokens.bin"
-    formats.write_model(model, config, params)
-    formats.write_tokens(shard, tokens, config["vocab"])
-    options = ["--rank", rank, "--alpha", "0.7", "--projection", "eigen", "--compress", ",".join(LINEARS), "--gap", basis["gap"],
-               "--refresh-iterations", basis["iterations"], "--moments", rule, "--seed", 21, "-b", micro, "-d", B * T]
-    runs = [run(tmp_path / f"run{level}", model, shard, B, T, steps, hyper, *options, "-r", level) for level in (0, 5)]
-    whole = run(tmp_path / "whole", model, shard, B, T, 1, hyper, "--rank", "1.0", "--seed", 21).dump  # all sequences, in order
-    starts = {}
-    for linear, width in zip(LINEARS, (1, 1, 1, 4)):
-        n = width * config["channels"]
-        for layer in range(config["layers"]):
-            starts[f"proj.{linear}w.{layer}"] = draw("eigen", n, rank, 21, linear, layer, 0)
-    job = dict(starts, **{name: whole[name].reshape(B, T) for name in ("inputs", "targets")},
-               about=np.frombuffer(json.dumps(dict(config=config, hyper=hyper, steps=steps, basis=basis)).encode(), np.uint8))
-    want, moved = ask(tmp_path, params, **job), moved_by_rounding(tmp_path, params, job, rng)
-    assert (want["norms"] > hyper["clip"]).any() and (want["norms"] < hyper["clip"]).any(), "clip at times, not always"
-    for level, got in zip((0, 5), runs):
-        at = f" at level {level}"
-        check_steps("losses" + at, got.losses, want, moved, "losses", 2 * LOSS + LOGGED, want["losses"].max())
-        check_steps("norms" + at, got.norms, want, moved, "norms", BACKWARD + LOGGED, want["norms"].max())
-        for name, Q in got.dump.items():
-            if name.startswith("proj."):
-                check_steps(name + at, Q, want, moved, "first." + name[5:], BACKWARD, 1)
         for name in formats.PARAMS:
             check_steps(f"{name} after training" + at, got.params[name], want, moved, "trained." + name, CONDITIONED, hyper["lr"])
 

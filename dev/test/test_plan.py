@@ -21,12 +21,12 @@ SHAPES = {"d12": (12, 768, 12), "d24": (24, 1024, 16), "d36": (36, 1280, 20), "d
 MILLION = 1 << 20
 
 
-VARIANTS = [[], ["--rank", 1], ["--rank", 0.125, "--moments", "move"],
+VARIANTS = [[], ["--rank", 1, "--optimizer", "adamw"], ["--rank", 1], ["--rank", 0.125, "--moments", "move"],
             ["--projection", "sparse", "--moments", "move", "--rank", 100],
-            ["--compress", ALL, "-r", 2], ["--compress", "none"], ["-r", 1, "--projection", "rademacher", "-d", 8192],
+            ["--compress", ALL, "-r", 2], ["--compress", "none", "--optimizer", "adamw"], ["-r", 1, "--projection", "rademacher", "-d", 8192],
             ["-r", 4], ["-r", 5, "--tape", "int8", "--master", "none"], ["--gelu", "2bit", "--tape", "int8"],
-            ["--projection", "eigen", "--moments", "move", "--refresh-iterations", 2]]
-FULL_RANK = ["--rank", 1, "--projection", "gaussian"]  # a whole eigenbasis is none
+            ["--optimizer", "adamw"]]
+FULL_RANK = ["--rank", 1, "--optimizer", "adamw"]
 LIKE_LLM_C = [*FULL_RANK, "-r", 2, "--gelu", "exact", "--tape", "full", "--master", "fp32"]  # its best
 
 
@@ -39,7 +39,7 @@ def test_json(variant):
     check_sums(p)
     assert p["full_rank_total_bytes"] == plan(*shape, *variant, *FULL_RANK)["total_bytes"]
     assert p["full_rank_level_2"] == {key: other[key] for key in ("total_bytes", "flops_per_token")}
-    full = variant in (["--rank", 1], ["--compress", "none"])
+    full = variant in (["--rank", 1, "--optimizer", "adamw"], ["--compress", "none", "--optimizer", "adamw"])
     assert (p["total_bytes"] == p["full_rank_total_bytes"]) == full and p["total_bytes"] <= p["full_rank_total_bytes"]
     long = {"-r": "--recompute", "-d": "--total-batch"}
     for name, value in zip(variant[::2], variant[1::2]):
@@ -51,7 +51,7 @@ def test_json(variant):
 def test_text_says_the_same(variant):
     """Both plans print the same tensors and, in MiB, the same bytes; beside this run's stand those that it is compared with."""
     shape = ["-e", "d6", "-b", 2, *variant]
-    columns = [plan(*shape), plan(*shape, "--rank", 1), plan(*shape, *LIKE_LLM_C)]
+    columns = [plan(*shape), plan(*shape, *FULL_RANK), plan(*shape, *LIKE_LLM_C)]
     said = formats.run_trainer([*shape, "--plan"])
     assert said.returncode == 0 and said.stderr == ""
 
@@ -88,17 +88,22 @@ def test_parameters(name):
 
 @pytest.mark.parametrize("rank, compressed", [(0.25, DEFAULT), (0.125, ALL), (0.3, "fcproj"), (100, "qkv,attproj"),
                                               (500, DEFAULT), (1.0, ALL)])
-def test_compressed_shapes(rank, compressed):
-    """Gradient and both moments of a compressed weight are (m, r) a layer, in fp32; of all others, as the weight."""
-    p = plan("-e", "d6", "--rank", rank, "--compress", compressed)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_compressed_shapes(optimizer, rank, compressed):
+    """Gradient and moments of a compressed weight are (m, r) a layer, in fp32; of all others, as the weight. A ratio's rank is a
+    multiple of 8 from 8 on. Muon, which is for the linear layers, has no second moment."""
+    p = plan("-e", "d6", "--rank", rank, "--compress", compressed, "--optimizer", optimizer)
     L, C, NH = SHAPES["d6"]
     config = dict(context=1024, vocab=50257, layers=L, heads=NH, channels=C, padded_vocab=50304)
     for name, shape in formats.param_shapes(config).items():
         wanted = list(shape)
         if name.endswith("w") and name[:-1] in compressed.split(","):
             n = shape[2]
-            wanted[2] = min(n, rank if rank > 1 else int(rank * n + 0.5))
+            wanted[2] = min(n, rank if rank > 1 else n if rank == 1 else int(int(rank * n + 0.5) / 8 + 0.5) * 8)
         for group in ("grad.", "m.", "v."):
+            if group == "v." and optimizer == "muon" and name in ("qkvw", "attprojw", "fcw", "fcprojw"):
+                assert group + name not in tensors(p)
+                continue
             t = tensors(p)[group + name]
             assert t["shape"] == wanted and t["type"] == "fp32", t
 
@@ -221,13 +226,20 @@ def test_flops(name, rho, projection):
 
 
 def test_flops_of_the_update():
-    """U P^T is once a step, whatever the tokens in it: 2 m n r a layer. attproj is not compressed; a sparse P takes none."""
+    """U P^T is once a step, whatever the tokens in it: 2 m n r a layer. attproj is not compressed; a sparse P takes none.
+    Muon's five iterations of X (a, b), b not the longer side, take 2 a b^2 for X X^T, 2 b^3 for its square and 2 a b^2 for the
+    product with X; q, k and v are three matrices."""
     L, C, _ = SHAPES["d6"]
+    adamw = ["--optimizer", "adamw"]
     for tokens in (4096, 65536):
-        f = plan("-e", "d6", "-d", tokens, "--rank", 0.25)["flops_per_token"]
+        f = plan("-e", "d6", "-d", tokens, "--rank", 0.25, "--projection", "gaussian", *adamw)["flops_per_token"]
         assert abs(f["update"] - L * 2 * 0.25 * (3 + 4 + 16) * C**3 / tokens) <= 1
-    assert plan("-e", "d6", "--projection", "sparse")["flops_per_token"]["update"] == 0
-    assert plan("-e", "d6", "--rank", 1)["flops_per_token"]["update"] == 0
+        #      q, k, v            attproj   fc          fcproj
+        for rank, matrices in ((0.25, [(1, 0.25)] * 3 + [(1, 1), (4, 0.25), (1, 1)]), (1, [(1, 1)] * 3 + [(1, 1), (4, 1), (4, 1)])):
+            f = plan("-e", "d6", "-d", tokens, "--rank", rank)["flops_per_token"]
+            assert abs(f["update"] / (L * 5 * sum(4 * a * b**2 + 2 * b**3 for a, b in matrices) * C**3 / tokens) - 1) < 1e-6
+    assert plan("-e", "d6", *adamw)["flops_per_token"]["update"] == 0
+    assert plan("-e", "d6", "--rank", 1, *adamw)["flops_per_token"]["update"] == 0
 
 
 # ---------------------------------------------------------------------------- --memory chooses what fits
@@ -301,7 +313,7 @@ def test_counts_beyond_32_bits(args):
     p = plan(*args)
     check_sums(p)
     assert max(map(count, p["tensors"])) > 2**33
-    assert p["full_rank_total_bytes"] == plan(*args, "--rank", 1)["total_bytes"]
+    assert p["full_rank_total_bytes"] == plan(*args, *FULL_RANK)["total_bytes"]
 
 
 def test_not_enough_memory(text):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ["test_cpu.py", "test_training.py", "test_checkpoint.py", "test_options.py", "test_plan.py", "test_parity.py", "test_eigen.py"]
+FILES = ["test_cpu.py", "test_training.py", "test_checkpoint.py", "test_options.py", "test_plan.py", "test_parity.py"]
 # Not for the sanitizers, which take time and memory of their own; these run without.
 LEFT_OUT = "not loss_curve and not random_moments and not live and not takes_what_its_plan and not needs_no_memory and not not_enough_memory"
 

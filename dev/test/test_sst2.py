@@ -249,7 +249,7 @@ def test_accumulated_micro_batches_are_the_batch(tmp_path, masked):
     """The mean is over the step's predicted tokens, though micro batches differ in how many they have."""
     counts = [np.sum(part >= 0) for part in np.fromfile(masked, "<i4", offset=1028).reshape(B, T)]
     assert len(set(counts)) > 1
-    flags = ["-x", 4, "-l", "1e-2", "--eps", "1e-3", "--projection", "gaussian"]  # an eigenbasis follows the first micro batch alone
+    flags = ["-x", 4, "-l", "1e-2", "--eps", "1e-3", "--projection", "gaussian"]
     whole = train(tmp_path / "whole", masked, *flags)
     parts = train(tmp_path / "parts", masked, *flags, "-b", 1, "-d", B * T)
     # sums in another order, 6e-8 each, and the log's 6 decimals; the mean of four means would be off by 1e-2

@@ -38,7 +38,7 @@ FLASH = ["attention_flash_forward", "attention_flash_dq", "attention_flash_dkv"]
 WIDE = ["layernorm_kernel", "layernorm_backward_kernel", "gelu_forward_kernel", "gelu_backward_kernel",
         "gelu_backward_2bit_kernel", "embedding_forward_kernel", "word_backward_kernel", "position_backward_kernel",
         "column_sums", "cross_entropy_kernel", "bias_kernel", "squares_kernel", "adam_kernel", "direction_kernel",
-        "round_kernel", "sparse_update_kernel", "householder_panel"]
+        "round_kernel", "sparse_update_kernel"]
 
 # A multiprocessor's limits, from the CUDA programming guide's table of compute capabilities: warps, blocks, KiB of shared memory.
 LIMITS = {"sm_80": (64, 32, 164), "sm_90": (64, 32, 228), "sm_120": (48, 24, 100)}
