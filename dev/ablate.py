@@ -7,7 +7,7 @@ pictures, and a folder a run.
 Whatever is not an option of this program goes to the trainer as it is: --train, -e, -b, --steps,
 --lr (see the trainer's --help). What is not listed is as the trainer has it by default. Ratio 1 is
 full rank, which knows no projection, gap, alpha, moments and compressed layers, and is run once per
-optimizer, level and seed; if eigen is among --projections, its whole basis as well.
+optimizer, level and seed.
 
 Not all combinations are wanted? --also "OPTIONS" adds those that this line would give with these
 options in place of its own or after them, be they lists of this program or flags of the trainer; it
@@ -58,7 +58,7 @@ from tqdm import tqdm
 FIRST_STEPS = 5  # they also pay for touching memory and for clocks to settle: their speed does not count
 LAST_STEPS = 20  # whose mean is the final training loss: that of one step is noisy
 MOST_ERRORS = 3  # standard errors by which means must differ to count; see RULE
-COMPRESSION = {"projection": "projections", "gap": "gaps", "refresh-iterations": "refresh", "alpha": "alphas", "moments": "moments",
+COMPRESSION = {"projection": "projections", "gap": "gaps", "alpha": "alphas", "moments": "moments",
                "compress": "compress"}  # option: its list
 NOT_RUN = "not run yet"
 NOT_TAKEN, TAKEN, AT_EDGE = "not taken", "taken", "taken, at the edge of the list"
@@ -124,9 +124,8 @@ def parse_options(words):
                         help="rank ratios (1,1/2,1/4,1/8); above 1: whole ranks, the same columns "
                         "for all layers")
     for name, what in (("optimizers", "say adamw,muon"),
-                       ("projections", "say gaussian,sparse,eigen"),
+                       ("projections", "say gaussian,sparse"),
                        ("gaps", "steps between new projections"),
-                       ("refresh", "of --refresh-iterations; only eigen has them"),
                        ("alphas", "scales of the update"), ("moments", "say keep,move"),
                        ("levels", "of --recompute"), ("seeds", "")):
         parser.add_argument("--" + name, metavar="LIST", type=listed(), default=[None], help=what)
@@ -151,9 +150,6 @@ def parse_options(words):
         changed = [name for name in SHARED if getattr(group, name) != getattr(args, name)]
         if changed:
             raise Problem(f"--also: --{changed[0]} is one for all combinations; give it outside")
-        if group.refresh != [None] and "eigen" not in group.projections:
-            raise Problem("--refresh: only eigen has iterations; --projections, which must list "
-                          "it, does not")
         args.groups.append(group)
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise Problem(f"--out: {args.out} is a file; a folder is wanted")
@@ -189,12 +185,9 @@ def list_methods(args):
     for optimizer, rank, level, *values in itertools.product(*lists):
         full_rank = {"rank": "1", "recompute": level, "optimizer": optimizer}
         method = dict(full_rank, rank=rank, **dict(zip(COMPRESSION, values)))
-        eigen = method["projection"] == "eigen"
-        if not eigen:
-            method["refresh-iterations"] = None
         if rank == "1" or method["compress"] == "none":
             methods.append(full_rank)
-        if (rank != "1" or eigen) and method["compress"] != "none":
+        else:
             methods.append(method)
     methods = [{name: value for name, value in method.items() if value is not None} for method in methods]
     return [method for i, method in enumerate(methods) if method not in methods[:i]]
@@ -285,8 +278,6 @@ def plan_run(args, group, method, seed, lr, decay):
         settled, wanted = meaning(str(options[name])), meaning(value)
         if settled != wanted and not (isinstance(settled, float) and isinstance(wanted, float) and math.isclose(settled, wanted, rel_tol=1e-6)):
             raise Problem(f"--{name}: is {value} by what is listed, and {options[name]} by the flags for the trainer; drop one of the two")
-    if method["rank"] == "1" and "projection" not in method and not plot.is_full_rank(options):
-        raise Problem("--projection: eigen, for which ratio 1 is not full rank, is to be listed by --projections")
     if not options["train"]:
         raise Problem("--train: is missing; give it token shards or any text file")
     if options["steps"] < 1:
@@ -726,8 +717,7 @@ def draw(args, runs):
             label = line or run.options["projection"]
             if whole:
                 label = ", ".join(filter(None, ["full rank", line]))
-            # eigen's ratio 1 is its own
-            start = None if whole or run.options["projection"] == "eigen" else starts.get(same)
+            start = None if whole else starts.get(same)
             found.append(SimpleNamespace(label=label, look=look, points=points, start=start))
         return found
 

@@ -293,7 +293,8 @@ def read_test(output):
 def sanitizer_commands(tool, precision, projection, train="build/gpu_check/small.bin"):
     trainer = "./" + binary("train_gpt2_compactcu", precision)
     level = "2" if projection == "sparse" else "0"
-    return [["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", trainer, "--train", train, *SMALL, "--projection", projection, "-r", level]]
+    method = ["--optimizer", "muon"] if projection == "muon" else ["--optimizer", "adamw", "--projection", projection]
+    return [["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", trainer, "--train", train, *SMALL, *method, "-r", level]]
 
 
 def sanitize(check, tool, precision, projection):
@@ -317,20 +318,25 @@ def read_sanitizer(output):
 
 # ---------------------------------------------------------------------------- parts: time of a step
 
-class Setting:
-    """What is timed: a model, a rank, a projection, a level of recomputation."""
+def method_text(rank, projection, optimizer):
+    method = "full rank" if rank == "1" else f"{RANKS[rank]} {projection}"
+    return method + " muon" * (optimizer == "muon")
 
-    def __init__(self, model, rank, projection, level):
-        self.model, self.rank, self.projection, self.level = model, rank, projection, level
+
+class Setting:
+    """What is timed: a model, a rank, a projection, a level of recomputation, an optimizer."""
+
+    def __init__(self, model, rank, projection, level, optimizer="adamw"):
+        self.model, self.rank, self.projection, self.level, self.optimizer = model, rank, projection, level, optimizer
 
     @property
     def name(self):
-        method = "full rank" if self.rank == "1" else f"{RANKS[self.rank]} {self.projection}"
+        method = method_text(self.rank, self.projection, self.optimizer)
         return f"{self.model} {method}, level {self.level}"
 
     def flags(self, batch):
         shape = ["-e", self.model, "-b", str(batch), "-t", str(SEQ)]
-        return [*shape, "--rank", self.rank, "--projection", self.projection, "-r", str(self.level)]
+        return [*shape, "--rank", self.rank, "--projection", self.projection, "--optimizer", self.optimizer, "-r", str(self.level)]
 
 
 def plan_command(trainer, setting, batch):
@@ -408,12 +414,10 @@ def time_trainer(check, setting, trainer=TRAINER, steps=STEPS):
     finally:
         sampled = sampler.stop()
     records = read_log(out / "log.jsonl")
-    figures = {"model": setting.model, "rank": setting.rank, "projection": setting.projection if setting.rank != "1" else None,
+    figures = {"model": setting.model, "rank": setting.rank, "projection": setting.projection if setting.rank != "1" else None, "optimizer": setting.optimizer,
                "recompute": setting.level, "batch": batch, "seq": SEQ, "largest_batch": largest,
                "plan_bytes": plan["total_bytes"], "full_rank_plan_bytes": plan["full_rank_total_bytes"],
                "flops_per_token": plan["flops_per_token"], **step_figures(records, flops, batch * SEQ), **sampled}
-    if setting.projection == "eigen":
-        figures["refresh_ms"] = refresh_ms(records, plan["options"]["gap"])
     utilisation = re.findall(r"(\d+) % MFU", output)
     if utilisation:
         figures["mfu_percent"] = int(statistics.median(int(u) for u in utilisation[FIRST_TIMED - 1:] or utilisation))
@@ -451,13 +455,6 @@ def step_figures(records, flops, tokens):
     if records:
         figures.update(first_loss=records[0]["loss"], last_loss=records[-1]["loss"], all_steps_seconds=sum(r["ms"] for r in records) / 1e3)
     return figures
-
-
-def refresh_ms(records, gap):
-    """What a new basis adds to its step: those of the others are in the median of all. None where no step after the first had one."""
-    refreshed = [r["ms"] for r in records if r["step"] > 1 and r["step"] % gap == 1 % gap]
-    others = [r["ms"] for r in records if r["step"] >= FIRST_TIMED and r["step"] % gap != 1 % gap]
-    return statistics.median(refreshed) - statistics.median(others) if refreshed and others else None
 
 
 # ---------------------------------------------------------------------------- parts: the kernels' variants
@@ -549,8 +546,8 @@ def time_torch(check, model):
 def all_parts():
     parts, timed = [], set()
 
-    def timing(model, rank, projection, level, quick=False):
-        setting = Setting(model, rank, projection, level)
+    def timing(model, rank, projection, level, quick=False, optimizer="adamw"):
+        setting = Setting(model, rank, projection, level, optimizer)
         if setting.name in timed:
             return
         timed.add(setting.name)
@@ -581,19 +578,20 @@ def all_parts():
         timing("d12", "1", "gaussian", level, True)
         timing("d12", "0.25", "sparse", level, True)
         timing("d12", "0.25", "gaussian", level, True)
-        timing("d12", "0.25", "eigen", level)
+        timing("d12", "0.25", "sparse", level, optimizer="muon")
+        timing("d12", "1", "gaussian", level, optimizer="muon")
     timing("d12", "0.25", "sparse", 4)
     pytorch("d12", 40)
     parts.append(Part("kernel variants", "test", [["make", "-C", "dev/cuda"], *variant_commands()], time_variants, 90))
     sanitizers("BF16", "sparse")
     sanitizers("BF16", "gaussian")
-    sanitizers("BF16", "eigen")
+    sanitizers("BF16", "muon")
     parts.append(Part("same bits twice", "test", twice_commands(), twice, 10))
     for model, seconds in (("d24", 40), ("d48", 60)):
         timing(model, "1", "gaussian", 0)
         timing(model, "0.25", "sparse", 0)
         timing(model, "0.25", "gaussian", 0)
-        timing(model, "0.25", "eigen", 0)
+        timing(model, "0.25", "sparse", 0, optimizer="muon")
         timing(model, "0.25", "sparse", 2)
         timing(model, "0.125", "sparse", 5)
         pytorch(model, seconds)
@@ -651,11 +649,11 @@ def decimal(value, digits=0, unit=1.0):
 def timing_row(record, base):
     """base: ms at full rank with everything kept, of the same model and batch."""
     f, ms = record["figures"], record["figures"].get("ms")
-    method = "full rank" if f["rank"] == "1" else f"{RANKS[f['rank']]} {f['projection']}"
+    method = method_text(f["rank"], f["projection"], f.get("optimizer"))
     if record["name"].startswith("PyTorch"):
         method = "PyTorch"
     return [f["model"], str(f["batch"]), method, "" if f["recompute"] is None else str(f["recompute"]),
-            decimal(ms, 1), decimal(f.get("refresh_ms"), 1), decimal(f.get("tokens_per_second")), decimal(f.get("tflops")), decimal(f.get("mfu_percent")),
+            decimal(ms, 1), decimal(f.get("tokens_per_second")), decimal(f.get("tflops")), decimal(f.get("mfu_percent")),
             decimal(base / ms, 2) if ms and base else "", decimal(f.get("plan_bytes"), 2, GIB), decimal(f.get("peak_bytes"), 2, GIB),
             decimal(f.get("largest_batch")), decimal(f.get("steps")), decimal(f.get("last_loss"), 4), "" if record["state"] == "ok" else record["state"]]
 
@@ -673,13 +671,13 @@ def markdown(known):
         rows = [[r["name"], r["state"], decimal(r["seconds"]), check_words(r["figures"])] for r in checks]
         text += "\n## Builds, tests, compute-sanitizer\n\n" + table(["part", "result", "s", ""], rows)
     if timings:
-        base = {(f["model"], f["batch"]): f.get("ms") for f in (r["figures"] for r in timings) if f["rank"] == "1" and f["recompute"] == 0}
+        base = {(f["model"], f["batch"]): f.get("ms") for f in (r["figures"] for r in timings) if f["rank"] == "1" and f["recompute"] == 0 and f.get("optimizer") != "muon"}
         order = sorted(timings, key=lambda r: MODELS.index(r["figures"]["model"]))  # stable: within a model as they ran
         rows = [timing_row(r, base.get((r["figures"]["model"], r["figures"]["batch"]))) for r in order]
-        head = ["model", "B", "method", "level", "ms", "refresh", "tokens/s", "TFLOP/s", "MFU %", "full rank takes", "plan GiB", "peak GiB", "largest B",
+        head = ["model", "B", "method", "level", "ms", "tokens/s", "TFLOP/s", "MFU %", "full rank takes", "plan GiB", "peak GiB", "largest B",
                 "steps", "loss", ""]
         text += f"\n## Time of a step, B sequences of {SEQ} tokens, bf16\n\n" + table(head, rows)
-        text += ("\nms: median of the steps from the fifth; refresh: the ms that a new eigenbasis adds to one of ten. TFLOP/s: the plan's matrix products, recomputation and projection included; MFU: as the "
+        text += ("\nms: median of the steps from the fifth; TFLOP/s: the plan's matrix products, recomputation and projection included; MFU: as the "
                  "trainer prints it. \"full rank takes\": the time of full rank with everything kept, level 0, in units of this row's. plan: what the "
                  "trainer allocates; peak: what the device's memory in use rose by, context and libraries included. largest B: by the plan, with "
                  f"{100 * LIBRARIES:.0f} % of the free memory left to libraries.\n")

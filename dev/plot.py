@@ -32,7 +32,7 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 DASHES = ["-", "--", "-.", ":"]
 
 MOST_RAW = 12  # runs whose unsmoothed curves are drawn too; those of more would hide everything
-COMPRESSION = ["compress", "projection", "gap", "refresh-iterations", "alpha", "moments"]  # options without a meaning at full rank
+COMPRESSION = ["compress", "projection", "gap", "alpha", "moments"]  # options without a meaning at full rank
 NO_MATTER = ["out", "plan", "tokenizer", "resume", "dump"]  # options that do not change what is learnt
 
 # ---------------------------------------------------------------------------- logs
@@ -71,13 +71,12 @@ def smooth(values, reach):
 
 
 def is_full_rank(options):
-    """At ratio 1 a basis of eigenvectors is whole, and still a projection."""
-    return options["compress"] == "none" or float(options["rank"]) == 1 and options["projection"] != "eigen"
+    return options["compress"] == "none" or float(options["rank"]) == 1
 
 
 def has_meaning(options, name):
-    """Whether an option means something to a run: at full rank those of compression do not, and only eigen has iterations."""
-    return name not in COMPRESSION or not is_full_rank(options) and (name != "refresh-iterations" or options["projection"] == "eigen")
+    """Whether an option means something to a run: at full rank those of compression do not."""
+    return name not in COMPRESSION or not is_full_rank(options)
 
 
 def rank_text(rank):

@@ -251,11 +251,11 @@ def test_dry_run_lists_all_parts(tmp_path):
     for precision in ("bf16", "fp32"):
         assert {f"build {precision}", f"test {precision}"} <= set(names)
         assert {f"{tool} {precision} sparse" for tool in ("memcheck", "racecheck", "initcheck", "synccheck")} <= set(names)
-    first = ["test bf16", "test fp32", "d12 full rank, level 0", "d12 1/4 sparse, level 0", "d12 1/4 eigen, level 0", "PyTorch d12",
-             "memcheck bf16 sparse", "racecheck bf16 eigen", "d24 full rank, level 0", "d48 full rank, level 0", "d12 1/2 gaussian, level 1"]
+    first = ["test bf16", "test fp32", "d12 full rank, level 0", "d12 1/4 sparse, level 0", "d12 1/4 sparse muon, level 0", "PyTorch d12",
+             "memcheck bf16 sparse", "racecheck bf16 muon", "d24 full rank, level 0", "d48 full rank, level 0", "d12 1/2 gaussian, level 1"]
     assert [names.index(name) for name in first] == sorted(names.index(name) for name in first)  # the most important first
     for words in ("make -B -k -j2 train_gpt2_compactcu test_gpt2cu PRECISION=FP32", "compute-sanitizer --tool racecheck",
-                  "--rank 0.125 --projection sparse -r 2", "--plan=json", "dev/torch_gpt2.py --model d48 --batch 64 --seq 1024"):
+                  "--rank 0.125 --projection sparse --optimizer adamw -r 2", "--plan=json", "dev/torch_gpt2.py --model d48 --batch 64 --seq 1024"):
         assert words in done.stdout
     assert str(ROOT) not in done.stdout
 
@@ -300,12 +300,6 @@ def test_reads_the_sanitizer():
     assert gpu_check.read_sanitizer("killed\n") == {"summary": None, "findings": None}
 
 
-def test_what_a_refresh_adds():
-    records = [{"step": i + 1, "ms": ms} for i, ms in enumerate([900, 101, 101, 100, 100, 170, 102, 100, 100, 100, 180, 100])]
-    assert gpu_check.refresh_ms(records, 5) == 75.0 and gpu_check.refresh_ms(records[:5], 5) is None
-    assert gpu_check.refresh_ms(records, 1) is None  # every step has one, and there is nothing to compare it with
-
-
 def test_reads_samples():
     rows = [[500.0, 210.0, 70.0], [600.0, 300.0, 90.0], [4596.0, 1900.0, 600.0], [4000.0, 1700.0, None], [500.0, 210.0, 70.0]]
     assert gpu_check.read_samples(rows) == {"peak_bytes": 4096 << 20, "clock_mhz": 1800.0, "power_w": 600.0}
@@ -339,7 +333,7 @@ def made_up():
             "cuda_of_the_driver": "13.0", "minutes": 9.0, "seconds": 500.0, "details": {name: "1" for name in details},
             "parts": [test,
                       timing("d12 full rank, level 0", **full), timing("d12 1/4 sparse, level 0", **sparse), timing("PyTorch d12", **torch),
-                      timing("d12 1/4 eigen, level 0", **dict(sparse, projection="eigen", refresh_ms=75.28)),
+                      timing("d12 1/4 sparse muon, level 0", **dict(sparse, optimizer="muon")),
                       timing("d12 1/4 gaussian, level 0", "failed", "--plan=json: boom")],
             "left_out": ["d48 full rank, level 0"]}
 
@@ -347,10 +341,10 @@ def made_up():
 def test_the_table():
     text = gpu_check.markdown(made_up())
     lines = text.splitlines()
-    assert "| d12 | 64 | full rank | 0 | 200.0 |  | 327,680 | 300 | 31 | 1.00 | 30.00 | 31.00 | 250 | 20 | 10.8251 |  |" in lines
-    assert "| d12 | 64 | 1/4 sparse | 0 | 160.0 |  | 327,680 | 300 | 31 | 1.25 | 20.00 | 21.00 | 400 | 20 | 10.8251 |  |" in lines
-    assert "| d12 | 64 | 1/4 eigen | 0 | 160.0 | 75.3 | 327,680 | 300 | 31 | 1.25 | 20.00 | 21.00 | 400 | 20 | 10.8251 |  |" in lines
-    assert "| d12 | 64 | PyTorch |  | 250.0 |  | 262,144 |  |  | 0.80 |  |  |  | 20 | 10.9000 |  |" in lines
+    assert "| d12 | 64 | full rank | 0 | 200.0 | 327,680 | 300 | 31 | 1.00 | 30.00 | 31.00 | 250 | 20 | 10.8251 |  |" in lines
+    assert "| d12 | 64 | 1/4 sparse | 0 | 160.0 | 327,680 | 300 | 31 | 1.25 | 20.00 | 21.00 | 400 | 20 | 10.8251 |  |" in lines
+    assert "| d12 | 64 | 1/4 sparse muon | 0 | 160.0 | 327,680 | 300 | 31 | 1.25 | 20.00 | 21.00 | 400 | 20 | 10.8251 |  |" in lines
+    assert "| d12 | 64 | PyTorch |  | 250.0 | 262,144 |  |  | 0.80 |  |  |  | 20 | 10.9000 |  |" in lines
     assert "| test bf16 | failed | 3 | 3 passed, 1 failed |" in lines
     assert "- test bf16: ended with status 1: 3 passed, 1 failed" in lines and "      x FAILED" in lines
     assert "- d12 1/4 gaussian, level 0: --plan=json: boom" in lines and "d48 full rank level 0" in lines and "run PyTorch d12" in lines
@@ -375,7 +369,7 @@ def test_the_small_model_runs(tmp_path):
     if not os.path.exists(TRAINER):
         pytest.skip("the CPU trainer is not built")
     gpu_check.write_tokens(tmp_path / "small.bin", 4096, gpu_check.SMALL_VOCABULARY)
-    for projection in ("sparse", "gaussian", "eigen"):
+    for projection in ("sparse", "gaussian", "muon"):
         command = gpu_check.sanitizer_commands("memcheck", "BF16", projection, str(tmp_path / "small.bin"))[0]
         trainer = command.index("./build/train_gpt2_compactcu_bf16")
         done = subprocess.run([TRAINER, *command[trainer + 1:], "-o", str(tmp_path / projection)], capture_output=True, text=True,
