@@ -11,7 +11,8 @@ import pytest
 import formats
 
 # A model that starts, trains some steps and ends within some hundredths of a second.
-TINY = ["-e", "d2", "--channels", 16, "--heads", 2, "--context", 32, "-b", 2, "--optimizer", "adamw"]
+SHAPE = ["-e", "d2", "--channels", 16, "--heads", 2, "--context", 32, "-b", 2]
+TINY = [*SHAPE, "--optimizer", "adamw"]
 VOCAB = 100  # of the shards
 NAME = "train_gpt2_compact: "  # what a line on standard error begins with
 LEVELS = range(6)  # of --recompute

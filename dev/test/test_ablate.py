@@ -21,7 +21,7 @@ from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 import formats
-from conftest import TINY, make_text
+from conftest import SHAPE, make_text
 
 ROOT = Path(formats.ROOT)
 TRAINER = os.path.abspath(os.environ.get("TRAINER", ROOT / "train_gpt2_compact"))
@@ -32,7 +32,7 @@ import plot  # noqa: E402
 PICTURES = ["curves.png", "loss_flops.png", "loss_memory.png", "loss_ratio.png", "speed_memory.png"]
 STEPS = 24
 BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"  # full rank, the projections as they are listed
-METHODS = ["full rank", "rank 1, eigen", *(f"rank {ratio}, {p}" for ratio in ("1/2", "1/4") for p in ("gaussian", "sparse", "eigen"))]
+METHODS = ["full rank", *(f"rank {ratio}, {p}" for ratio in ("1/2", "1/4") for p in ("gaussian", "sparse", "rademacher"))]
 
 # A trainer that notes in `calls`, a line a time, when a run begins (+) and ends (-) and with which flags; plans it leaves alone.
 # Those runs whose flags hold $WHERE go wrong in the way that $HOW names.
@@ -67,7 +67,7 @@ class Sweep:
         self.process = None
 
     def start(self, *options, how="", where="", **settings):
-        command = [sys.executable, ROOT / "dev/ablate.py", "--binary", self.binary, "--out", self.out, "--train", self.folder / "text.txt", *TINY,
+        command = [sys.executable, ROOT / "dev/ablate.py", "--binary", self.binary, "--out", self.out, "--train", self.folder / "text.txt", *SHAPE,
                    "--steps", STEPS, *([] if "--lr-sweep" in options else ["-l", "1e-2"]), *options]
         environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", HOW=how, WHERE=where or "no such flags")
         self.process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
@@ -109,9 +109,9 @@ def sweep(tmp_path):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A sweep that is done, to look at: full rank, eigen's whole basis, and two ratios by three projections, each with two seeds."""
+    """A sweep that is done, to look at: full rank, and two ratios by three projections, each with two seeds."""
     made = Sweep(tmp_path_factory.mktemp("sweep"))
-    made.said = made.run("--ratios", "1,1/2,0.25", "--projections", "gaussian,sparse,eigen", "--seeds", "1,2", "-v", 8)
+    made.said = made.run("--ratios", "1,1/2,0.25", "--projections", "gaussian,sparse,rademacher", "--seeds", "1,2", "-v", 8)
     made.command = made.process.args
     return made
 
@@ -135,16 +135,16 @@ def gone(pid):
 # ---------------------------------------------------------------------------- a whole sweep
 
 def test_which_runs(done):
-    """Full rank is run once a seed, not once a projection, and is not eigen at ratio 1; a ratio reaches the trainer as a number."""
-    assert len(done.begun) == len(set(done.begun)) == 16 and done.folders == sorted(row["name"] for row in done.rows)
+    """Full rank is run once a seed, not once a projection; a ratio reaches the trainer as a number."""
+    assert len(done.begun) == len(set(done.begun)) == 14 and done.folders == sorted(row["name"] for row in done.rows)
     options = [formats.read_log(done.out / name)[0]["options"] for name in done.folders]
     ran = sorted((o["rank"], o["projection"], o["seed"]) for o in options)
-    assert ran == sorted([(1, projection, seed) for projection in ("gaussian", "eigen") for seed in (1, 2)] +
-                         [(ratio, projection, seed) for ratio in (0.5, 0.25) for projection in ("gaussian", "sparse", "eigen") for seed in (1, 2)])
+    assert ran == sorted([(1, "sparse", seed) for seed in (1, 2)] +
+                         [(ratio, projection, seed) for ratio in (0.5, 0.25) for projection in ("gaussian", "sparse", "rademacher") for seed in (1, 2)])
     begins = sorted(name[:name.index("-r0-lr0.01-s")] for name in done.folders)
-    assert begins == sorted(2 * ["full", "1-eigen"] + [f"{ratio}-{p}" for ratio in (0.5, 0.25) for p in 2 * ("gaussian", "sparse", "eigen")])
+    assert begins == sorted(2 * ["full"] + [f"{ratio}-{p}" for ratio in (0.5, 0.25) for p in 2 * ("gaussian", "sparse", "rademacher")])
     assert all(o["steps"] == STEPS and o["lr"] == 0.01 and o["channels"] == 16 for o in options)
-    assert "16 of 16 runs are done" in done.said and len(re.findall(r"val \d\.\d{4}\n", done.said)) == 16
+    assert "14 of 14 runs are done" in done.said and len(re.findall(r"val \d\.\d{4}\n", done.said)) == 14
 
 
 def test_the_csv_says_what_the_logs_say(done):
@@ -156,7 +156,6 @@ def test_the_csv_says_what_the_logs_say(done):
         assert [evaluation["step"] for evaluation in evaluations] == [8, 16, 24]
         for column, option in (("projection", "projection"), ("gap", "gap"), ("alpha", "alpha"), ("moments", "moments"), ("compress", "compress")):
             assert row[column] == ("" if full else str(options[option]))
-        assert row["refresh-iterations"] == ("1" if options["projection"] == "eigen" else "")
         assert float(row["rank"]) == options["rank"] and row["weight_decay"] == "0.1"
         assert row["level"] == "0" and row["seed"] == str(options["seed"])
         assert row["lr"] == "0.01" and row["steps"] == "24" and row["status"] == "ok"
@@ -174,15 +173,15 @@ def test_the_csv_says_what_the_logs_say(done):
                    "seconds": sum(step["ms"] for step in steps) / 1000}
         for column, value in figures.items():
             assert float(row[column]) == pytest.approx(value, rel=1e-9, abs=1e-9), column
-    for column, count in (("final_val_loss", 16), ("plan_bytes", 8), ("flops_per_token", 8)):
+    for column, count in (("final_val_loss", 14), ("plan_bytes", 5), ("flops_per_token", 5)):
         assert len({row[column] for row in done.rows}) == count, column
 
 
 def test_the_table(done):
     lines = [line.strip("| ").split(" | ") for line in done.table.splitlines() if line.startswith("| ")]
-    methods = {line[0]: line for line in lines[2:10]}
+    methods = {line[0]: line for line in lines[2:9]}
     assert list(methods) == METHODS
-    for method, begin in (("rank 1/4, gaussian", "0.25-gaussian"), ("rank 1/4, sparse", "0.25-sparse"), ("rank 1, eigen", "1-eigen")):
+    for method, begin in (("rank 1/4, gaussian", "0.25-gaussian"), ("rank 1/4, sparse", "0.25-sparse")):
         rows = [row for row in done.rows if row["name"].startswith(begin)]
         losses = [float(row["final_val_loss"]) for row in rows]
         line = methods[method]
@@ -302,13 +301,13 @@ def test_pictures_hold_the_sweep(done, figures, monkeypatch):
     monkeypatch.setattr(sys, "argv", done.command[1:])
     with pytest.raises(SystemExit) as caught:
         ablate.main()
-    assert caught.value.code == 0 and len(done.begun) == 16
+    assert caught.value.code == 0 and len(done.begun) == 14
     curves, loss_ratio, loss_memory, loss_flops, speed_memory = figures
     check_legend(curves, METHODS)
-    assert len(curves.axes[1].lines) == 16
-    check_legend(loss_ratio, ["full rank", "gaussian", "sparse", "eigen"])
-    check_legend(speed_memory, ["full rank", "gaussian", "sparse", "eigen", "rank 1", "rank 1/2", "rank 1/4"])
-    colours = {"": BLACK, "gaussian": BLUE, "sparse": ORANGE, "eigen": GREEN}
+    assert len(curves.axes[1].lines) == 14
+    check_legend(loss_ratio, ["full rank", "gaussian", "sparse", "rademacher"])
+    check_legend(speed_memory, ["full rank", "gaussian", "sparse", "rademacher", "rank 1/2", "rank 1/4"])
+    colours = {"": BLACK, "gaussian": BLUE, "sparse": ORANGE, "rademacher": GREEN}
     loss, memory = ("final_val_loss", "final validation loss (nats per token)"), ("plan_bytes", "memory of a run (MiB)", 2**20)
     flops = ("flops_per_token", "FLOPs of matrix products per token (millions)", 1e6)
     for figure, (x, x_name, unit), (y, y_name) in (
@@ -327,7 +326,7 @@ def test_pictures_hold_the_sweep(done, figures, monkeypatch):
         full, = (list(place) for place, colour, _ in points if colour == BLACK)
         joined = {to_hex(line.get_color()).upper(): line for line in axis.lines if len(line.get_xdata()) == 3}
         starts = [joined[colour].get_xydata()[0].tolist() == full for colour in (BLUE, ORANGE, GREEN)]
-        assert len(points) == 8 and starts == [True, True, False]  # eigen's line begins at its own ratio 1, not at full rank
+        assert len(points) == 7 and starts == [True, True, True]
         assert [joined[colour].get_linestyle() for colour in (BLUE, ORANGE, GREEN)] == ["-", "--", "-."]
         for (_, colour, mark), (at, ys) in wanted.items():
             near = pytest.approx([at, statistics.mean(ys)], rel=0.05 if figure is loss_ratio else 1e-9)  # there, error bars stand side by side
@@ -342,8 +341,8 @@ def test_looks():
 
 
 def test_many_ratios_have_one_colour(sweep):
-    sweep.run("--ratios", "1,1/2,1/4,1/8,1/16", "--projections", "eigen")
-    assert [row["status"] for row in sweep.rows] == ["ok"] * 6
+    sweep.run("--ratios", "1,1/2,1/4,1/8,1/16", "--projections", "sparse")
+    assert [row["status"] for row in sweep.rows] == ["ok"] * 5
     for name in PICTURES:
         check_picture(sweep.out / name, BLACK, BLUE)
         assert pixels(sweep.out / name, ORANGE) == pixels(sweep.out / name, GREEN) == 0
@@ -596,7 +595,7 @@ def test_share_of_columns(tmp_path):
     (tmp_path / "text.txt").write_text(make_text(3000))
     args = ablate.parse_options(["--out", "out", "--train", str(tmp_path / "text.txt"), "--steps",
                                  "3", "--projections", "sparse", "--ratios", "1,1/4,8,16,32,64",
-                                 "--compress", "qkv,fc,fcproj/fcproj", *map(str, TINY)])
+                                 "--compress", "qkv,fc,fcproj/fcproj", *map(str, SHAPE)])
     args.binary = TRAINER
     ranks = {(run.options["compress"].count(","), ablate.rank_of(run)): ablate.ratio_of(run)
              for run in ablate.plan_first_seed(args)}
@@ -735,7 +734,6 @@ def line_of(program, options, monkeypatch, capfd):
     (["--also", "--seeds 3"], "--also: --seeds is one for all combinations"),
     (["--also", "--ratios 1 --also x"], "--also: --also is one for all"),
     (["--also", "--ratios '1"], "--also: \"--ratios '1\": No closing quotation"),
-    (["--also", "--refresh 3 --projections sparse"], "--refresh: only eigen has iterations"),
     (["--also", "--nonsense 3"], "train_gpt2_compact: --nonsense: "),
     (["--decays", "0,0.1", "-c", "0.2"], "--weight-decay: is 0 by what is listed, and 0.2 by the flags"),
     (["--seeds", ""], "--seeds: '' is empty"),
@@ -744,9 +742,6 @@ def line_of(program, options, monkeypatch, capfd):
     (["--lr-sweep", "1e-3,1e-2", "-v", "0"], "--lr-sweep: chooses by validation loss, which --val-every 0"),
     (["--jobs", "0"], "--jobs: '0' is not a whole number"),
     (["--projections", "gaussian,cauchy"], "train_gpt2_compact: --projection: 'cauchy' "),
-    (["--refresh", "1,2"], "--refresh: only eigen has iterations"),
-    (["--projections", "eigen", "--refresh", "0"], "train_gpt2_compact: --refresh-iterations: "),
-    (["--projection", "eigen"], "--projection: eigen, for which ratio 1 is not full rank, is to be listed by --projections"),
     (["--nonsense"], "train_gpt2_compact: --nonsense: "),
     (["--rank", "0.3"], "--rank: is 1 by what is listed, and 0.3 by the flags for the trainer"),
     (["--train", "nothing.txt"], "train_gpt2_compact: --train: no file matches 'nothing.txt'"),
@@ -758,7 +753,7 @@ def line_of(program, options, monkeypatch, capfd):
 def test_bad_options(tmp_path, monkeypatch, capfd, options, words):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(make_text(3000))
-    options = ["--binary", TRAINER, "--out", "out", "--train", "text.txt", *TINY, "--steps", 3, *options]
+    options = ["--binary", TRAINER, "--out", "out", "--train", "text.txt", *SHAPE, "--steps", 3, *options]
     assert words in line_of(ablate, options, monkeypatch, capfd)
     assert os.listdir() == ["text.txt"]
 
@@ -803,50 +798,21 @@ def test_methods():
         {"rank": "0.25", "projection": "a", "optimizer": "muon"}]
 
 
-def test_methods_of_eigen():
-    """Ratio 1 is full rank and, of eigen, the whole basis; only eigen has iterations."""
-    full, whole, quarter = {"rank": "1"}, {"rank": "1", "projection": "eigen"}, {"rank": "0.25", "projection": "eigen"}
-    assert methods("--projections", "eigen", "--ratios", "1,1/4") == [full, whole, quarter]
-    for projections in ("gaussian,eigen", "eigen,gaussian"):
-        assert methods("--projections", projections, "--ratios", "1") == [full, whole]
-    assert methods("--projections", "eigen", "--ratios", "1,1/4", "--compress", "none/fc") == [
-        full, dict(whole, compress="fc"), dict(quarter, compress="fc")]
-    assert methods("--projections", "gaussian,eigen", "--ratios", "1,1/4", "--refresh", "1,3") == [
-        full, *(dict(whole, **{"refresh-iterations": k}) for k in "13"), dict(quarter, projection="gaussian"),
-        *(dict(quarter, **{"refresh-iterations": k}) for k in "13")]
-
-
 def test_what_makes_a_run_another(tmp_path):
     (tmp_path / "text.txt").write_text(make_text(3000))
     (tmp_path / "other").symlink_to(TRAINER)
 
     def name(*options, binary=TRAINER, seed=None, lr=None):
-        train = ["--out", "out", "--train", tmp_path / "text.txt", "--steps", 3, *TINY, *options]
+        train = ["--out", "out", "--train", tmp_path / "text.txt", "--steps", 3, *SHAPE, *options]
         args = ablate.parse_options([str(word) for word in train])
         args.binary = binary
         return ablate.plan_run(args, args.groups[0], {"rank": "0.25"}, seed, lr, None).name
     first = name()
-    for same in (name("--gap", 10), name("--projection", "eigen"), name("-l", "3e-4"), name("--jobs", 2), name("--tokenizer", "none.bin"), name(seed="1337", lr="0.0003")):
+    for same in (name("--gap", 100), name("--projection", "sparse"), name("-l", "3e-4"), name("--jobs", 2), name("--tokenizer", "none.bin"), name(seed="1337", lr="0.0003")):
         assert same == first
     others = [name("--gap", 49), name("-l", "4e-4"), name("-b", 3), name("-c", 0.2), name("--clip", 2), name("--overfit"), name(seed="2"),
               name(binary=str(tmp_path / "other"))]
     assert len({first, *others}) == 9
-
-
-def test_names_of_eigen(tmp_path, monkeypatch):
-    """What sets apart runs of eigen by their iterations: folder, labels, column; other methods have none of it."""
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text(make_text(3000))
-    args = ablate.parse_options(["--out", "out", "--train", "text.txt", "--steps", "3", "--ratios", "1,1/4", "--projections", "sparse,eigen",
-                                 "--refresh", "1,3", *map(str, TINY)])
-    args.binary = TRAINER
-    runs = ablate.plan_first_seed(args)
-    assert len({run.folder for run in runs}) == 6 and [run.name.split("-r0")[0] for run in runs] == [
-        "full", "1-eigen", "1-eigen", "0.25-sparse", "0.25-eigen", "0.25-eigen"]
-    assert ablate.labels(runs) == ["full rank", "rank 1, eigen, refresh-iterations 1", "rank 1, eigen, refresh-iterations 3", "rank 1/4, sparse",
-                                   "rank 1/4, eigen, refresh-iterations 1", "rank 1/4, eigen, refresh-iterations 3"]
-    assert ablate.labels([runs[0], runs[2], runs[3]]) == ["full rank", "rank 1, eigen", "rank 1/4, sparse"]
-    assert [ablate.row_of(run, {})["refresh-iterations"] for run in runs] == [None, 1, 3, None, 1, 3]
 
 
 def test_which_binary(tmp_path, monkeypatch):
@@ -962,14 +928,9 @@ def test_labels():
         return plot.labels([dict(base, **change) for change in changes], **how)
     assert labels({}) == [""] and labels({}, {"out": "y"}) == ["", ""]
     assert labels({"rank": 1}, {}, {"projection": "sparse"}) == ["full rank", "rank 1/4, gaussian", "rank 1/4, sparse"]
-    assert labels({"gap": 5}, {"projection": "eigen", "gap": 10}) == ["gaussian", "eigen"]  # each has its own by default
-    assert labels({}, {"projection": "eigen", "gap": 5}, {"projection": "eigen", "gap": 10}) == [
-        "gaussian, gap 50", "eigen, gap 5", "eigen, gap 10"]
+    assert labels({}, {"projection": "sparse", "gap": 5}, {"projection": "sparse", "gap": 10}) == [
+        "gaussian, gap 50", "sparse, gap 5", "sparse, gap 10"]
     assert labels({"compress": "none", "gap": 5}, {"rank": 0.333333333}) == ["full rank", "rank 1/3"]  # a gap means nothing at full rank
-    assert labels({"rank": 1, "projection": "eigen"}, {"rank": 1}, {"rank": 1, "projection": "eigen", "compress": "none"}) == [
-        "rank 1", "full rank", "full rank"]
-    assert labels({"refresh-iterations": 1, "projection": "eigen"}, {"refresh-iterations": 3, "projection": "eigen"}, {"refresh-iterations": 1}) == [
-        "eigen, refresh-iterations 1", "eigen, refresh-iterations 3", "gaussian"]
     assert labels({"seed": 2, "lr": 1e-4}, {}) == ["lr 0.0001, seed 2", "lr 0.001, seed 1"]
     assert labels({"seed": 2, "lr": 1e-4}, {}, leave_out=["seed"]) == ["lr 0.0001", "lr 0.001"]
     assert labels({"recompute": 2}, {}) == ["recompute 2", "recompute 0"] and labels({"overfit": True}, {}) == ["overfit", "no overfit"]
