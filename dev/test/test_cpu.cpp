@@ -160,7 +160,7 @@ static Config odd_config() { return {8, 37, 2, 5, 25, 40}; }
 static Options odd_options(int projection, double rank) {
     Options o;
     o.batch = 3, o.seq = 7, o.total_batch = 21;
-    o.projection = projection, o.rank = rank;
+    o.projection = projection, o.rank = rank, o.optimizer = ADAMW;
     return o;
 }
 

@@ -184,7 +184,7 @@ def test_score_of_a_run_with_several_starts(tmp_path):
 # ---------------------------------------------------------------------------- the loss on answers alone
 
 B, T, VOCAB = 4, 12, 151
-TINY = ["-e", "d2", "--channels", 16, "--heads", 2, "--context", T, "-b", B, "-v", 0]
+TINY = ["-e", "d2", "--channels", 16, "--heads", 2, "--context", T, "-b", B, "-v", 0, "--optimizer", "adamw"]
 
 
 def write_masked(path, words, T=T, vocab=VOCAB):
@@ -320,7 +320,7 @@ def test_fine_tuning(tmp_path):
     good("prepare", tmp_path / "train.tsv", tmp_path / "dev.tsv", "--out", data, "--tokenizer", "bytes")
     for out, options in zip(runs, (["--projection", "gaussian", "--rank", 8, "--alpha", 2, "--gap", 500], ["--rank", 1])):
         done = formats.run_trainer(["-e", "d2", "--channels", 64, "--heads", 4, "--context", 48, "-t", 40, "-b", 16, "-x", 150,
-                                    "-l", 3e-3, "-u", 10, "-v", 50, "--train", data / "train.bin", "--val", data / "val.bin",
+                                    "-l", 3e-3, "-u", 10, "-v", 50, "--optimizer", "adamw", "--train", data / "train.bin", "--val", data / "val.bin",
                                     "--hellaswag", data / "answers.bin", "-o", out, *options])
         assert done.returncode == 0, done.stderr
     head, *rows = [line.split() for line in good("score", *runs).splitlines()]
