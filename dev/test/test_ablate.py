@@ -315,7 +315,7 @@ def test_pictures_hold_the_sweep(done, figures, monkeypatch):
             (speed_memory, memory, ("tokens_per_second", "speed (tokens per second)"))):
         wanted = {}
         for row in done.rows:
-            mark = {"1": "o", "0.5": "s", "0.25": "^"}[row["rank"]]
+            mark = {"1": "*", "0.5": "o", "0.25": "s"}[row["rank"]]
             if x == "rank":
                 mark = {"gaussian": "o", "sparse": "s"}.get(row["projection"], "^")
             key = (row["rank"], colours[row["projection"]], mark if row["projection"] else "*")
@@ -556,7 +556,7 @@ def test_whole_ranks(sweep):
             if line.startswith("| ")]
     assert [row[0] for row in rows[2:5]] == ["full rank", "rank 1/2", "rank 8"]
     assert [row["rank"] for row in sweep.rows] == ["1", "0.5", "8"]
-    assert sweep.rows[2]["name"].startswith("8-sparse-r0")
+    assert sweep.rows[2]["name"].startswith("8-sparse-muon-r0")
     assert float(sweep.rows[2]["plan_bytes"]) < float(sweep.rows[1]["plan_bytes"])
     for name in PICTURES:
         check_picture(sweep.out / name, BLACK, BLUE, ORANGE)
