@@ -82,12 +82,13 @@ def main():
         folder = Path(name)
         write_tokens(folder / "train.bin", 64 * 1024, 1)
         variants = {
-            "full rank": lambda: trainer_steps(own, folder, args.steps, ["--rank", "1"]),
-            "rank 1/4, sparse": lambda: trainer_steps(own, folder, args.steps, ["--rank", "0.25", "--projection", "sparse"]),
-            "rank 1/4, gaussian": lambda: trainer_steps(own, folder, args.steps, ["--rank", "0.25", "--projection", "gaussian"]),
+            "full rank": lambda: trainer_steps(own, folder, args.steps, ["--rank", "1", "--optimizer", "adamw"]),
+            "rank 1/4, sparse": lambda: trainer_steps(own, folder, args.steps, ["--rank", "0.25", "--optimizer", "adamw", "--projection", "sparse"]),
+            "rank 1/4, sparse, muon": lambda: trainer_steps(own, folder, args.steps, ["--rank", "0.25", "--projection", "sparse"]),
+            "rank 1/4, gaussian": lambda: trainer_steps(own, folder, args.steps, ["--rank", "0.25", "--optimizer", "adamw", "--projection", "gaussian"]),
         }
         if plain.exists():
-            variants["full rank, no BLAS"] = lambda: trainer_steps(plain, folder, args.steps, ["--rank", "1"])
+            variants["full rank, no BLAS"] = lambda: trainer_steps(plain, folder, args.steps, ["--rank", "1", "--optimizer", "adamw"])
         if args.llmc:
             prepare_llmc(folder)
             variants["llm.c"] = lambda: llmc_steps(args.llmc.resolve() / "train_gpt2", folder, args.steps)

@@ -47,7 +47,7 @@ def curves(binary, model, batch):
     for ratio, kind in itertools.product(RATIOS, KINDS):
         if ratio == "1" and kind != "sparse":
             continue  # there is no projection at full rank
-        plans = [plan(binary, "-e", model, "-b", batch, "-t", 1024, "--rank", ratio, "--projection", kind, "-r", level)
+        plans = [plan(binary, "-e", model, "-b", batch, "-t", 1024, "--rank", ratio, "--optimizer", "adamw", "--projection", kind, "-r", level)
                  for level in LEVELS]
         found[ratio, kind] = [(p["flops_per_token"]["total"] / p["full_rank_level_2"]["flops_per_token"]["total"],
                                p["total_bytes"]) for p in plans]
