@@ -783,7 +783,7 @@ static void kernel_round() {
     for (int stream = 0; stream < streams; stream++) {
         to.set(w);
         gpu::Weights weights = {to.data, gpu::IS_BF16 ? nullptr : (float*)to.data, true, SEED, uint64_t(stream), first};
-        gpu::lift_kernel<<<gpu::blocks_for(count, 256 * gpu::QUAD), 256>>>(weights, step.data, count, 1.0f, 1.0f / 1024);
+        gpu::lift_kernel<<<gpu::blocks_for(count, 256 * gpu::QUAD), 256>>>(weights, step.data, nullptr, count, 1.0f, 1.0f / 1024);
         LAUNCHED();
         Floats got = to.get(), want(first + count);
         std::copy(exact.begin(), exact.end(), want.begin() + first);

@@ -3073,7 +3073,7 @@ static std::string checkpoint_path(const std::string& dir, const char* kind, int
     return dir + "/" + kind + text("_%08lld.bin", (long long)step);
 }
 
-// What a state holds: the weights, the moments, and the bases that cannot be drawn again.
+// What a state holds: the weights and the moments. Projections are drawn again.
 static std::vector<Tensor> saved_tensors(const Plan& plan) {
     std::vector<Tensor> saved = weights_of(plan);
     tensors_of(plan, "moments", saved);
