@@ -2533,8 +2533,8 @@ static std::string shape_text(const Tensor& t, const char* between) {
 
 // The plan of a run beside those that it is measured against.
 struct Plans {
-    Plan run, full_rank,
-        level_2;  // the same flags at full rank with AdamW; that at --recompute 2 and nothing else: llm.c's best
+    // the same flags at full rank with AdamW; that at --recompute 2 and nothing else: llm.c's best
+    Plan run, full_rank, level_2;
 };
 
 static Plans make_plans(Model& s, const Config& c, const Options& o) {

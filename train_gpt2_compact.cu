@@ -1592,7 +1592,7 @@ struct Model {
     int *shift, *shift_next;  // sparse: a rotation for each stripe of r inputs
     float* p_change;          // (r, r) P_old^T P_new
     float* lifted;            // (m, n) a dense step on its way to weights without master copies
-    void* cublas_workspace;
+    void* products_workspace;
     floatX* logits;           // (CHUNK, logits_width)
     float *partial, *dot;     // (SLABS, 4C) sums of columns; (N, NH)
     float *norm_partial, *norm;
@@ -1735,7 +1735,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     add("workspace", "projection_shift", "int32", {stripes}, &s.shift);
     add("workspace", "projection_shift_next", "int32", {move * stripes}, &s.shift_next);
     add("workspace", "projection_change", "fp32", {move * p_change}, &s.p_change);
-    add("workspace", "cublas", "byte", {CUBLAS_BYTES}, &s.cublas_workspace);
+    add("workspace", "products", "byte", {CUBLAS_BYTES}, &s.products_workspace);
     add("workspace", "logits", TYPE_X, {std::min<int64_t>(CHUNK, N), logits_width(c)}, &s.logits);
     add("workspace", "column_sums", "fp32", {SLABS, 4 * C}, &s.partial);
     add("workspace", "attention_dot", "fp32", {N, c.NH}, &s.dot);
@@ -1789,7 +1789,7 @@ static void model_allocate(Model& s, const Plan& plan) {
     }
     printf("device memory: the plan's %s bytes, of %s that were free; the libraries took %s before\n",
            commas(plan.bytes()).c_str(), commas(free_bytes).c_str(), commas(total_bytes - free_bytes).c_str());
-    CUDA(cublasSetWorkspace(cublas, s.cublas_workspace, CUBLAS_BYTES));
+    CUDA(cublasSetWorkspace(cublas, s.products_workspace, CUBLAS_BYTES));
     for (int i = 0; i < PARAMS && !IS_BF16; i++) s.master[i] = (float*)s.params[i];
     for (int i = 0; i < 2 && s.options.offload; i++) {
         CUDA(cudaEventCreateWithFlags(&s.computed[i], cudaEventDisableTiming));
@@ -3461,7 +3461,8 @@ static std::string shape_text(const Tensor& t, const char* between) {
 
 // The plan of a run beside those that it is measured against.
 struct Plans {
-    Plan run, full_rank, level_2;  // the same flags at full rank with AdamW; that at --recompute 2 and nothing else: llm.c's best
+    // the same flags at full rank with AdamW; that at --recompute 2 and nothing else: llm.c's best
+    Plan run, full_rank, level_2;
 };
 
 static Plans make_plans(Model& s, const Config& c, const Options& o) {

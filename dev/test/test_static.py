@@ -232,7 +232,7 @@ def test_loads_of_16_bytes(sass):
 
 # Every name of CUDA's host libraries that the trainer uses. Each stands in the headers of CUDA 12.0, the oldest toolkit that is
 # supported: look a new one up there before it is added.
-CUDA_12_0 = """cublasCreate cublasGemmEx cublasGemmStridedBatchedEx cublasHandle_t cublasStatus_t cublasSetWorkspace cublasSetStream cublasSetMathMode
+CUDA_12_0 = """cublasCreate cublasGemmEx cublasGemmStridedBatchedEx cublasHandle_t cublasStatus_t cublasSetWorkspace cublasSetStream cublasSetMathMode cublasMath_t cudaErrorUnsupportedPtxVersion
     cudaDataType_t cudaDeviceProp cudaDeviceSynchronize cudaError_t cudaErrorInsufficientDriver cudaErrorMemoryAllocation
     cudaErrorNoDevice cudaErrorNoKernelImageForDevice cudaEventCreate cudaEventCreateWithFlags cudaEventDisableTiming
     cudaEventElapsedTime cudaEventRecord cudaEventSynchronize cudaEvent_t cudaFree cudaFreeHost cudaGetDevice
