@@ -53,6 +53,7 @@
 static int omp_get_max_threads() { return 1; }
 static int omp_get_thread_num() { return 0; }
 static int omp_get_num_threads() { return 1; }
+static void omp_set_num_threads(int) {}
 #endif
 #ifndef REVISION
 #define REVISION "unknown"
@@ -2681,6 +2682,48 @@ static std::unique_ptr<FILE, CloseFile> open_log(const std::string& path, int64_
 
 // ---- main
 
+// A closed descriptor would be the next file's that is opened, and what is printed would go there.
+static void open_standard_streams() {
+    for (int fd = 0; fd < 3; fd++) {
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) != fd) exit(1);
+    }
+}
+
+// The CPUs whose time the process's control groups, listed in a file, may use: rounded up, or many
+// where no quota is set. A container may see its own group at the root of what is mounted.
+static int cpu_quota(const std::string& groups, const std::string& root) {
+    double quota = 1 << 20;
+    std::ifstream list(groups);
+    for (std::string line; std::getline(list, line);) {  // number:controllers:path; version 2: 0::path
+        size_t first = line.find(':'), second = line.find(':', first + 1);
+        if (second == std::string::npos) continue;
+        std::string folder = root + "/" + line.substr(first + 1, second - first - 1), path = line.substr(second + 1);
+        for (size_t end = path.size(); end != std::string::npos; end = end ? path.rfind('/', end - 1) : end - 1) {
+            std::string group = folder + path.substr(0, end);
+            double time = 0, period = 0;  // no limit: "max", or -1 in version 1
+            std::ifstream(group + "/cpu.max") >> time >> period;
+            std::ifstream(group + "/cpu.cfs_quota_us") >> time;
+            std::ifstream(group + "/cpu.cfs_period_us") >> period;
+            if (time > 0 && period > 0) quota = std::min(quota, time / period);
+        }
+    }
+    return int(ceil(quota));
+}
+
+// Threads that wait must sleep: spinning takes the core from whoever shares it. GCC's runtime reads that
+// from the environment as it is loaded, before main, so the program begins again with it set. Who
+// has set how threads wait, or how many there are, has it so.
+static void settle_threads(char** argv) {
+    if (!getenv("OMP_WAIT_POLICY") && !getenv("GOMP_SPINCOUNT") && !getenv("KMP_BLOCKTIME")) {
+        setenv("OMP_WAIT_POLICY", "passive", 1);
+        std::error_code error;
+        std::string self = std::filesystem::read_symlink("/proc/self/exe", error).string();
+        if (!error) execv(self.c_str(), argv);  // which comes back only where it fails
+    }
+    if (!getenv("OMP_NUM_THREADS"))
+        omp_set_num_threads(std::min(omp_get_max_threads(), cpu_quota("/proc/self/cgroup", "/sys/fs/cgroup")));
+}
+
 // Whether something with this "every" is due after step `step` of `steps`.
 static bool is_due(int every, int64_t step, int64_t steps) {
     return every != 0 && (step == steps || (every > 0 && step % every == 0));
@@ -2852,6 +2895,8 @@ static void run(int argc, char** argv) {
 
 #ifndef TESTING
 int main(int argc, char** argv) {
+    open_standard_streams();
+    settle_threads(argv);
     try {
         run(argc, argv);
         if (fflush(stdout) != 0 || ferror(stdout)) fail(std::string("standard output: cannot be written: ") + strerror(errno));

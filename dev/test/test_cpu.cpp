@@ -1118,6 +1118,41 @@ static std::string uint16_bytes(const std::vector<int>& values) {
     return bytes;
 }
 
+// ---- what the machine lets a process have
+
+TEST(Threads, Quota) {
+    Folder folder;
+    auto write = [&](const std::string& name, const std::string& text) {
+        std::filesystem::create_directories(std::filesystem::path(folder / name).parent_path());
+        write_file(folder / name, text);
+    };
+    auto quota = [&](const std::string& groups) {
+        write("groups", groups);
+        return cpu_quota(folder / "groups", folder / "root");
+    };
+    const int NONE_SET = 1 << 20;
+    EXPECT_EQ(cpu_quota(folder / "none", folder / "root"), NONE_SET);  // no control groups, as on a Mac
+    // version 2: of the groups from its own up to the root, the least counts; a part of a CPU is one
+    write("root/a/cpu.max", "350000 100000\n");
+    write("root/a/b/cpu.max", "max 100000\n");
+    write("root/a/b/c/cpu.max", "999900000 100000\n");
+    write("root/d/cpu.max", "5000 50000\n");
+    write("root/e/cpu.max", "800000\n");  // without its period it says nothing
+    EXPECT_EQ(quota("0::/a/b/c\n"), 4);
+    EXPECT_EQ(quota("0::/a\n"), 4);
+    EXPECT_EQ(quota("0::/d"), 1);
+    for (const char* groups : {"0::/\n", "0::/e\n", "0::/none/such\n", "", "\n", "0:\n", "nonsense\n", "0::\n"})
+        EXPECT_EQ(quota(groups), NONE_SET) << groups;
+    // version 1: the path is the host's, and in a container the group lies at the root; -1 is no limit
+    write("root/cpu,cpuacct/cpu.cfs_quota_us", "200000\n");
+    write("root/cpu,cpuacct/cpu.cfs_period_us", "100000\n");
+    write("root/cpu/x/cpu.cfs_quota_us", "-1\n");
+    write("root/cpu/x/cpu.cfs_period_us", "100000\n");
+    EXPECT_EQ(quota("7:memory:/a/b\n4:cpu,cpuacct:/docker/0123\n1:name=systemd:/d\n"), 2);
+    EXPECT_EQ(quota("4:cpu:/x\n"), NONE_SET);
+    EXPECT_EQ(quota("4:cpu,cpuacct:/\n0::/d\n"), 1);
+}
+
 TEST(Permute, IsAPermutation) {
     for (int n = 1; n <= 300; n++) {
         for (uint64_t stream : {1, 2, 3}) {
