@@ -885,8 +885,8 @@ static void model_file(const Setup& u) {
         for (const gpu::Tensor& t : gpu::weights_of(g.plan)) expect_equal(name + t.name, fetch(t), fetch(c.plan.tensors[i++]));
         set_tokens(g.s, u, 3, u.B * u.T);
         set_tokens(c.s, u, 3, u.B * u.T);
-        gpu::model_forward(g.s, u.B, u.T, false);
-        cpu::model_forward(c.s, u.B, u.T, false);
+        gpu::model_forward(g.s, u.B, u.T, gpu::NO_CACHE, false);
+        cpu::model_forward(c.s, u.B, u.T, cpu::NO_CACHE, false);
         compare_logits(g, c, name + "logits", 0, u.B * u.T);
         gpu::write_model(g.plan, g.s.config, type, again);
         expect(name + "the file written again differs", contents(again) != contents(rounded), 0);

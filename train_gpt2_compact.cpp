@@ -40,10 +40,14 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <iostream>
 #include <iterator>
 #include <memory>
 #include <new>
+#include <set>
 #include <string>
+#include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -90,24 +94,29 @@ static std::string commas(int64_t n) {
     return digits;
 }
 
+// The character of UTF-8 text at byte i and its length; U+FFFD and 1 where none begins there.
+static uint32_t character_at(const std::string& raw, size_t i, size_t* length) {
+    const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000};
+    unsigned char c = raw[i];
+    *length = c < 0x80 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
+    uint32_t code = *length == 1 ? c : c & (0x7F >> *length);
+    bool good = c < 0x80 || (c >= 0xC0 && c < 0xF8);
+    for (size_t j = 1; good && j < *length; j++) {
+        good = (raw[i + j] & 0xC0) == 0x80;  // the string's closing 0 stops this in time
+        code = code << 6 | (raw[i + j] & 0x3F);
+    }
+    if (good && code >= least[*length] && code <= 0x10FFFF && (code < 0xD800 || code > 0xDFFF)) return code;
+    *length = 1;
+    return 0xFFFD;
+}
+
 // Bytes that are no UTF-8, and control characters, would upset a terminal or a JSON reader: they become U+FFFD.
 static std::string printable(const std::string& raw) {
-    const uint32_t least[5] = {0, 0x20, 0x80, 0x800, 0x10000};
     std::string out;
     for (size_t i = 0, length; i < raw.size(); i += length) {
-        unsigned char c = raw[i];
-        length = c < 0x80 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
-        uint32_t code = length == 1 ? c : c & (0x7F >> length);
-        bool good = c < 0x80 || (c >= 0xC0 && c < 0xF8);
-        for (size_t j = 1; good && j < length; j++) {
-            good = (raw[i + j] & 0xC0) == 0x80;  // the string's closing 0 stops this in time
-            code = code << 6 | (raw[i + j] & 0x3F);
-        }
-        good = good && code >= least[length] && code <= 0x10FFFF && code != 0x7F && (code < 0xD800 || code > 0xDFFF);
-        if (!good && c != '\n' && c != '\t')
-            length = 1, out += "\xEF\xBF\xBD";
-        else
-            out += raw.substr(i, length);
+        uint32_t code = character_at(raw, i, &length);
+        bool control = (code < 0x20 && code != '\n' && code != '\t') || code == 0x7F;
+        out += code == 0xFFFD || control ? "\xEF\xBF\xBD" : raw.substr(i, length);
     }
     return out;
 }
@@ -152,7 +161,8 @@ static const char* tape_names = "full,int8";
 static const char* master_names = "fp32,none";
 
 struct Options {
-    std::string train, val, model = "d12", out, tokenizer, hellaswag, dump, plan;
+    std::string train, val, model = "d12", out, tokenizer, prompt, hellaswag, dump, plan;
+    bool generates = false;  // text after a prompt, and trains nothing
     int channels = 0, heads = 0, layers = 0, context = 0;
     int batch = 4, seq = 0, total_batch = 0, steps = -1, warmup = 0;
     double lr = 3e-4, final_lr_frac = 0.1, weight_decay = 0.1, clip = 1.0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
@@ -169,6 +179,13 @@ struct Options {
     int checkpoint_every = 0, keep = 2, checkpoint_type = TYPE_FP32, seed = 1337;
     bool resume = false, overfit = false, help = false;
 };
+
+// Tokens of a forward pass: a micro batch, or a piece of a prompt.
+enum { PIECE = 256 };
+static int64_t rows_of(const Options& o) { return o.generates ? std::min<int64_t>(PIECE, o.seq) : int64_t(o.batch) * o.seq; }
+
+// Tokens whose keys and values the cache has room for: a sequence, where text is generated.
+static int64_t cached_tokens(const Options& o) { return o.generates || o.sample_every != 0 ? o.seq : 0; }
 
 // The shape of a model, as in the header of llm.c's model file.
 struct Config {
@@ -412,6 +429,7 @@ enum { GONE, WHOLE, AS_Z, AS_INT8, AS_2BIT };
 
 static int how_kept(int row, const Options& o, const Linear* linears) {
     const TapeRow& t = tape_rows[row];
+    if (o.generates) return GONE;
     bool source_gone = row == FCH_GELU && o.gelu == GELU_2BIT;  // 2 bits of fch do not give its GELU again
     if (o.recompute >= (source_gone ? tape_rows[FCH].gone_from : t.gone_from)) return GONE;
     if (t.input_of != NONE && linears[t.input_of].compressed()) return AS_Z;
@@ -456,6 +474,7 @@ static Flops matrix_flops(const Config& c, const Options& o, const Linear* linea
         if (by == NONE || how_kept(i, o, linears) != GONE) continue;
         f.recompute += L * 2 * (by == ATTENTION ? attention : double(linears[by].m) * linears[by].n);
     }
+    if (o.generates) f = {f.forward, 0, 0, 0, 0};
     return f;
 }
 
@@ -569,6 +588,17 @@ static void product_slab(float* c, int ldc, const float* a, int lda, bool ta, co
 // c (M, N) = alpha a b + beta c, all row-major; a is (M, K), or (K, M) when ta; b is (K, N), or (N, K) when tb.
 // With beta = 0, c is not read. Each thread computes its own slab of c's rows or columns.
 static void matmul(float* c, const float* a, bool ta, const float* b, bool tb, int M, int N, int K, float alpha, float beta) {
+    if (M == 1 && tb) {  // a matrix times a vector: b is read once, as it lies
+#pragma omp parallel for schedule(static)
+        for (int j = 0; j < N; j++) {
+            const float* row = b + size_t(j) * K;
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int k = 0; k < K; k++) sum += a[k] * row[k];
+            c[j] = alpha * sum + (beta == 0.0f ? 0.0f : beta * c[j]);
+        }
+        return;
+    }
     int lda = ta ? M : K, ldb = tb ? K : N;
     bool by_columns = N >= M;
     int extent = by_columns ? N : M, unit = by_columns ? BLOCK_COLUMNS : BLOCK_ROWS;
@@ -793,6 +823,41 @@ static void attention_forward(float* out, float* lse, const float* qkv, float* s
     }
 }
 
+// The same for n tokens that follow `past` others, whose keys and values the cache (past + n, 2C) holds: theirs join them.
+static void attention_cached(float* out, float* cache, const float* qkv, int past, int n, int C, int NH) {
+    int hs = C / NH;
+    size_t ld = 2 * size_t(C);
+    float scale = 1.0f / sqrtf(float(hs));
+    for (int i = 0; i < n; i++) memcpy(cache + (past + i) * ld, qkv + i * 3 * size_t(C) + C, ld * sizeof(float));
+#pragma omp parallel for schedule(static)
+    for (int row = 0; row < n * NH; row++) {
+        int i = row / NH, h = row % NH;
+        const float *q = qkv + i * 3 * size_t(C) + h * hs, *k = cache + h * hs, *v = k + C;
+        float *o = out + size_t(i) * C + h * hs, s[TILE], top = -INFINITY, sum = 0;
+        std::fill(o, o + hs, 0.0f);
+        for (int first = 0; first <= past + i; first += TILE) {
+            int keys = std::min<int>(TILE, past + i + 1 - first);
+            float most = top;
+            for (int j = 0; j < keys; j++) {
+                const float* kj = k + (first + j) * ld;
+                float dot = 0;
+#pragma omp simd reduction(+ : dot)
+                for (int d = 0; d < hs; d++) dot += q[d] * kj[d];
+                most = std::max(most, s[j] = dot * scale);
+            }
+            float shrink = exp_simd(top - most);
+            for (int d = 0; d < hs; d++) o[d] *= shrink;
+            sum *= shrink, top = most;
+            for (int j = 0; j < keys; j++) {
+                const float *vj = v + (first + j) * ld, p = exp_simd(s[j] - most);
+                sum += p;
+                for (int d = 0; d < hs; d++) o[d] += p * vj[d];
+            }
+        }
+        for (int d = 0; d < hs; d++) o[d] /= sum;
+    }
+}
+
 // dqkv (N, 3C) = gradient, from dout and out (N, C). With p the softmax again from lse: dv = p^T dout, dp = dout v^T,
 // ds = p (dp - sum over d of dout out) scale, dq = ds k, dk = ds^T q.
 static void attention_backward(float* dqkv, const float* dout, const float* qkv, const float* out, const float* lse,
@@ -1006,12 +1071,14 @@ struct Model {
     int *shift, *shift_next;       // sparse: a rotation for each stripe of r inputs
     float* logits;                 // (CHUNK, V)
     float* scratch;                // attention's tiles, for each thread
+    float* cache;                  // (L, seq, 2C) keys and values of the text that is being generated
     // data
     int *inputs, *targets;  // (N)
     float* losses;          // (N)
 };
 
-enum { CHUNK = 256 };  // tokens whose logits exist at one time
+enum { CHUNK = 256 };    // tokens whose logits exist at one time
+enum { NO_CACHE = -1 };  // for `past`: attention is among the tokens at hand
 
 static bool moments_move(const Options& o) { return o.moments == MOVE && o.gap > 0; }
 
@@ -1044,7 +1111,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     s.options = o;
     if (o.offload) refuse("--offload: is for the GPU's trainer; here all memory is the host's");
     for (int i = 0; i < LINEARS; i++) s.linear[i] = linear_shape(c, o, i);
-    int64_t L = c.L, C = c.C, N = int64_t(o.batch) * o.seq;
+    int64_t L = c.L, C = c.C, N = rows_of(o), trained = o.generates ? 0 : N;
 
     for (int i = 0; i < PARAMS; i++) plan_add(plan, "parameters", param_rows[i].name, "fp32", param_shape(c, i), &s.params[i]);
     const struct {
@@ -1052,7 +1119,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
         float** home;
     } groups[3] = {{"gradients", "grad.", s.grads}, {"moments", "m.", s.m}, {"moments", "v.", s.v}};
     for (auto& group : groups) {
-        for (int i = 0; i < PARAMS; i++) {
+        for (int i = 0; i < PARAMS && !o.generates; i++) {
             int rank = param_rows[i].linear >= 0 ? s.linear[param_rows[i].linear].r : 0;
             if (rank > 0 && o.optimizer == MUON && group.home == s.v) continue;
             plan_add(plan, group.category, std::string(group.prefix) + param_rows[i].name, "fp32", param_shape(c, i, rank),
@@ -1073,7 +1140,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     plan_add(plan, "tape", "ln1_rstd", "fp32", {L, N}, &s.ln1_rstd);
     plan_add(plan, "tape", "ln2_mean", "fp32", {L, N}, &s.ln2_mean);
     plan_add(plan, "tape", "ln2_rstd", "fp32", {L, N}, &s.ln2_rstd);
-    plan_add(plan, "tape", "lse", "fp32", {L, N, c.NH}, &s.lse);
+    plan_add(plan, "tape", "lse", "fp32", {L, trained, c.NH}, &s.lse);
     plan_add(plan, "tape", "lnf_mean", "fp32", {N}, &s.lnf_mean);
     plan_add(plan, "tape", "lnf_rstd", "fp32", {N}, &s.lnf_rstd);
     for (int i = 0; i < TAPE_ROWS; i++) {  // after all that has to begin on 4 bytes
@@ -1089,7 +1156,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     if (s.kept[ATTY] == GONE) plan_add(plan, "workspace", "qkv", "fp32", {N, 3 * C}, &s.now[QKVR]);
     if (s.kept[ATTY] != WHOLE) plan_add(plan, "workspace", "atty", "fp32", {N, C}, &s.now[ATTY]);
     if (s.kept[RESIDUAL2] != WHOLE) plan_add(plan, "workspace", "residual2", "fp32", {N, C}, &s.now[RESIDUAL2]);
-    plan_add(plan, "workspace", "dresidual", "fp32", {N, C}, &s.dresidual);
+    plan_add(plan, "workspace", "dresidual", "fp32", {trained, C}, &s.dresidual);
     plan_add(plan, "workspace", "wide", "fp32", {wide_rows(s, N), 4 * C}, &s.wide);
     plan_add(plan, "workspace", "spare", "fp32", {N, spare_is_wide(s) ? 4 * C : C}, &s.spare);
 
@@ -1109,12 +1176,13 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     plan_add(plan, "workspace", "projection_next", "fp32", {move ? p_count : 0}, &s.p_next);
     plan_add(plan, "workspace", "projection_next_shift", "int32", {move ? stripes : 0}, &s.shift_next);
     plan_add(plan, "workspace", "projection_change", "fp32", {move ? p_change : 0}, &s.p_change);
-    plan_add(plan, "workspace", "logits", "fp32", {std::min<int64_t>(CHUNK, N), c.V}, &s.logits);
-    plan_add(plan, "workspace", "attention_tiles", "fp32", {omp_get_max_threads(), int64_t(attention_scratch(c.C / c.NH))},
-             &s.scratch);
+    plan_add(plan, "workspace", "logits", "fp32", {std::min<int64_t>(CHUNK, trained), c.V}, &s.logits);
+    plan_add(plan, "workspace", "attention_tiles", "fp32",
+             {o.generates ? 0 : omp_get_max_threads(), int64_t(attention_scratch(c.C / c.NH))}, &s.scratch);
+    plan_add(plan, "workspace", "keys_values", "fp32", {L, cached_tokens(o), 2 * C}, &s.cache);
     plan_add(plan, "data", "inputs", "int32", {N}, &s.inputs);
-    plan_add(plan, "data", "targets", "int32", {N}, &s.targets);
-    plan_add(plan, "data", "losses", "fp32", {N}, &s.losses);
+    plan_add(plan, "data", "targets", "int32", {trained}, &s.targets);
+    plan_add(plan, "data", "losses", "fp32", {trained}, &s.losses);
 
     plan.flops = matrix_flops(c, o, s.linear);
     return plan;
@@ -1389,23 +1457,28 @@ static void layernorm_2(Model& s, float* y, const float* x, int layer, int N) {
 }
 
 // The block's first half, residual to residual2. The backward pass runs it again at the last recomputation level.
-static void attention_half(Model& s, const Block& b, int layer, int B, int T, bool training) {
-    int N = B * T, NH = s.config.NH;
+static void attention_half(Model& s, const Block& b, int layer, int B, int T, int past, bool training) {
+    int N = B * T, C = s.config.C, NH = s.config.NH;
     layernorm_1(s, b.ln1, b.residual, layer, N);
     linear_forward(s, QKV, layer, b.qkv, b.ln1, nullptr, N, training);
-    attention_forward(b.atty, s.lse + int64_t(layer) * N * NH, b.qkv, s.scratch, B, T, s.config.C, NH);
+    if (past == NO_CACHE)
+        attention_forward(b.atty, s.lse + int64_t(layer) * N * NH, b.qkv, s.scratch, B, T, C, NH);
+    else
+        attention_cached(b.atty, s.cache + 2 * int64_t(layer) * s.options.seq * C, b.qkv, past, T, C, NH);
     linear_forward(s, ATTPROJ, layer, b.residual2, b.atty, b.residual, N, training);
 }
 
-// s.inputs (B, T) to the head's input (B*T, C), which it leaves in s.wide. When training, fills the tape on the way.
-static void model_forward(Model& s, int B, int T, bool training) {
+// s.inputs (B, T) to the head's input (B*T, C), which it leaves in s.wide. When training, fills the tape on the way. For text
+// that is being generated (B = 1), `past` tokens came before, whose keys and values are in the cache, as are then these.
+static void model_forward(Model& s, int B, int T, int past, bool training) {
     const Config& c = s.config;
     int N = B * T;
-    embedding_forward(block_at(s, 0, N).residual, s.inputs, s.params[WTE], s.params[WPE], B, T, c.C);
+    embedding_forward(block_at(s, 0, N).residual, s.inputs, s.params[WTE], s.params[WPE] + std::max(past, 0) * int64_t(c.C), B,
+                      T, c.C);
     for (int layer = 0; layer < c.L; layer++) {
         Block b = block_at(s, layer, N);
         if (training) tape_store(s, RESIDUAL, layer, b.residual, N);
-        attention_half(s, b, layer, B, T, training);
+        attention_half(s, b, layer, B, T, past, training);
         if (training) {
             tape_store(s, QKVR, layer, b.qkv, N);
             tape_store(s, ATTY, layer, b.atty, N);
@@ -1442,7 +1515,7 @@ static void classifier(Model& s, int N, bool training, float scale, float beta) 
 
 // Losses of s.inputs against s.targets (B, T), into s.losses.
 static void model_evaluate(Model& s, int B, int T) {
-    model_forward(s, B, T, false);
+    model_forward(s, B, T, NO_CACHE, false);
     classifier(s, B * T, false, 0.0f, 0.0f);
 }
 
@@ -1456,7 +1529,7 @@ static void block_backward(Model& s, int layer, int B, int T, float beta) {
     tape_load(s, RESIDUAL, layer, b.residual, N);
     tape_load(s, ATTY, layer, b.atty, N);
     tape_load(s, RESIDUAL2, layer, b.residual2, N);
-    if (s.kept[ATTY] == GONE) attention_half(s, b, layer, B, T, false);
+    if (s.kept[ATTY] == GONE) attention_half(s, b, layer, B, T, NO_CACHE, false);
     if (s.kept[FCH] == GONE) {
         layernorm_2(s, b.ln2, b.residual2, layer, N);
         linear_forward(s, FC, layer, b.fch, b.ln2, nullptr, N, false);
@@ -1494,7 +1567,7 @@ static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
         if (i == WTE || param_rows[i].linear >= 0) continue;
         std::fill(s.grads[i], s.grads[i] + param_count(c, i), 0.0f);
     }
-    model_forward(s, B, T, true);
+    model_forward(s, B, T, NO_CACHE, true);
     classifier(s, N, true, scale, beta);
     layernorm_backward(s.dresidual, s.grads[LNFW], s.grads[LNFB], s.spare, s.now[RESIDUAL], s.lnf_mean, s.lnf_rstd,
                        s.params[LNFW], N, c.C, 0.0f);
@@ -1800,7 +1873,8 @@ static void initialise(const Plan& plan, const Config& c, int64_t seed) {
     }
 }
 
-// ---- tokenizer: from ids to text. Without a file, ids are bytes where there are at most 256 of them, else shown as numbers.
+// ---- tokenizer: what each id stands for. Without a file, ids are bytes where there are at most 256 of them, else shown as
+// numbers.
 
 struct Tokenizer {
     std::vector<std::string> pieces;
@@ -1828,6 +1902,135 @@ static Tokenizer no_tokenizer(int V) {
     Tokenizer t = {{}, V == 50257 ? 50256 : V == 256 ? '\n' : 0};
     for (int i = 0; i < V; i++) t.pieces.push_back(V <= 256 ? std::string(1, char(i)) : " " + str(i));
     return t;
+}
+
+static void write_tokenizer(const Tokenizer& t, const std::string& path) {
+    int32_t header[HEADER_INTS] = {TOKENIZER_MAGIC, 2, int32_t(t.pieces.size()), t.end_of_text};
+    Writer out(path);
+    out.write(header, sizeof(header));
+    for (const std::string& piece : t.pieces) {
+        unsigned char length = piece.size();
+        out.write(&length, 1);
+        out.write(piece.data(), piece.size());
+    }
+    out.commit();
+}
+
+// The one that --tokenizer names, else the file of that name beside the data or the model, else none.
+static Tokenizer find_tokenizer(Options& o, const std::string& neighbour, int V) {
+    std::string beside = neighbour.substr(0, neighbour.find_last_of('/') + 1) + "tokenizer.bin";
+    if (o.tokenizer.empty() && std::filesystem::exists(beside)) o.tokenizer = beside;
+    return o.tokenizer.empty() ? no_tokenizer(V) : read_tokenizer(o.tokenizer);
+}
+
+// ---- from text to ids, as GPT-2 does it: the text falls into words, each word into tokens
+
+// Where runs of letters (\p{L}) and numbers (\p{N}) begin and end in Unicode 16: distances in base 32, the last digit from '('
+// on, those before it from ']' on (dev/unicode_ranges.py).
+static const char* unicode_letters =
+    "_)B.B^7)2),)-?)G)k2,46-/)))a)-)**,)).))+)))<)_;)a30b.)^.*).^1_/C,,^5^3^+*)`+))7*/*2+*)8))FE_"
+    "A3)@^)1*,)->,)1)+)?A/3-@).9^2^B^>+):)/278,0***>)/))+,+)8)5*)+6*2)0.,**>)/)*)*)*G,));+81)+)>)"
+    "/)*)-+):)7*?)30***>)/)*)-+)F*)+7)9)).++),+*)))*+*+++4>)^<0)+)?)8+)B+*)**F),0)+)?)2)-+)G*)*7*"
+    "91)+)^1*)8)-+0+@.-:+@)1))*/^B^8)*4/^B*)))-)@)))2)*1)*-))=,^()^G0)^,C-`;^3<)8.,,+)+*/+,54)9^."
+    "))-)*^3)g5),*/))),*^1),*^)),*/))),*7)^A),*_+^-88_>*.+p4*9)B-_3.0/:5;6:65)+7^<^+),)_+_A/-*^*)"
+    ")-_.2G^9F*-3^4,B^>?1^=_:)_E^790^>F5*2^4B^,^1+2^,*3-^3*+^1,).)*+)-c(_(e>*.*^.*.*0)))))))G*^=)"
+    "/))++)/+,*.,5-+)/`<)5)85`-),)*2))+-.)))))),)3*,--,)^<*_pCd-.,+*4^.))-)*^@/)8?1/)/)/)/)/)/)/)"
+    "/_8)k=*^2--*,_>.+)_B),-^3)_F9^(^88m(ck(_(rq5_+^6*e5+82*<^78G*_.^91*`/*_+**)))0=8)+),)?E^<6^:"
+    "^F.+))*3D2?AE/^7D)8-)22-)^1?+)0<?+)+^:))+**-*)))@+*3/+4.*.*.1/)/)^3)6.`;Egz,4?,^9ee,h6*`2^./"
+    "4--))2)5)-)))*)*)`4^)h3:_(*^>^04`<-)a/^,B.B3_A+.*.*.*+^+4)B);)*)7*6^*`Ci-E+^9^7^(5<)0.^.2F*^"
+    ",,0^8aF:^,,^,,^00^<43)7)/)*)3)7)/)*+^<4f?1>20@.)^2)1_-.*))^4)*+)*?2?1G_);)*2>2B_.^@.*_()7,)+"
+    ")E^2E+E^+0)DC^>2>2;5:`6_1^?^;5^;5^,^.D1?dB^2.*8+^CE2)0>^2:^6=C?4^=^A**)5^5^(AB^,E)*)0^++)4^8"
+    "6,=)))^+:)A;*^G/))),)7)2/^7^.0***>)/)*)-+):)4-F2))*))^.))A)))^4^=:,<+F^8<*))b@^7^1,^,^8<)^C^"
+    "35)_/C^-/bA^4`<_(G0*)*0)*)@7)))_F0*^/8)))D)2^0/)=)3^6;):_1c/^)G1)^-9)^9F`8/)*)^.=)A.)*)^(6)g"
+    "/;7))5)^*`D)_7yBd.c,_o4`)7^^89.A`yC-o/crAF^t*nA/G9_79F:^88,G=-;j8^5c;_(a(_3-)_*5_(*))Db|@0^c"
+    ">^12et/,)/)*)f+7)E+*)6,0i4_e,`3-5+1/2bx._=)_/)**)***,)4)))/)_)),*0)/)D),)-))+/)g<*A)A)G)A)G)"
+    "A)G)A)G)A)0^v<G..e-^Fa:^52/8)g)F:^4l,Dd,F*)l7/),)*)7)c-^C_,/)^b<,)C)*))*))2),)))).),))))))+)"
+    "*))*))))))))))*))*,)/),),)))2)9-+)-)9ag,^ft(^(a^B.cF*bq*6df97p6_j*mF^l*aw3-a`(";
+static const char* unicode_numbers =
+    "^82`@*-)*+^j)2a.2c.2iD2`>2,.`42`>2`>2*.`65`;20/`/2`0//;`52`(2`>2_.<e42_.2s7<x9+d72.2>2f42a(3"
+    "b-2.2b>2_>2a.2.2^]>)+..2c.^;*-s>^D_6>p>F^h1)u1)A16+g?,a22F0)7^(2^/7yx(2bD2g(.aB2^.2c.2>2_>2i"
+    ">2qu>2l5^54^A9*g=C^,,E)0)a.-c22z60A/^/1_3->.b(**8*^6_(1^<*F+_3-`00@0^1/g2.^82.2e>GaF2^2,`8/a"
+    ".Fa(2^D2a82/<dC2g>2`>2h>2`.2.<_44j,;_E2q>2_>Ed+2_.2j.2`.=^^3`7lc)2_f.2_>2a.2)/m62e.?toA2^k.<"
+    "4<`4A^_=^:_g(2j.2l>2d?2s41a(2u?^C)+),_4^5)7{*5_t+2";
+
+static std::vector<uint32_t> unicode_edges(const char* digits) {
+    std::vector<uint32_t> edges;
+    uint32_t edge = 0, distance = 0;
+    for (const char* at = digits; *at; at++) {
+        distance = distance * 32 + (*at < ']' ? *at - '(' : *at - ']');
+        if (*at < ']') edges.push_back(edge += distance), distance = 0;
+    }
+    return edges;
+}
+
+enum { SPACE, LETTER, NUMBER, OTHER };
+
+static int kind_of(uint32_t code) {
+    static const std::vector<uint32_t> letters = unicode_edges(unicode_letters), numbers = unicode_edges(unicode_numbers);
+    auto in = [&](const std::vector<uint32_t>& edges) {
+        return (std::upper_bound(edges.begin(), edges.end(), code) - edges.begin()) % 2 == 1;
+    };
+    bool space = (code >= 9 && code <= 13) || code == 0x20 || code == 0x85 || code == 0xA0 || code == 0x1680 ||
+                 (code >= 0x2000 && code <= 0x200A) || code == 0x2028 || code == 0x2029 || code == 0x202F || code == 0x205F ||
+                 code == 0x3000;
+    return space ? SPACE : in(letters) ? LETTER : in(numbers) ? NUMBER : OTHER;
+}
+
+// The end of the word at byte i: '(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+static size_t word_end(const std::string& raw, size_t i) {
+    for (const char* ending : {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"}) {
+        if (raw.compare(i, strlen(ending), ending) == 0) return i + strlen(ending);
+    }
+    size_t length, end = i, last = i;
+    int kind = raw[i] == ' ' && i + 1 < raw.size() ? kind_of(character_at(raw, i + 1, &length)) : SPACE;
+    if (kind == SPACE)
+        kind = kind_of(character_at(raw, i, &length));
+    else
+        end++;
+    while (end < raw.size() && kind_of(character_at(raw, end, &length)) == kind) last = end, end += length;
+    return kind == SPACE && end < raw.size() && last > i ? last : end;  // the last blank goes to the next word
+}
+
+typedef std::unordered_map<std::string, int> Ids;
+
+// Of all neighbours that a token joins, those whose token has the lowest id become one, the first ones first, until there are
+// none.
+static void encode_word(std::vector<int>& tokens, const Ids& ids, const std::string& word) {
+    auto whole = ids.find(word);
+    if (whole != ids.end()) return tokens.push_back(whole->second);
+    size_t n = word.size();
+    std::vector<size_t> length(n, 1), before(n);  // of the part that begins at a byte, 0 where none does; the part before it
+    std::set<std::tuple<int, size_t, size_t>> joins;  // id, begin, length
+    auto offer = [&](size_t i) {
+        size_t both = i + length[i] < n ? length[i] + length[i + length[i]] : 0;
+        auto found = both > 0 && both < 256 ? ids.find(word.substr(i, both)) : ids.end();
+        if (found != ids.end()) joins.insert({found->second, i, both});
+    };
+    for (size_t i = 0; i < n; i++) before[i] = i - (i > 0), offer(i);
+    while (!joins.empty()) {
+        size_t i = std::get<1>(*joins.begin()), both = std::get<2>(*joins.begin()), next = i + length[i];
+        joins.erase(joins.begin());
+        if (length[i] == 0 || next >= n || length[i] + length[next] != both) continue;  // joined otherwise in the meantime
+        length[i] = both, length[next] = 0;
+        if (i + both < n) before[i + both] = i;
+        offer(i), offer(before[i]);
+    }
+    for (size_t i = 0; i < n; i += length[i]) {
+        auto found = ids.find(word.substr(i, length[i]));
+        if (found == ids.end())
+            refuse(text("--prompt: the tokenizer has no token for the byte 0x%02X", (unsigned char)word[i]));
+        tokens.push_back(found->second);
+    }
+}
+
+static std::vector<int> encode(const Tokenizer& tokenizer, const std::string& raw) {
+    Ids ids;
+    for (size_t i = 0; i < tokenizer.pieces.size(); i++) {
+        if (int(i) != tokenizer.end_of_text || tokenizer.pieces[i].size() == 1) ids.insert({tokenizer.pieces[i], int(i)});
+    }
+    std::vector<int> tokens;
+    for (size_t i = 0, end; i < raw.size(); i = end) encode_word(tokens, ids, raw.substr(i, (end = word_end(raw, i)) - i));
+    return tokens;
 }
 
 // ---- data: llm.c's token shards, or any file as bytes. A shard of `tokens` holds (tokens - 1) / T sequences. Version 2 is for
@@ -2106,6 +2309,7 @@ static double score_hellaswag(Model& s, const std::vector<Example>& examples, co
 // finite are passed over, and where none is left the answer is 0.
 static int sample_token(const float* logits, int V, double temperature, int top_k, double coin) {
     std::vector<std::pair<float, int>> order;
+    order.reserve(V);
     for (int i = 0; i < V; i++) {
         if (std::isfinite(logits[i])) order.push_back({-logits[i], i});
     }
@@ -2119,22 +2323,35 @@ static int sample_token(const float* logits, int V, double temperature, int top_
     return order[i].second;
 }
 
-// Text of --sample-tokens tokens after an end of text. Past the sequence length, the model sees the last --seq tokens.
-static std::string sample(Model& s, const Tokenizer& tokenizer, const Options& o, int64_t step) {
-    int V = s.config.V;
-    std::vector<float> logits(V);
-    std::vector<int> tokens = {tokenizer.end_of_text < V ? tokenizer.end_of_text : 0};
-    std::string out;
-    for (int i = 0; i < o.sample_tokens; i++) {
-        int T = int(std::min<size_t>(tokens.size(), o.seq));
-        std::copy(tokens.end() - T, tokens.end(), s.inputs);
-        model_forward(s, 1, T, false);
-        model_logits(s, logits.data(), T - 1, 1);
-        tokens.push_back(
-            sample_token(logits.data(), V, o.temperature, o.top_k, uniform(o.seed, stream_of(STREAM_SAMPLE, 0, step), i)));
-        if (size_t(tokens.back()) < tokenizer.pieces.size()) out += tokenizer.pieces[tokens.back()];
+// How many bytes stand before a character that has only begun.
+static size_t whole_characters(const std::string& raw) {
+    for (size_t back = 1; back < 4 && back <= raw.size(); back++) {
+        unsigned char c = raw[raw.size() - back];
+        if (c >= 0xC0) return raw.size() - (back < (c < 0xE0 ? 2 : c < 0xF0 ? 3 : c < 0xF8 ? 4 : 1) ? back : 0);
     }
-    return out;
+    return raw.size();
+}
+
+// --sample-tokens tokens that follow `tokens`, or an end of text where there is none, each handed to `use`; an end of text is
+// the last. What the model saw stays in the cache; where that is full, the model goes on from the text's last half.
+static void generate(Model& s, const Tokenizer& tokenizer, std::vector<int> tokens, const Options& o, int64_t step,
+                     const std::function<void(const std::string&)>& use) {
+    int V = s.config.V, past = 0;
+    std::vector<float> logits(V);
+    if (tokens.empty()) tokens.push_back(tokenizer.end_of_text < V ? tokenizer.end_of_text : 0);
+    for (int i = 0; i < o.sample_tokens; i++) {
+        if (int64_t(tokens.size()) > o.seq) tokens.erase(tokens.begin(), tokens.end() - (o.seq + 1) / 2), past = 0;
+        for (int n; past < int(tokens.size()); past += n) {
+            n = std::min<int>(PIECE, int(tokens.size()) - past);
+            std::copy_n(tokens.begin() + past, n, s.inputs);
+            model_forward(s, 1, n, past, false);
+            model_logits(s, logits.data(), n - 1, 1);  // of the last piece are the ones that count
+        }
+        double coin = uniform(o.seed, stream_of(STREAM_SAMPLE, 0, step), i);
+        tokens.push_back(sample_token(logits.data(), V, o.temperature, o.top_k, coin));
+        if (V > 256 && tokens.back() == tokenizer.end_of_text) break;
+        use(size_t(tokens.back()) < tokenizer.pieces.size() ? tokenizer.pieces[tokens.back()] : "");
+    }
 }
 
 // ---- checkpoints: DIR/model_STEP.bin for others, DIR/state_STEP.bin to go on from
@@ -2142,7 +2359,7 @@ static std::string sample(Model& s, const Tokenizer& tokenizer, const Options& o
 // What must be the same for a state to fit: the flag, and its value in words.
 typedef std::vector<std::pair<std::string, std::string>> Identity;
 
-static std::string checkpoint_path(const std::string& dir, const char* kind, int64_t step) {
+static std::string checkpoint_path(const std::string& dir, const std::string& kind, int64_t step) {
     return dir + "/" + kind + text("_%08lld.bin", (long long)step);
 }
 
@@ -2208,16 +2425,17 @@ static int64_t read_state(const Plan& plan, const Identity& identity, const std:
     return h[2];
 }
 
-// Steps of which DIR has a state, the newest first.
-static std::vector<int64_t> saved_steps(const std::string& dir) {
+// Steps of which DIR has a file of this kind, the newest first.
+static std::vector<int64_t> saved_steps(const std::string& dir, const std::string& kind) {
     std::vector<int64_t> steps;
     std::error_code error;
     for (auto& entry : std::filesystem::directory_iterator(dir, error)) {
         long long step;
-        bool state = sscanf(entry.path().filename().c_str(), "state_%lld.bin", &step) == 1;
-        if (state && entry.path().filename() == checkpoint_path("", "state", step).substr(1)) steps.push_back(step);
+        std::string name = entry.path().filename();
+        bool saved = sscanf(name.c_str(), (kind + "_%lld.bin").c_str(), &step) == 1;
+        if (saved && "/" + name == checkpoint_path("", kind, step)) steps.push_back(step);
     }
-    if (error) refuse("--out: the folder " + dir + " cannot be read: " + error.message());
+    if (error) refuse("the folder " + dir + " cannot be read: " + error.message());
     std::sort(steps.rbegin(), steps.rend());
     return steps;
 }
@@ -2225,7 +2443,7 @@ static std::vector<int64_t> saved_steps(const std::string& dir) {
 static void save_checkpoint(const Plan& plan, const Config& c, const Options& o, const Identity& identity, int64_t step) {
     write_model(plan, c, o.checkpoint_type, checkpoint_path(o.out, "model", step));
     write_state(plan, identity, step, checkpoint_path(o.out, "state", step));
-    std::vector<int64_t> steps = saved_steps(o.out);
+    std::vector<int64_t> steps = saved_steps(o.out, "state");
     steps.erase(steps.begin(), std::find(steps.begin(), steps.end(), step));  // later ones did not load: they do not count
     for (size_t i = o.keep; o.keep > 0 && i < steps.size(); i++) {
         for (const char* kind : {"model", "state"}) unlink(checkpoint_path(o.out, kind, steps[i]).c_str());
@@ -2234,7 +2452,7 @@ static void save_checkpoint(const Plan& plan, const Config& c, const Options& o,
 
 // Goes on from the newest whole state, or from step 0 where there is none at all.
 static int64_t resume(const Plan& plan, const Identity& identity, const std::string& dir) {
-    std::vector<int64_t> steps = saved_steps(dir);
+    std::vector<int64_t> steps = saved_steps(dir, "state");
     for (size_t i = 0; i < steps.size(); i++) {
         try {
             return read_state(plan, identity, checkpoint_path(dir, "state", steps[i]));
@@ -2266,13 +2484,13 @@ static std::vector<OptionRow> option_table(Options& o) {
     return {
         {'i', "train", "PATTERN", KIND_TEXT, &o.train, "token shards (glob), or plain text: bytes as tokens"},
         {'j', "val", "PATTERN", KIND_TEXT, &o.val, "likewise; without it, the last 10 % of a plain text"},
-        {'e', "model", "M", KIND_TEXT, &o.model, "d12, d24, d36, d48, any dN, or a model .bin to start from"},
+        {'e', "model", "M", KIND_TEXT, &o.model, "d12, d24, d36, d48, any dN, or a model .bin to start from, or a run's folder: its newest"},
         {0, "channels", "C", KIND_INT, &o.channels, "override the shape of a fresh model; 0: as the model says", 0, 65536},
         {0, "heads", "NH", KIND_INT, &o.heads, "", 0, 1024},
         {0, "layers", "L", KIND_INT, &o.layers, "", 0, 1024},
         {0, "context", "T", KIND_INT, &o.context, "", 0, WIDE},
         {'o', "out", "DIR", KIND_TEXT, &o.out, "log.jsonl and checkpoints go here"},
-        {0, "tokenizer", "FILE", KIND_TEXT, &o.tokenizer, "for samples; else tokenizer.bin beside the data"},
+        {0, "tokenizer", "FILE", KIND_TEXT, &o.tokenizer, "for text; else tokenizer.bin beside the data or the model"},
         {'b', "batch", "B", KIND_INT, &o.batch, "micro batch, in sequences", 1, WIDE},
         {'t', "seq", "T", KIND_INT, &o.seq, "sequence length; 0: the model's context", 0, WIDE},
         {'d', "total-batch", "N", KIND_INT, &o.total_batch, "tokens in an optimizer step, by accumulation; 0: B * T", 0, MANY},
@@ -2303,9 +2521,10 @@ static std::vector<OptionRow> option_table(Options& o) {
         {'v', "val-every", "N", KIND_INT, &o.val_every, "evaluate every N steps and at the end; 0: never, -1: at the end", -1, MANY},
         {'m', "val-batches", "N", KIND_INT, &o.val_batches, "validation batches; -1: all", -1, MANY},
         {'s', "sample-every", "N", KIND_INT, &o.sample_every, "show a sample; 0: never, -1: at the end", -1, MANY},
-        {'g', "sample-tokens", "N", KIND_INT, &o.sample_tokens, "length of a sample", 1, WIDE},
-        {0, "temperature", "X", KIND_REAL, &o.temperature, "of a sample; 0: always the likeliest token", 0, 100},
-        {0, "top-k", "K", KIND_INT, &o.top_k, "a sample draws from the K likeliest tokens; 0: from all", 0, WIDE},
+        {0, "prompt", "TEXT", KIND_TEXT, &o.prompt, "train nothing: print this and what the --model makes of it; -: from standard input"},
+        {'g', "sample-tokens", "N", KIND_INT, &o.sample_tokens, "length of a sample, or of what follows a prompt", 1, WIDE},
+        {0, "temperature", "X", KIND_REAL, &o.temperature, "of such text; 0: always the likeliest token", 0, 100},
+        {0, "top-k", "K", KIND_INT, &o.top_k, "draw from the K likeliest tokens; 0: from all", 0, WIDE},
         {0, "hellaswag", "FILE", KIND_TEXT, &o.hellaswag, "score this at every evaluation"},
         {'n', "checkpoint-every", "N", KIND_INT, &o.checkpoint_every, "save every N steps and at the end; 0: never, -1: at the end", -1, MANY},
         {0, "keep", "K", KIND_INT, &o.keep, "checkpoints to keep; 0: all", 0, MANY},
@@ -2496,6 +2715,7 @@ static void fit_memory(Options& o, const Config& c) {
 
 // Fills in what follows from the model, and looks for contradictions.
 static void settle_options(Options& o, const Config& c) {
+    if (o.generates) o.batch = 1, o.compress = 0, o.optimizer = ADAMW, o.offload = false, o.gelu = GELU_EXACT;
     if (o.seq == 0) o.seq = c.context;
     if (o.seq > c.context) refuse("--seq: " + str(o.seq) + " is more than the model's context of " + str(c.context));
     if (o.gelu == GELU_2BIT && o.recompute >= tape_rows[FCH].gone_from)
@@ -2756,9 +2976,9 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
     const Plan& plan = plans.run;
     std::vector<Example> hellaswag;
     if (!o.hellaswag.empty()) hellaswag = read_hellaswag(o.hellaswag, c.V);
-    std::string beside = o.train.substr(0, o.train.find_last_of('/') + 1) + "tokenizer.bin";
-    if (o.tokenizer.empty() && train.shards[0].width != 1 && std::filesystem::exists(beside)) o.tokenizer = beside;
-    Tokenizer tokenizer = o.tokenizer.empty() ? no_tokenizer(c.V) : read_tokenizer(o.tokenizer);
+    Tokenizer tokenizer =
+        train.shards[0].width == 1 && o.tokenizer.empty() ? no_tokenizer(c.V) : find_tokenizer(o, o.train, c.V);
+    if (!o.out.empty() && !o.tokenizer.empty()) write_tokenizer(tokenizer, o.out + "/tokenizer.bin");
     Identity identity = {
         {"--channels", str(c.C)}, {"--heads", str(c.NH)}, {"--layers", str(c.L)}, {"--context", str(c.context)}};
     for (const OptionRow& row : option_table(o)) {
@@ -2836,7 +3056,8 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
         }
         printf("%s%s\n", line.c_str(), times.c_str());
         if (is_due(o.sample_every, step, steps)) {
-            std::string shown = sample(s, tokenizer, o, step);
+            std::string shown;
+            generate(s, tokenizer, {}, o, step, [&](const std::string& piece) { shown += piece; });
             printf("--- sample ---\n%s\n--------------\n", printable(shown).c_str());
             record += ", \"sample\": " + json_string(shown);
         }
@@ -2846,11 +3067,60 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
     }
 }
 
+// Standard output gets the prompt and what follows, each character when it is whole; all else goes to standard error.
+static void speak(Model& s, const Plan& plan, Options& o) {
+    const Config& c = s.config;
+    Tokenizer tokenizer = find_tokenizer(o, o.model, c.V);
+    if (o.tokenizer.empty() && c.V > 256)
+        refuse("--tokenizer: is missing: no tokenizer.bin stands beside " + o.model + ", whose vocabulary of " + str(c.V) +
+               " is more than bytes");
+    if (int64_t(tokenizer.pieces.size()) > c.V)
+        refuse("--tokenizer: " + o.tokenizer + " has " + str(tokenizer.pieces.size()) + " tokens, the model " + str(c.V));
+    std::string prompt = o.prompt;
+    if (prompt == "-") prompt.assign(std::istreambuf_iterator<char>(std::cin), {});
+    std::vector<int> tokens = encode(tokenizer, prompt);
+    fprintf(stderr, "%s: %s bytes of weights, %s in all; %s tokens of prompt\n", printable(o.model).c_str(),
+            commas(plan.bytes("parameters")).c_str(), commas(plan.bytes()).c_str(), commas(tokens.size()).c_str());
+    if (int64_t(tokens.size()) + o.sample_tokens > o.seq)
+        fprintf(stderr, "the model sees %d tokens; where they are full, it goes on from the last half of them\n", o.seq);
+    model_allocate(s, plan);
+    read_model(plan, o.model);
+    model_round(s);
+    fwrite(prompt.data(), 1, prompt.size(), stdout);
+    fflush(stdout);
+    std::string waiting;
+    int64_t count = 0;
+    double begin = 0;
+    generate(s, tokenizer, tokens, o, 0, [&](const std::string& piece) {
+        if (count++ == 0) begin = seconds();  // the prompt is read
+        waiting += piece;
+        size_t whole = whole_characters(waiting);
+        std::string shown = printable(waiting.substr(0, whole));
+        waiting.erase(0, whole);
+        fwrite(shown.data(), 1, shown.size(), stdout);
+        if (fflush(stdout) != 0) fail(std::string("standard output: cannot be written: ") + strerror(errno));
+    });
+    fprintf(stderr, "\n%s tokens", commas(count).c_str());
+    if (count > 1) fprintf(stderr, ", %.1f a second", (count - 1) / (seconds() - begin));
+    fprintf(stderr, "\n");
+}
+
 static void run(int argc, char** argv) {
     Options o = parse_options(argc, argv);
     if (o.help) return print_help();
+    o.generates = !o.prompt.empty();
+    if (o.generates && (!o.train.empty() || !o.val.empty() || !o.out.empty() || !o.hellaswag.empty() || !o.dump.empty() ||
+                        o.memory > 0 || o.resume))
+        refuse("--prompt: trains nothing; leave --train, --val, --out, --hellaswag, --dump, --memory and --resume away");
+    if (std::filesystem::is_directory(o.model) && (o.generates || is_model_file(o.model))) {
+        std::vector<int64_t> steps = saved_steps(o.model, "model");
+        if (steps.empty()) refuse("--model: the folder " + o.model + " holds no model_STEP.bin");
+        o.model = checkpoint_path(o.model, "model", steps[0]);
+    }
+    if (o.generates && !is_model_file(o.model))
+        refuse("--prompt: needs --model, a model file or the folder of a run; '" + o.model + "' has learnt nothing yet");
     Data train = {}, val = {};
-    if (o.train.empty() && o.plan.empty()) refuse("--train: is missing; give it token shards or any text file");
+    if (o.train.empty() && o.plan.empty() && !o.generates) refuse("--train: is missing; give it token shards or any text file");
     if (!o.train.empty()) train = find_data("--train", o.train);
     if (!o.val.empty()) val = find_data("--val", o.val);
     if (train.V != 0 && val.V != 0 && train.V != val.V)
@@ -2863,6 +3133,7 @@ static void run(int argc, char** argv) {
     if (o.plan == "json") printf("{%s, \"options\": %s}\n", plan_json(plans).c_str(), options_json(o).c_str());
     if (o.plan == "text") print_plan(plans, o, true);
     if (!o.plan.empty()) return;
+    if (o.generates) return speak(s, plans.run, o);
 
     val.V = train.V;
     for (Shard& shard : train.shards) {  // the last tenth of a plain text validates where no other file does
@@ -2882,7 +3153,7 @@ static void run(int argc, char** argv) {
         if (!std::filesystem::is_directory(o.out, error) || access(o.out.c_str(), W_OK) != 0) {
             refuse("--out: " + o.out + " is not a folder that can be made or written");
         }
-        if (!o.resume && !saved_steps(o.out).empty()) {
+        if (!o.resume && !saved_steps(o.out, "state").empty()) {
             refuse("--out: " + o.out +
                    " holds checkpoints of an earlier run; go on from them with --resume, or give another folder");
         }

@@ -130,7 +130,7 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
     std::vector<Variant> all = {{"plain: a block a query, sums in fp32", work(1, 1, 1), floor,
                                  [=] {
                                      attention_plain_forward<<<dim3(B * NH, T), ATT, (ATT + 2 * HEAD + 32) * sizeof(float)>>>(
-                                         out, lse, qkv, T, C, NH);
+                                         out, lse, qkv, qkv + C, 3 * C, 0, T, C, NH);
                                  },
                                  check}};
 #ifndef PRECISION_FP32

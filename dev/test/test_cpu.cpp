@@ -1405,6 +1405,85 @@ TEST(Sample, NeverFails) {
     }
 }
 
+// ---- generating text
+
+// Logits (rows, V) of tokens, handed to the model in pieces of these sizes, through the cache.
+static Floats cached_logits(Model& s, const std::vector<int>& tokens, const std::vector<int>& pieces) {
+    Floats logits(tokens.size() * s.config.V);
+    int past = 0;
+    for (int n : pieces) {
+        std::copy_n(tokens.begin() + past, n, s.inputs);
+        model_forward(s, 1, n, past, false);
+        model_logits(s, logits.data() + size_t(past) * s.config.V, 0, n);
+        past += n;
+    }
+    return logits;
+}
+
+// However a text is cut, and in a model that only generates as well, the logits are those of the training's forward pass, but
+// for the order of fp32 sums: logits are of the order of 10 here, and a sum of 100 terms is off by some 1e-6 of it.
+TEST(Generate, LogitsAreTheForwardPassS) {
+    Config c = {90, 37, 2, 5, 25, 40};  // more than one tile of keys
+    Options o = odd_options(SPARSE, 7);
+    o.batch = 1, o.seq = 90, o.total_batch = 90, o.sample_every = 1;
+    Tiny trained(c, o);
+    trained.randomise(5);
+    trained.random_tokens(6);
+    std::vector<int> tokens(trained.s.inputs, trained.s.inputs + o.seq);
+    model_forward(trained.s, 1, o.seq, NO_CACHE, false);
+    Floats want(tokens.size() * c.V);
+    model_logits(trained.s, want.data(), 0, o.seq);
+    o.generates = true, o.compress = 0;
+    Tiny generating(c, o);
+    generating.randomise(5);
+    int64_t N = 90, C = c.C, cache = c.L * N * 2 * C, pieces_of_a_layer = N * (14 * C + 4 * c.L + 2 + 1);
+    EXPECT_EQ(generating.plan.bytes(), 4 * (parameter_count(c) + cache + pieces_of_a_layer));  // and nothing else
+    for (const std::vector<int>& pieces : {std::vector<int>{90}, {1, 63, 1, 1, 20, 4}, std::vector<int>(90, 1)}) {
+        for (Model* s : {&trained.s, &generating.s}) {
+            Floats got = cached_logits(*s, tokens, pieces);
+            for (size_t i = 0; i < got.size(); i++)
+                ASSERT_NEAR(got[i], want[i], 2e-4f) << i << " of " << pieces.size() << " pieces";
+        }
+    }
+}
+
+// Where the context is full, what follows depends on its last half alone; an end of text ends the text.
+TEST(Generate, GoesOnPastTheContext) {
+    Config c = {8, 37, 2, 5, 25, 40};
+    Options o;
+    o.generates = true, o.compress = 0, o.seq = 8, o.sample_tokens = 30, o.temperature = 0;
+    Tiny x(c, o);
+    x.randomise(5);
+    Tokenizer letters = no_tokenizer(c.V);
+    for (std::string& piece : letters.pieces) piece[0] += 64;
+    auto text_after = [&](const std::vector<int>& tokens, const Tokenizer& tokenizer, int count) {
+        std::string out;
+        o.sample_tokens = count;
+        generate(x.s, tokenizer, tokens, o, 0, [&](const std::string& piece) { out += piece; });
+        return out;
+    };
+    std::vector<int> tokens = {3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5}, last(tokens.end() - 4, tokens.end());
+    std::string all = text_after(tokens, letters, 30);
+    EXPECT_EQ(all.size(), 30u);
+    EXPECT_EQ(all, text_after(last, letters, 30));
+    for (int i = 1; i < 30; i++) {  // each token, computed from nothing with what the model is to have seen of the text before
+        std::vector<int> seen = last;
+        for (int j = 0; j < i; j++) {
+            if (seen.size() > 8) seen.erase(seen.begin(), seen.end() - 4);
+            seen.push_back(all[j] - 64);
+        }
+        EXPECT_EQ(text_after(seen, letters, 1), all.substr(i, 1)) << i;
+    }
+}
+
+TEST(Generate, NeverHalfACharacter) {
+    for (std::string whole : {"", "a", "\xC3\xA4", "\xE2\x82\xAC", "\xF0\x9F\x98\x80", "\xFF", "\x80\x80\x80\x80"}) {
+        EXPECT_EQ(whole_characters("x" + whole), 1 + whole.size());
+        for (size_t cut = 1; cut < whole.size() && uint8_t(whole[0]) > 0xC0; cut++)
+            EXPECT_EQ(whole_characters("x" + whole.substr(0, cut)), 1u) << whole << cut;
+    }
+}
+
 // ---- bf16
 
 TEST(Bf16, EveryValueSurvives) {
