@@ -31,7 +31,10 @@
 #include <map>
 #include <memory>
 #include <new>
+#include <set>
 #include <string>
+#include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -236,7 +239,7 @@ struct Setup {
     int compress, projection, moments, gap, recompute, micros, steps;
     int savings = 0;  // of memory: any of these
 };
-enum { TWO_BITS = 1, INT8 = 2, NO_MASTER = 4, OFFLOAD = 8 };  // the last on the GPU alone
+enum { TWO_BITS = 1, INT8 = 2, NO_MASTER = 4, OFFLOAD = 8, GENERATES = 16 };  // the fourth on the GPU alone
 
 // lr and weight decay are large: a few steps move the weights, and decay is a good part of it. Without master weights a step is
 // shorter than the way to a weight's neighbour, so that it is for the random bits to say which of the two it becomes.
@@ -249,6 +252,7 @@ static void set_options(Options& o, const Setup& u) {
     if (u.savings & TWO_BITS) o.gelu = gpu::GELU_2BIT;
     if (u.savings & INT8) o.tape = gpu::TAPE_INT8;
     if (u.savings & NO_MASTER) o.master = gpu::MASTER_NONE;
+    o.generates = u.savings & GENERATES;
     o.alpha = 0.7, o.lr = u.savings & NO_MASTER ? 2e-4 : 2e-3, o.weight_decay = 1, o.clip = 0.5, o.eps = 1e-4;
 }
 
@@ -893,6 +897,31 @@ static void model_file(const Setup& u) {
     }
 }
 
+// The logits of a model that generates, through the cache and however the text is cut, are those of the CPU's training forward
+// pass. The last token sees more keys than attention takes at a time.
+static void generating() {
+    Setup u = {"", 1, 140, 64, 2, 2, 257, 384, 1.0, 0, gpu::GAUSSIAN, gpu::KEEP, 0, 0, 1, 0};
+    Cpu c(u);
+    u.savings = GENERATES;
+    Gpu g(u);
+    set_cpu_weights(c);
+    copy_weights(g, c);
+    set_tokens(c.s, u, 0, u.T);
+    cpu::model_forward(c.s, 1, u.T, cpu::NO_CACHE, false);
+    for (const std::vector<int>& pieces : {std::vector<int>{140}, {129, 1, 1, 7, 2}, {1, 1, 126, 1, 11}}) {
+        int past = 0;
+        for (int n : pieces) {
+            std::copy_n(c.s.inputs + past, n, g.s.inputs);
+            gpu::model_forward(g.s, 1, n, past, false);
+            Floats got(size_t(n) * u.V), want(got.size());
+            gpu::model_logits(g.s, got.data(), 0, n);
+            cpu::model_logits(c.s, want.data(), past, n);
+            past += n;
+            expect_close("logits of " + gpu::str(pieces.size()) + " pieces", got, want.data(), u.V, bounds.activation);
+        }
+    }
+}
+
 struct Record {
     std::string name;
     std::vector<int64_t> shape;
@@ -1063,6 +1092,7 @@ static std::vector<Case> all_cases() {
         if (!(shape.savings & OFFLOAD))
             cases.push_back({std::string("dump") + which, [&shape] { dump(shape); }});  // it needs all of the tape
     }
+    cases.push_back({"generating", [] { generating(); }});
     cases.push_back({"kernel-gelu", [] { kernel_gelu(); }});
     cases.push_back({"kernel-int8", [] { kernel_int8(); }});
     cases.push_back({"kernel-round", [] { kernel_round(); }});

@@ -40,7 +40,6 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
-#include <iostream>
 #include <iterator>
 #include <memory>
 #include <new>
@@ -3076,8 +3075,8 @@ static void speak(Model& s, const Plan& plan, Options& o) {
                " is more than bytes");
     if (int64_t(tokenizer.pieces.size()) > c.V)
         refuse("--tokenizer: " + o.tokenizer + " has " + str(tokenizer.pieces.size()) + " tokens, the model " + str(c.V));
-    std::string prompt = o.prompt;
-    if (prompt == "-") prompt.assign(std::istreambuf_iterator<char>(std::cin), {});
+    std::string prompt = o.prompt == "-" ? "" : o.prompt;
+    for (int byte; o.prompt == "-" && (byte = getchar()) != EOF;) prompt += char(byte);
     std::vector<int> tokens = encode(tokenizer, prompt);
     fprintf(stderr, "%s: %s bytes of weights, %s in all; %s tokens of prompt\n", printable(o.model).c_str(),
             commas(plan.bytes("parameters")).c_str(), commas(plan.bytes()).c_str(), commas(tokens.size()).c_str());

@@ -28,7 +28,10 @@
 #include <iterator>
 #include <memory>
 #include <new>
+#include <set>
 #include <string>
+#include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 

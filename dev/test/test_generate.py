@@ -131,7 +131,8 @@ ENCODER = """
 #define TESTING
 #include "train_gpt2_compact.cpp"
 int main(int, char** argv) {
-    std::string raw(std::istreambuf_iterator<char>(std::cin), {});
+    std::string raw;
+    for (int c; (c = getchar()) != EOF;) raw += char(c);
     for (int id : encode(read_tokenizer(argv[1]), raw)) printf("%d\\n", id);
 }
 """
