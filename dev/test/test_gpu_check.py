@@ -171,7 +171,7 @@ def test_ends_in_time(machine, tmp_path):
     began = time.monotonic()
     process = machine("--minutes", "0.25", SLOW_TEST="1")
     said, _ = process.communicate(timeout=60)
-    assert time.monotonic() - began < 17, said
+    assert time.monotonic() - began < 15 + 10, said  # what a busy machine may take to start and end all processes; the test would sleep 1000 s
     known, parts, table = results(tmp_path)
     assert process.returncode == 0 and parts["test bf16"]["state"] == "cut off" and "d48 full rank, level 0" in known["left_out"]
     assert "left out: " in said and "PyTorch d12" in said
