@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("nogpu")  # the samples are built once
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nogpu")]  # the samples are built once
 
 HERE = Path(__file__).resolve().parent
 SAMPLES = HERE / "samples"

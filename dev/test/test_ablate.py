@@ -23,6 +23,8 @@ from matplotlib.image import imread
 import formats
 from conftest import SHAPE, make_text
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(formats.ROOT)
 TRAINER = os.path.abspath(os.environ.get("TRAINER", ROOT / "train_gpt2_compact"))
 sys.path.insert(0, str(ROOT / "dev"))

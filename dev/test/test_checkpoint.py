@@ -237,6 +237,7 @@ def newest(out):
     return max(steps, default=0)
 
 
+@pytest.mark.slow
 def test_killed_while_saving(text, tmp_path):
     """200 times, and on until 10 were while saving. Each life goes on where the one before ended; in the end all is as if it had been one."""
     out, rng, kill, while_saving, sizes = tmp_path / "out", random.Random(11), 0, 0, {}

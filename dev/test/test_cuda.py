@@ -42,6 +42,7 @@ def run(command, **kw):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path, case", list(cases()))
 def test_case(path, case, tmp_path):
     """Alone in a process: an error that nogpu or a sanitizer finds ends it, and the other cases still run."""
@@ -57,6 +58,7 @@ def device():
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+@pytest.mark.slow
 def test_gpu(tmp_path):
     """All cases on the GPU itself, in the precision that ./test_gpt2cu was built for."""
     if not device():

@@ -12,6 +12,8 @@ import pytest
 import formats
 from conftest import LEVELS, check_fit, check_refused, check_sums, plan, tensors
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Path(os.environ.get("TRAINER", ROOT / "train_gpt2_compact"))
 NOGPU = {"bf16": ROOT / "build/train_nogpu_bf16", "fp32": ROOT / "build/train_nogpu_fp32"}

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAINER = os.path.abspath(os.environ.get("TRAINER", ROOT / "train_gpt2_compact"))
 

@@ -423,6 +423,7 @@ def check_steps(name, got, want, moved, key, tolerance, unit):
     check(name, got, want[key], tolerance + 8 * sensitive, unit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full rank"] + PROJECTIONS)
 def test_live(method, tmp_path):
     seed = live_seed()

@@ -370,6 +370,7 @@ def test_a_run_takes_what_its_plan_says(method, program, text, tmp_path):
 
 
 @needs_proc
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shard", "text"])
 def test_files_beyond_2_gib(kind, program, tmp_path):
     """A file that is one hole, of the most tokens that a header can tell. Half of its sequences begin past 2^31 bytes: an

@@ -15,6 +15,7 @@ LEFT_OUT = ["loss_curve", "random_moments", "live", "takes_what_its_plan", "need
             "files_beyond_2_gib", "(compressed_updates and not odd)", "(resume_is_exact and 10)"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_sanitized(name):
     binaries = {"TRAINER": ROOT / "build/train_sanitized", "TEST_CPU": ROOT / "build/test_cpu_sanitized"}

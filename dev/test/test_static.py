@@ -24,7 +24,7 @@ SOURCE = ROOT / "train_gpt2_compact.cu"
 PRECISIONS = ["BF16", "FP32"]
 ARCHITECTURES = ["sm_80", "sm_90", "sm_120"]
 
-pytestmark = pytest.mark.xdist_group("static")  # compiled once, for all of them
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("static")]  # compiled once, for all of them
 
 # Kernels that may spill or keep a stack frame: {name: why that is no loss}. Without a reason there is no exception.
 MAY_SPILL = {}

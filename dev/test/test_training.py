@@ -271,6 +271,7 @@ def is_bf16(values):
     return not (np.ascontiguousarray(values, "<f4").view("<u4") & 0xFFFF).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_without_master_weights(method, train):
     """All weights are bf16 at all times, and the model learns as with fp32. Rounded to nearest it would not: at this rate a step
@@ -586,6 +587,7 @@ def test_weight_decay_is_for_matrices(train):
 
 # ---------------------------------------------------------------------------- learning
 
+@pytest.mark.slow
 def test_overfit(train):
     """One batch again and again is soon known by heart; the text as a whole is not. Measured: 0.022 and 2.7."""
     args = ["-x", 200, "-l", 2e-2, "-u", 10, "--channels", 32]
@@ -626,6 +628,7 @@ def corpus(tmp_path_factory):
     return path, bound * -(share * np.log(share)).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 0.5, 0.25, 0.125])
 def test_loss_curve(rank, corpus, train):
     """200 steps of a model of 0.8 million parameters."""

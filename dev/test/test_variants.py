@@ -21,8 +21,9 @@ BUILT = ROOT / "build/cuda"
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
 VERDICT = re.compile(r"^ *(\d+)  (passed|FAILED)  ", re.M)
 
-pytestmark = pytest.mark.skipif(not list(BUILT.glob("*_nogpu")), reason="build/cuda holds no nogpu binary: their making needs the headers "
-                                "of the CUDA toolkit, and Boost.Context; make -C dev/cuda nogpu")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(
+    not list(BUILT.glob("*_nogpu")), reason="build/cuda holds no nogpu binary: their making needs the headers of the CUDA toolkit, and Boost.Context; "
+    "make -C dev/cuda nogpu")]
 
 
 def run(binary, *args, status=0, **env):
