@@ -2022,14 +2022,22 @@ static void encode_word(std::vector<int>& tokens, const Ids& ids, const std::str
     }
 }
 
+// An end of text that is spelt out is that token: who writes it in a prompt means it.
 static std::vector<int> encode(const Tokenizer& tokenizer, const std::string& raw) {
+    std::string mark = tokenizer.pieces[tokenizer.end_of_text];
     Ids ids;
-    for (size_t i = 0; i < tokenizer.pieces.size(); i++) {
-        if (int(i) != tokenizer.end_of_text || tokenizer.pieces[i].size() == 1) ids.insert({tokenizer.pieces[i], int(i)});
-    }
+    for (const std::string& piece : tokenizer.pieces) ids.insert({piece, int(&piece - tokenizer.pieces.data())});
     std::vector<int> tokens;
-    for (size_t i = 0, end; i < raw.size(); i = end) encode_word(tokens, ids, raw.substr(i, (end = word_end(raw, i)) - i));
-    return tokens;
+    for (size_t from = 0, to;; from = to + mark.size()) {
+        to = mark.size() > 1 ? std::min(raw.find(mark, from), raw.size()) : raw.size();
+        std::string part = raw.substr(from, to - from);
+        for (size_t i = 0, end; i < part.size(); i = end) {
+            end = word_end(part, i);
+            encode_word(tokens, ids, part.substr(i, end - i));
+        }
+        if (to == raw.size()) return tokens;
+        tokens.push_back(tokenizer.end_of_text);
+    }
 }
 
 // ---- data: llm.c's token shards, or any file as bytes. A shard of `tokens` holds (tokens - 1) / T sequences. Version 2 is for
@@ -2326,6 +2334,7 @@ static int sample_token(const float* logits, int V, double temperature, int top_
 static size_t whole_characters(const std::string& raw) {
     for (size_t back = 1; back < 4 && back <= raw.size(); back++) {
         unsigned char c = raw[raw.size() - back];
+        if (c < 0x80) break;
         if (c >= 0xC0) return raw.size() - (back < (c < 0xE0 ? 2 : c < 0xF0 ? 3 : c < 0xF8 ? 4 : 1) ? back : 0);
     }
     return raw.size();
@@ -3085,20 +3094,23 @@ static void speak(Model& s, const Plan& plan, Options& o) {
     model_allocate(s, plan);
     read_model(plan, o.model);
     model_round(s);
-    fwrite(prompt.data(), 1, prompt.size(), stdout);
-    fflush(stdout);
-    std::string waiting;
+    auto show = [](const std::string& shown) {
+        fwrite(shown.data(), 1, shown.size(), stdout);
+        if (fflush(stdout) != 0) fail(std::string("standard output: cannot be written: ") + strerror(errno));
+    };
+    size_t whole = whole_characters(prompt);
+    std::string waiting = prompt.substr(whole);
     int64_t count = 0;
     double begin = 0;
+    show(prompt.substr(0, whole));
     generate(s, tokenizer, tokens, o, 0, [&](const std::string& piece) {
         if (count++ == 0) begin = seconds();  // the prompt is read
         waiting += piece;
-        size_t whole = whole_characters(waiting);
-        std::string shown = printable(waiting.substr(0, whole));
+        whole = whole_characters(waiting);
+        show(printable(waiting.substr(0, whole)));
         waiting.erase(0, whole);
-        fwrite(shown.data(), 1, shown.size(), stdout);
-        if (fflush(stdout) != 0) fail(std::string("standard output: cannot be written: ") + strerror(errno));
     });
+    show(printable(waiting));
     fprintf(stderr, "\n%s tokens", commas(count).c_str());
     if (count > 1) fprintf(stderr, ", %.1f a second", (count - 1) / (seconds() - begin));
     fprintf(stderr, "\n");

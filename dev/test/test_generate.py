@@ -15,6 +15,7 @@ from conftest import check_refused, environment, make_text
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GPT2 = ROOT.parent / "shared" / "data" / "gpt2"
+END_OF_TEXT = "<|endoftext|>"
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -52,7 +53,7 @@ def test_prompt_and_what_follows(learnt):
 
 def test_from_standard_input(learnt):
     """As it is: bytes that are no UTF-8, zeros, ends of lines; and nothing at all."""
-    for prompt in (b"the cat ", b"\0\xff\r\n\xc3", b"a" * 5000):
+    for prompt in (b"the cat ", b"\0\xff\r\n", b"a" * 5000):
         assert speak("-e", learnt, "--prompt", "-", "-g", 1, input=prompt).startswith(prompt)
     assert len(speak("-e", learnt, "--prompt", "-", "-g", 5, input=b"").decode()) > 0
 
@@ -69,6 +70,13 @@ def test_choices(learnt):
 def test_text_is_whole(learnt):
     """Whatever bytes come, the output is UTF-8: at so high a temperature any of them do."""
     assert "\ufffd" in speak("-e", learnt, "--prompt", "x", "-g", 900, "--temperature", 100, "--top-k", 0).decode()
+
+
+def test_half_a_character_waits(learnt):
+    """One that the prompt has begun waits for its end; what no text ends is shown for what it is, and nothing is lost."""
+    for prompt in (b"the \xe2", b"the \xf0\x9f"):
+        text = speak("-e", learnt, "--prompt", "-", "-g", 1, input=prompt).decode()
+        assert text[:len(prompt)] == "the " + "\ufffd" * (len(prompt) - 4) and len(text) == len(prompt) + 1, text
 
 
 def test_it_streams(learnt):
@@ -180,9 +188,10 @@ def mixed_text(size):
 
 
 def check_like_tiktoken(encode, encoding, ranks):
-    pieces = sorted(ranks, key=ranks.get) + [b"<|endoftext|>"]
-    for text in (mixed_text(1_000_000), "a" * 100_000, "ab" * 5000 + " " * 20000, "\u00a0" * 1000 + "x", "", "<|endoftext|>"):
-        assert encode(pieces, len(ranks), text) == encoding.encode_ordinary(text), repr(text[:40])
+    pieces = sorted(ranks, key=ranks.get) + [END_OF_TEXT.encode()]
+    for text in (mixed_text(1_000_000), "a" * 100_000, "ab" * 5000 + " " * 20000, "\u00a0" * 1000 + "x", "", END_OF_TEXT,
+                 f"one  {END_OF_TEXT}{END_OF_TEXT} two<|endoftext|"):
+        assert encode(pieces, len(ranks), text) == encoding.encode(text, allowed_special="all"), repr(text[:40])
 
 
 def test_small_vocabulary(encode):
@@ -192,7 +201,8 @@ def test_small_vocabulary(encode):
     rng = random.Random(3)
     for _ in range(400):
         ranks.setdefault(rng.choice(list(ranks)[-300:]) + rng.choice([b"a", b"b", b"e", b" ", b"th", b"in", b"\xe4", b"0"]), len(ranks))
-    check_like_tiktoken(encode, tiktoken.Encoding("small", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={}), ranks)
+    encoding = tiktoken.Encoding("small", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+    check_like_tiktoken(encode, encoding, ranks)
 
 
 @pytest.mark.skipif(not (GPT2 / "vocab.bpe").is_file(), reason="no GPT-2 vocabulary in ../shared/data/gpt2")
@@ -200,7 +210,8 @@ def test_like_gpt2(encode):
     tiktoken = pytest.importorskip("tiktoken")
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     ranks = data_gym_to_mergeable_bpe_ranks(str(GPT2 / "vocab.bpe"), str(GPT2 / "encoder.json"))
-    check_like_tiktoken(encode, tiktoken.Encoding("gpt2", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={}), ranks)
+    encoding = tiktoken.Encoding("gpt2", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+    check_like_tiktoken(encode, encoding, ranks)
 
 
 def test_letters_and_numbers():
