@@ -247,7 +247,7 @@ template <class Options>
 static void set_options(Options& o, const Setup& u) {
     o.batch = u.B, o.seq = u.T, o.total_batch = u.micros * u.B * u.T;
     o.rank = u.rank, o.compress = u.compress, o.projection = u.projection, o.gap = u.gap;
-    o.moments = u.moments;
+    o.moments = u.moments, o.optimizer = gpu::ADAMW;
     o.recompute = u.recompute, o.seed = SEED;
     if (u.savings & TWO_BITS) o.gelu = gpu::GELU_2BIT;
     if (u.savings & INT8) o.tape = gpu::TAPE_INT8;
