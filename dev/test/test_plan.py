@@ -177,9 +177,10 @@ def test_options_change_what_they_should():
     def difference(*args, base=base):
         own, other = tensors(plan(*base)), tensors(plan(*base, *args))
         return sorted(n for n in own.keys() | other.keys() if own.get(n) != other.get(n))
-    for same in (["-x", 5], ["--alpha", 2], ["--moments", "reset"], ["--gap", 1], ["-d", 16384], ["-s", 5],
+    for same in (["-x", 5], ["--alpha", 2], ["--moments", "reset"], ["--gap", 1], ["-d", 16384],
                  ["-n", 1, "-o", "x"], ["--projection", "rademacher"], ["--master", "none"]):
         assert difference(*same) == [], same
+    assert difference("-s", 5) == ["keys_values"]
     assert difference("--moments", "move") == ["projection_change", "projection_next"]
     assert difference("--moments", "move", "--gap", 0) == []
     assert difference("--projection", "sparse") == ["projection", "projection_shift"]
