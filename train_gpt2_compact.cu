@@ -110,13 +110,17 @@ static uint32_t character_at(const std::string& raw, size_t i, size_t* length) {
     return 0xFFFD;
 }
 
-// Bytes that are no UTF-8, and control characters, would upset a terminal or a JSON reader: they become U+FFFD.
+// Bytes that are no UTF-8, and control characters, would upset a terminal or a JSON reader: they become U+FFFD. Lines end
+// with \n, whatever they ended with.
 static std::string printable(const std::string& raw) {
     std::string out;
     for (size_t i = 0, length; i < raw.size(); i += length) {
         uint32_t code = character_at(raw, i, &length);
-        bool control = (code < 0x20 && code != '\n' && code != '\t') || code == 0x7F;
-        out += code == 0xFFFD || control ? "\xEF\xBF\xBD" : raw.substr(i, length);
+        bool control = (code < 0x20 && code != '\n' && code != '\t') || (code >= 0x7F && code < 0xA0);
+        if (code == '\r')
+            out += raw[i + 1] == '\n' ? "" : "\n";
+        else
+            out += code == 0xFFFD || control ? "\xEF\xBF\xBD" : raw.substr(i, length);
     }
     return out;
 }
@@ -127,11 +131,16 @@ static std::string one_line(const std::string& raw) {
     return out;
 }
 
+// U+2028 and U+2029, which some readers take for ends of lines, are escaped.
+
 static std::string json_string(const std::string& raw) {
     std::string out = "\"";
     for (char c : printable(raw)) {
         if (c == '"' || c == '\\') out += '\\';
         out += c == '\n' ? "\\n" : c == '\t' ? "\\t" : std::string(1, c);
+        size_t last = out.size() < 3 ? 0 : out.size() - 3;
+        if (out.compare(last, 3, "\xE2\x80\xA8") == 0) out.replace(last, 3, "\\u2028");
+        if (out.compare(last, 3, "\xE2\x80\xA9") == 0) out.replace(last, 3, "\\u2029");
     }
     return out + "\"";
 }
@@ -2612,12 +2621,73 @@ static void read_bytes(Input& in, void* to, size_t bytes) {
     if (fread(to, 1, bytes, in.file.get()) != bytes) refuse(in.path + ": ends too early");
 }
 
+static std::string read_start(Input& in, int64_t most) {
+    std::string start(std::min(in.size, most), '\0');
+    read_bytes(in, &start[0], start.size());
+    return start;
+}
+
+static std::string kind_of(int magic) {
+    return magic == MODEL_MAGIC       ? "GPT-2 model file"
+           : magic == TOKENS_MAGIC    ? "token shard"
+           : magic == TOKENIZER_MAGIC ? "tokenizer file"
+           : magic == HELLASWAG_MAGIC ? "HellaSwag file"
+           : magic == STATE_MAGIC     ? "training state"
+           : magic == 20240801        ? "Llama 3 token shard"
+                                      : "";
+}
+
+// What a file is by its first bytes, and what to do about it, where it is known to be neither text nor one of the above;
+// else "". '?' stands for any byte.
+static std::string foreign(const std::string& start) {
+    const struct {
+        const char *bytes, *what;
+    } kinds[] = {
+        {"\x1F\x8B\x08", "is packed by gzip: unpack it first, with gunzip -k"},
+        {"BZh?1AY&SY", "is packed by bzip2: unpack it first, with bunzip2 -k"},
+        {"\xFD\x37zXZ", "is packed by xz: unpack it first, with unxz -k"},
+        {"\x28\xB5\x2F\xFD", "is packed by zstd: unpack it first, with unzstd"},
+        {"\x04\x22\x4D\x18", "is packed by lz4: unpack it first, with unlz4"},
+        {"PK\x03\x04", "is a zip archive, as PyTorch's files are too: unpack it, or import it with data_prep/hf.py"},
+        {"7z\xBC\xAF", "is a 7z archive: unpack it first, with 7z x"},
+        {"%PDF-", "is a PDF: convert it first, with pdftotext"},
+        {"PAR1", "is a Parquet table: write its column of text to a file first, with pandas"},
+        {"\x93NUMPY", "is a NumPy array, which other trainers read: data_prep/prepare.py makes token shards, from text"},
+        {"\xFF\xFE", "is text in UTF-16: convert it first, with iconv -f UTF-16 -t UTF-8"},
+        {"\xFE\xFF", "is text in UTF-16: convert it first, with iconv -f UTF-16 -t UTF-8"},
+    };
+    for (auto& kind : kinds) {
+        size_t length = strlen(kind.bytes), same = 0;
+        while (same < std::min(length, start.size()) && (kind.bytes[same] == '?' || kind.bytes[same] == start[same])) same++;
+        if (same == length) return kind.what;
+    }
+    return "";
+}
+
+// Whether a file holds bare numbers, as other trainers write their tokens: of small ones in 16 or 32 bits the high bytes are
+// 0, the low ones seldom; text has no such byte.
+static std::string bare_tokens(const std::string& start, int64_t size) {
+    int64_t zeros[4] = {}, n = start.size();
+    for (int64_t i = 0; i < n; i++) zeros[i % 4] += start[i] == 0;
+    int64_t odd = zeros[1] + zeros[3], even = zeros[0] + zeros[2];
+    bool wide = size % 4 == 0 && zeros[2] + zeros[3] > n * 49 / 100, narrow = size % 2 == 0 && odd > n / 200 && odd > 10 * even;
+    if (!wide && !narrow) return "";
+    return std::string("looks like token ids of ") + (wide ? "32" : "16") +
+           " bits without a header, which nanoGPT and others read, or text in UTF-" + (wide ? "32" : "16") +
+           ": data_prep/prepare.py makes token shards, from text in UTF-8";
+}
+
 // Reads the header that all of llm.c's formats share; checks its magic number and its version.
 static std::vector<int32_t> read_header(Input& in, int magic, std::initializer_list<int> versions, const std::string& what) {
     std::vector<int32_t> header(HEADER_INTS);
+    std::string start = read_start(in, HEADER_BYTES);
+    memcpy(header.data(), start.data(), start.size());
+    if (header[0] != magic) {
+        std::string other = kind_of(header[0]).empty() ? foreign(start) : "is a " + kind_of(header[0]);
+        if (other.empty()) other = "begins with " + str(header[0]) + ", not " + str(magic);
+        refuse(in.path + ": is no " + what + ": it " + other);
+    }
     if (in.size < HEADER_BYTES) refuse(in.path + ": " + commas(in.size) + " bytes are too few for a " + what);
-    read_bytes(in, header.data(), HEADER_BYTES);
-    if (header[0] != magic) refuse(in.path + ": is no " + what + ": it begins with " + str(header[0]) + ", not " + str(magic));
     for (int version : versions) {
         if (header[1] == version) return header;
     }
@@ -2822,7 +2892,7 @@ static void write_tokenizer(const Tokenizer& t, const std::string& path) {
 // The one that --tokenizer names, else the file of that name beside the data or the model, else none.
 static Tokenizer find_tokenizer(Options& o, const std::string& neighbour, int V) {
     std::string beside = neighbour.substr(0, neighbour.find_last_of('/') + 1) + "tokenizer.bin";
-    if (o.tokenizer.empty() && std::filesystem::exists(beside)) o.tokenizer = beside;
+    if (o.tokenizer.empty() && access(beside.c_str(), F_OK) == 0) o.tokenizer = beside;
     return o.tokenizer.empty() ? no_tokenizer(V) : read_tokenizer(o.tokenizer);
 }
 
@@ -2963,21 +3033,29 @@ struct Data {
     Input input;  // the shard that was read last
 };
 
-// All files that match, their headers checked; what goes wrong names the option.
+// The file of that name, or all that match, their headers checked; what goes wrong names the option.
 static Data find_data(const char* option, const std::string& pattern) {
     Data data = {};
-    glob_t found;
-    if (glob(pattern.c_str(), GLOB_TILDE, nullptr, &found) != 0) {
-        refuse(std::string(option) + ": no file matches '" + pattern +
-               "'; token shards (data_prep/prepare.py makes them) or text are wanted");
+    glob_t found = {};
+    std::vector<std::string> paths = {pattern};
+    if (access(pattern.c_str(), F_OK) != 0) {
+        if (glob(pattern.c_str(), GLOB_TILDE, nullptr, &found) != 0) {
+            refuse(std::string(option) + ": no file matches '" + pattern +
+                   "'; token shards (data_prep/prepare.py makes them) or text are wanted");
+        }
+        paths.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
+        globfree(&found);
     }
-    std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + found.gl_pathc);
-    globfree(&found);
     for (const std::string& path : paths) {
         Input in = open_input(path);
+        std::string start = read_start(in, 1 << 16);
         int32_t magic = 0, V = 256;
-        bool shard = fread(&magic, 4, 1, in.file.get()) == 1 && magic == TOKENS_MAGIC;
-        if (shard || std::filesystem::path(path).extension() == ".bin") {
+        memcpy(&magic, start.data(), std::min<size_t>(4, start.size()));
+        bool ours = !kind_of(magic).empty();
+        std::string other = ours ? "" : foreign(start);
+        if (!ours && other.empty()) other = bare_tokens(start, in.size);
+        if (!other.empty()) refuse(path + ": " + other);
+        if (ours || std::filesystem::path(path).extension() == ".bin") {
             rewind(in.file.get());
             std::vector<int32_t> h = read_header(in, TOKENS_MAGIC, {1, 2}, "token shard");
             int width = 2 * h[1];
@@ -3575,8 +3653,6 @@ static Config choose_config(const Options& o, int V) {
         Config c = read_model_config(o.model);
         if (o.channels || o.heads || o.layers || o.context)
             refuse("--channels, --heads, --layers, --context: are for a fresh model, not for " + o.model);
-        if (V != 0 && V != c.V)
-            refuse("--train: the data has a vocabulary of " + str(V) + ", the model " + o.model + " one of " + str(c.V));
         return c;
     }
     int depth = 0, end = 0;
@@ -3889,7 +3965,7 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
     std::vector<Example> hellaswag;
     if (!o.hellaswag.empty()) hellaswag = read_hellaswag(o.hellaswag, c.V);
     Tokenizer tokenizer =
-        train.shards[0].width == 1 && o.tokenizer.empty() ? no_tokenizer(c.V) : find_tokenizer(o, o.train, c.V);
+        train.shards[0].width == 1 && o.tokenizer.empty() ? no_tokenizer(c.V) : find_tokenizer(o, train.shards[0].path, c.V);
     if (!o.out.empty() && !o.tokenizer.empty()) write_tokenizer(tokenizer, o.out + "/tokenizer.bin");
     Identity identity = {
         {"--channels", str(c.C)}, {"--heads", str(c.NH)}, {"--layers", str(c.L)}, {"--context", str(c.context)}};
@@ -4027,7 +4103,8 @@ static void run(int argc, char** argv) {
     if (o.generates && (!o.train.empty() || !o.val.empty() || !o.out.empty() || !o.hellaswag.empty() || !o.dump.empty() ||
                         o.memory > 0 || o.resume))
         refuse("--prompt: trains nothing; leave --train, --val, --out, --hellaswag, --dump, --memory and --resume away");
-    if (std::filesystem::is_directory(o.model) && (o.generates || is_model_file(o.model))) {
+    std::error_code error;
+    if (std::filesystem::is_directory(o.model, error) && (o.generates || is_model_file(o.model))) {
         std::vector<int64_t> steps = saved_steps(o.model, "model");
         if (steps.empty()) refuse("--model: the folder " + o.model + " holds no model_STEP.bin");
         o.model = checkpoint_path(o.model, "model", steps[0]);
@@ -4038,9 +4115,13 @@ static void run(int argc, char** argv) {
     if (o.train.empty() && o.plan.empty() && !o.generates) refuse("--train: is missing; give it token shards or any text file");
     if (!o.train.empty()) train = find_data("--train", o.train);
     if (!o.val.empty()) val = find_data("--val", o.val);
-    if (train.V != 0 && val.V != 0 && train.V != val.V)
-        refuse("--val: has a vocabulary of " + str(val.V) + ", --train one of " + str(train.V));
     Config c = choose_config(o, train.V);
+    for (const Data* data : {&train, &val}) {  // what the model has more are special words, or padding
+        if (data->V != 0 && (data->V > c.V || c.V > data->V + data->V / 8)) {
+            refuse(std::string(data == &train ? "--train" : "--val") + ": has a vocabulary of " + str(data->V) + ", " +
+                   (is_model_file(o.model) ? o.model : "--train") + " one of " + str(c.V) + ": another tokenizer's");
+        }
+    }
     settle_options(o, c);
 
     static Model s;  // its memory lives as long as the program
@@ -4050,7 +4131,7 @@ static void run(int argc, char** argv) {
     if (!o.plan.empty()) return;
     if (o.generates) return speak(s, plans.run, o);
 
-    val.V = train.V;
+    if (val.V == 0) val.V = train.V;
     for (Shard& shard : train.shards) {  // the last tenth of a plain text validates where no other file does
         int64_t kept = shard.width == 1 && o.val.empty() ? shard.tokens - shard.tokens / 10 : shard.tokens;
         if (kept < shard.tokens) val.shards.push_back({shard.path, kept, shard.tokens - kept, 1});
@@ -4063,7 +4144,6 @@ static void run(int argc, char** argv) {
         cut_data(val, o.val.empty() ? "--train, its last tenth" : "--val", o.seq);
     int64_t steps = o.steps >= 0 ? o.steps : std::max<int64_t>(1, train.sequences / (o.total_batch / o.seq));
     if (!o.out.empty()) {
-        std::error_code error;
         std::filesystem::create_directories(o.out, error);
         if (!std::filesystem::is_directory(o.out, error) || access(o.out.c_str(), W_OK) != 0) {
             refuse("--out: " + o.out + " is not a folder that can be made or written");

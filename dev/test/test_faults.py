@@ -3,14 +3,21 @@
 They are tried on the trainer that TRAINER names, else on the CPU's; what matters to the host's text alone, on the CUDA trainer
 under nogpu as well, where that is built."""
 
+import bz2
+import gzip
+import json
+import lzma
 import os
+import shutil
 import subprocess
 import time
+import zipfile
 
+import numpy as np
 import pytest
 
 import formats
-from conftest import TINY, environment
+from conftest import TINY, check_one_line, check_refused, environment, make_text
 
 NOGPU = os.path.join(formats.ROOT, "build", "train_nogpu_fp32")
 
@@ -120,3 +127,153 @@ def test_closed_descriptors(closed, trainer, text, tmp_path):
     assert [step["step"] for step in steps] == [1, 2, 3] and [e["step"] for e in evaluations] == [2, 3]
     formats.read_model(out / "model_00000003.bin")
     assert (b"step 3/3" in done.stdout) == (">&-" not in closed.replace("2>&-", ""))
+
+
+# ---------------------------------------------------------------------------- data that is something else
+
+def ask(*args, trainer=None, **kw):
+    return subprocess.run([trainer or formats.trainer_path(), *map(str, TINY), "-x", "1", "-v", "0", *map(str, args)],
+                          text=True, capture_output=True, env=environment(), **kw)
+
+
+PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+STARTS = {"zst": b"\x28\xb5\x2f\xfd", "lz4": b"\x04\x22\x4d\x18", "7z": b"7z\xbc\xaf\x27\x1c", "pdf": b"%PDF-1.7",
+          "parquet": b"PAR1", "npy": b"\x93NUMPY\1\0"}
+SAID = {"gz": "gzip", "bz2": "bzip2", "zst": "zstd", "pdf": "PDF", "parquet": "Parquet", "npy": "NumPy", "zip": "zip"}
+
+
+def foreign_file(kind, folder, name):
+    content = make_text(4000).encode()
+    path = folder / name
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("text.txt", content)
+    else:
+        path.write_bytes(PACKERS[kind](content) if kind in PACKERS else STARTS[kind] + content)
+    return path
+
+
+@pytest.mark.parametrize("kind", [*PACKERS, *STARTS, "zip"])
+def test_packed_files(kind, trainer, text, tmp_path):
+    """By what they hold, whatever they are called; the line says what they are and what to do."""
+    for name in (f"text.txt.{kind}", "text.txt", "text.bin"):
+        path = foreign_file(kind, tmp_path, name)
+        check_refused(ask("--train", path, trainer=trainer), path, SAID.get(kind, kind))
+        check_refused(ask("--train", text, "--val", path, trainer=trainer), path, SAID.get(kind, kind))
+    for option in ("--tokenizer", "--hellaswag", "-e"):
+        done = ask("--train", text, option, path)
+        assert done.returncode == 2
+        check_one_line(done.stderr, path, SAID.get(kind, kind))
+
+
+def test_headerless_tokens(trainer, tmp_path):
+    """As nanoGPT writes them: GPT-2's ids, or those of characters; and as 32 bits."""
+    rng = np.random.Generator(np.random.PCG64(3))
+    gpt2 = np.minimum(rng.zipf(1.3, 20000) * 7, 50256)  # a fifth of them below 256, as of English
+    characters = rng.integers(0, 65, 5001)
+    for ids, kind in ((gpt2, "<u2"), (characters, "<u2"), (gpt2, "<u4"), (characters, "<i4"), (gpt2, "<i8")):
+        for name in ("train.bin", "train.dat"):
+            (tmp_path / name).write_bytes(ids.astype(kind).tobytes())
+            check_refused(ask("--train", tmp_path / name, trainer=trainer), tmp_path / name, "16 bits" if kind == "<u2" else "32 bits",
+                          "without a header", "nanoGPT", "prepare.py")
+
+
+def test_text_in_utf_16(text, tmp_path):
+    content = make_text(3000) + "Grüße €"
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        bom = b"\xfe\xff" if encoding == "utf-16-be" else b""
+        (tmp_path / "text.txt").write_bytes(bom + content.encode(encoding))
+        check_refused(ask("--train", tmp_path / "text.txt"), "text.txt", "UTF-16")
+
+
+def test_own_files_of_another_kind(text, tmp_path):
+    """The files of one format, given for another."""
+    out = tmp_path / "out"
+    assert ask("--train", text, "-n", -1, "-o", out).returncode == 0
+    for kind, said in (("model", "GPT-2 model file"), ("state", "training state")):
+        plain = shutil.copy(out / f"{kind}_00000001.bin", tmp_path / kind)
+        for path in (out / f"{kind}_00000001.bin", plain):
+            check_refused(ask("--train", path), path, said, "token shard")
+
+
+def test_what_is_text_stays_text(text, tmp_path):
+    """A byte-order mark, carriage returns, other alphabets, a beginning like a packer's name, a NUL here and there."""
+    words = make_text(3000)
+    texts = [b"\xef\xbb\xbf" + words.encode(), words.replace("\n", "\r\n").encode(), ("Ж日本" + words).encode(),
+             b"BZh was here. " + words.encode(), b"PAR and 7z" + words.encode(), words.encode() + b"\0\0", words.encode("latin-1"),
+             np.random.Generator(np.random.PCG64(3)).integers(0, 256, 5000).astype("u1").tobytes()]
+    for content in texts:
+        (tmp_path / "text").write_bytes(content)
+        done = ask("--train", tmp_path / "text")
+        assert done.returncode == 0 and done.stderr == "", (content[:20], done.stderr)
+
+
+# ---------------------------------------------------------------------------- names and vocabularies
+
+def test_a_name_that_exists_is_a_name(trainer, tmp_path):
+    for name in ("a[1].txt", "b?.txt", "c*.txt", "d\\.txt", "~e.txt"):
+        (tmp_path / name).write_text(make_text(3000))
+        for path in (tmp_path / name, name):
+            done = ask("--train", path, trainer=trainer, cwd=tmp_path)
+            assert done.returncode == 0 and "1 file," in done.stdout, (name, done.stderr)
+    (tmp_path / "c2.txt").write_text(make_text(2000))
+    assert "1 file, 2,700 tokens" in ask("--train", "c*.txt", cwd=tmp_path).stdout
+    (tmp_path / "c*.txt").unlink()
+    (tmp_path / "c3.txt").write_text(make_text(2000))
+    assert "2 files," in ask("--train", "c*.txt", cwd=tmp_path).stdout  # now it is a pattern
+    (tmp_path / "shards[1]").mkdir()
+    formats.write_tokens(tmp_path / "shards[1]" / "train.bin", np.arange(1000) % 256, 256)
+    assert ask("--train", tmp_path / "shards[1]" / "train.bin").returncode == 0
+
+
+def test_a_model_with_more_words(trainer, text, tmp_path):
+    """Special words, or padding that counts as words: the data's ids are all below. Far more are another tokenizer's."""
+    def model(vocab):
+        config = dict(context=32, vocab=vocab, layers=1, heads=1, channels=8, padded_vocab=vocab)
+        formats.write_model(tmp_path / f"{vocab}.bin", config, formats.draw_model(config, 1))
+        return tmp_path / f"{vocab}.bin"
+
+    def with_model(vocab, *args):
+        return subprocess.run([trainer, "-e", model(vocab), "-b", "2", "-x", "1", "-v", "-1", *map(str, args)], text=True,
+                              capture_output=True, env=environment())
+    data = tmp_path / "gpt2.bin"
+    formats.write_tokens(data, np.minimum(np.arange(500) * 101, 50256))
+    formats.write_tokens(tmp_path / "val.bin", np.full(100, 50257), 50258)
+    for vocab in (50257, 50258, 50304):
+        done = with_model(vocab, "--train", data, "--val", data)
+        assert done.returncode == 0 and "loss" in done.stdout, done.stderr
+    # and validation data may know the new words, where the training data do not
+    assert with_model(50258, "--train", data, "--val", tmp_path / "val.bin").returncode == 0
+    check_refused(with_model(50257, "--train", data, "--val", tmp_path / "val.bin"), "--val", 50258, 50257)
+    check_refused(with_model(50256, "--train", data), "--train", 50257, 50256)
+    assert with_model(257, "--train", text).returncode == 0  # bytes, and an end of text
+    check_refused(with_model(50257, "--train", text), "--train", 256, 50257)
+
+
+# ---------------------------------------------------------------------------- text that is not plain
+
+def test_lines_of_the_log(trainer, tmp_path, shards):
+    """Whatever a sample or a name holds, each line of the log is one line to any reader, and CRLF is the end of one."""
+    pieces = ["a", "\r\n", "\r", "\n", "\u2028", "\u2029", "\x85", "\x9b", "\x0b", "\x0c", "\x1c", "\ufeff", "é", "\r\n"] * 8
+    header = np.zeros(256, "<i4")
+    header[:4] = [20240328, 2, len(pieces), 0]
+    packed = b"".join(bytes([len(piece.encode())]) + piece.encode() for piece in pieces)
+    (tmp_path / "tokens").write_bytes(header.tobytes() + packed)
+    out = tmp_path / "line\u2028and\u2029paragraph"
+    done = ask("--train", shards / "train_0.bin", "--tokenizer", tmp_path / "tokens", "-s", -1, "-g", 500, "--temperature", 9, "--top-k", 0,
+               "-o", out, trainer=trainer)
+    assert done.returncode == 0 and "\x9b" not in done.stdout
+    raw = (out / "log.jsonl").read_bytes().decode("utf-8")
+    assert raw.splitlines() == raw.split("\n")[:-1]
+    lines = [json.loads(line) for line in raw.splitlines()]
+    sample = lines[-1]["sample"]
+    assert lines[0]["options"]["out"] == str(out)  # the same name, not one like it
+    assert "\r" not in sample and "a\n" in sample and all(character in sample for character in "\u2028\u2029\ufffdé")
+    shown = done.stdout.split("--- sample ---\n")[1].split("\n--------------")[0]
+    assert shown == sample
+
+
+def test_a_text_with_crlf(text, tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"ab\r\n" * 1000)
+    done = ask("--train", tmp_path / "text.txt", "-x", 80, "-l", 1e-2, "-s", -1, "-g", 60, "--temperature", 0)
+    assert "ab\nab\nab\n" in done.stdout and "\ufffd" not in done.stdout
