@@ -51,6 +51,12 @@ def test_prompt_and_what_follows(learnt):
     assert speak("-e", learnt, "--prompt", "the cat ", "-g", 60, "--seed", 2) != text
 
 
+def test_training_from_a_folder(learnt, train):
+    """-e takes a run's folder there, too."""
+    losses = [train("-e", model, "-x", 2, "-v", 0, "-b", 2).losses for model in (learnt, learnt / "model_00000400.bin")]
+    assert losses[0] == losses[1]
+
+
 def test_from_standard_input(learnt):
     """As it is: bytes that are no UTF-8, zeros, ends of lines; and nothing at all."""
     for prompt in (b"the cat ", b"\0\xff\r\n", b"a" * 5000):
