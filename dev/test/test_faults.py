@@ -22,7 +22,7 @@ from conftest import TINY, check_one_line, check_refused, environment, make_text
 NOGPU = os.path.join(formats.ROOT, "build", "train_nogpu_fp32")
 
 
-@pytest.fixture(params=["cpu", "nogpu"])
+@pytest.fixture(params=["cpu", pytest.param("nogpu", marks=pytest.mark.slow)])
 def trainer(request):
     """Each trainer in turn."""
     if request.param == "cpu":

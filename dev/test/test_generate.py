@@ -132,6 +132,7 @@ def test_no_tokenizer(train, tmp_path):
 
 # ---------------------------------------------------------------------------- the CUDA trainer
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "build/train_nogpu_fp32").exists(), reason="no build/train_nogpu_fp32: `make build/train_nogpu_fp32`")
 def test_cuda_says_the_same(learnt):
     """In fp32 the logits agree to 1e-5 or so, and a draw hardly ever lies so near to the border between two tokens."""
