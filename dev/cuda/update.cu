@@ -227,7 +227,7 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
         {"dense: the trainer's, cuBLAS into the master weights, then the rounding",
          {moments + 2 * U + 2 * P + (IS_BF16 ? 14 : 8) * W, floor.flops},
          floor,
-         [=] { linear_update(*with, QKV, 0, on_device, time); },
+         [=] { linear_update(*with, QKV, 0, on_device, time, nullptr); },
          check_with},
         {"dense: product and move in one, P read",
          {floor.bytes + 2 * U + 2 * P, floor.flops},
@@ -238,7 +238,7 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
         {"dense, no master weights: the trainer's, cuBLAS, then the move",
          {floor_alone.bytes + 2 * U + 2 * P + through, floor.flops},
          floor_alone,
-         [=] { linear_update(*without, QKV, 0, on_device, time); },
+         [=] { linear_update(*without, QKV, 0, on_device, time, nullptr); },
          check_alone},
         {"dense, no master weights: as 3",
          {floor_alone.bytes + 2 * U + 2 * P, floor.flops},
@@ -255,9 +255,9 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
          },
          [=] { check_sparse(true, true); }},
         {"sparse: the trainer's, U in shared memory", sparse_floor, sparse_floor,
-         [=] { linear_update(*sparse, QKV, 0, on_device, time); }, [=] { check_sparse(true, false); }},
+         [=] { linear_update(*sparse, QKV, 0, on_device, time, nullptr); }, [=] { check_sparse(true, false); }},
         {"sparse, no master weights: the trainer's", sparse_alone, sparse_alone,
-         [=] { linear_update(*sparse_without, QKV, 0, on_device, time); }, [=] { check_sparse(false, false); }},
+         [=] { linear_update(*sparse_without, QKV, 0, on_device, time, nullptr); }, [=] { check_sparse(false, false); }},
     };
 #ifndef PRECISION_FP32
     auto on_tensor_cores = [=](const Weights& weights, const floatX* from) {

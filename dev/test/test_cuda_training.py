@@ -100,9 +100,15 @@ def test_offload_changes_no_bit(shard, tmp_path, flags):
     same_end(tmp_path / "here", tmp_path / "away", 3)
 
 
+MEBIBYTE = 1 << 20
+KEPT_FREE = 256  # MiB, for kernels that are loaded when they are first called
+
+
 def test_out_of_memory_names_a_batch_that_fits(corpus):
     flags = ["--train", corpus, *SHAPE, "-b", 8, "-x", 1]
-    limit = {"NOGPU_MEMORY_MB": str(int(plan(*flags, trainer=NOGPU["bf16"])["total_bytes"] / 2**20 * 0.8))}
+    fixed = 32  # MiB for cuBLAS; what is kept free comes on top
+    size = plan(*flags, trainer=NOGPU["bf16"])["total_bytes"] / MEBIBYTE
+    limit = {"NOGPU_MEMORY_MB": str(KEPT_FREE + int(fixed + 0.8 * (size - fixed)))}
     short = run(NOGPU["bf16"], *flags, **limit)
     advice = re.search(r"-b (\d+) -d (\d+) would fit", short.stderr)
     assert short.returncode == 1 and len(short.stderr.splitlines()) == 1 and advice and int(advice[1]) < 8
@@ -117,7 +123,6 @@ def test_channels_that_the_kernels_cannot_take(corpus):
 
 # ---------------------------------------------------------------------------- plans
 
-MEBIBYTE = 1 << 20
 ALL = ["qkv", "attproj", "fc", "fcproj"]
 
 
@@ -160,11 +165,11 @@ def test_plan_is_what_the_device_gives(part, shard):
         p = plan(*flags, "--context", context, trainer=trainer)
         check_sums(p)
         assert limit - 2048 - each < p["total_bytes"] <= limit
-        enough = run(trainer, *flags, "--context", context, NOGPU_MEMORY_MB=str(limit // MEBIBYTE))
+        enough = run(trainer, *flags, "--context", context, NOGPU_MEMORY_MB=str(KEPT_FREE + limit // MEBIBYTE))
         assert enough.returncode == 0 and enough.stderr == "", (flags, enough.stderr)
         assert f"the plan's {p['total_bytes']:,} bytes, of {limit:,}" in enough.stdout
         more = context + 1 + int(2048 / each)
-        short = run(trainer, *flags, "--context", more, NOGPU_MEMORY_MB=str(limit // MEBIBYTE))
+        short = run(trainer, *flags, "--context", more, NOGPU_MEMORY_MB=str(KEPT_FREE + limit // MEBIBYTE))
         assert short.returncode == 1 and "not enough memory" in short.stderr and f"{total(more):,}" in short.stderr, (flags, short)
 
 
@@ -172,7 +177,7 @@ def test_targets():
     """What compression, recomputation and the missing master weights come to. llm.c at its default, level 1, takes 17.6 GB of
     the one model and 35.8 of the other; at its best, level 2, 15.2 and 34.6."""
     def sizes(*flags):
-        p = plan(*flags, "-t", 1024, trainer=NOGPU["bf16"])
+        p = plan(*flags, "-t", 1024, "--optimizer", "adamw", trainer=NOGPU["bf16"])
         return p["total_bytes"], p["flops_per_token"]["total"], p["full_rank_level_2"]
     small, large = ["-e", "d12", "-b", 64], ["-e", "d48", "-b", 4]
     compact = ["--projection", "sparse", "-r", 4]
