@@ -107,7 +107,7 @@ test_gpt2_nogpu: build/test_gpt2.nogpu.cpp train_gpt2_compact.cpp $(wildcard dev
 DEMO_TEXT = $(wildcard *.cpp *.md Makefile data_prep/*.py dev/*.py dev/test/*.py dev/test/*.cpp)
 DEMO_TRAINER = $(if $(ON_GPU),train_gpt2_compactcu,train_gpt2_compact)
 demo: $(DEMO_TRAINER) | build
-	@cat $(DEMO_TEXT) > build/demo.txt
+	@rm -rf build/demo; cat $(DEMO_TEXT) > build/demo.txt
 	@set -o pipefail; ./$(DEMO_TRAINER) --train build/demo.txt -e d4 --channels 128 --context 128 --batch 16 --steps 800 \
 	  --lr 4e-3 --warmup 40 --projection sparse --val-every 200 --sample-every -1 --sample-tokens 400 --out build/demo \
 	  | awk '!/^step/ || /val/ || ++n % 50 == 1 { print; fflush() }'

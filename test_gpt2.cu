@@ -839,7 +839,7 @@ static void resume(const Setup& u) {
             Gpu g(u, false);
             start_gpu(g, u);
             train(g, u, 0, stop);
-            gpu::write_state(g.plan, identity, stop, path);
+            gpu::write_state(g.plan, identity, stop, path)->commit();
         }
         Gpu g(u, false);
         if (stop > 0) expect("step of the state", double(gpu::read_state(g.plan, identity, path)) - stop, 0);
@@ -876,10 +876,10 @@ static void model_file(const Setup& u) {
         for (int i = 0; i < cpu::PARAMS; i++) {  // no longer what bf16 holds
             for (int64_t j = 0; j < cpu::param_count(c.s.config, i); j++) c.s.params[i][j] *= 1.001f;
         }
-        cpu::write_model(c.plan, c.s.config, type, path);
+        cpu::write_model(c.plan, c.s.config, type, path)->commit();
         cpu::read_model(c.plan, path);
         cpu::model_round(c.s);
-        cpu::write_model(c.plan, c.s.config, type, rounded);
+        cpu::write_model(c.plan, c.s.config, type, rounded)->commit();
         gpu::Config config = gpu::read_model_config(path);
         expect(name + "the header differs", memcmp(&config, &c.s.config, sizeof(config)) != 0, 0);
         Gpu g(u, false);
@@ -892,7 +892,7 @@ static void model_file(const Setup& u) {
         gpu::model_forward(g.s, u.B, u.T, gpu::NO_CACHE, false);
         cpu::model_forward(c.s, u.B, u.T, cpu::NO_CACHE, false);
         compare_logits(g, c, name + "logits", 0, u.B * u.T);
-        gpu::write_model(g.plan, g.s.config, type, again);
+        gpu::write_model(g.plan, g.s.config, type, again)->commit();
         expect(name + "the file written again differs", contents(again) != contents(rounded), 0);
     }
 }

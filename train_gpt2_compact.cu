@@ -27,12 +27,15 @@
 #include <getopt.h>
 #include <glob.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -185,7 +188,7 @@ struct Options {
     int64_t memory = 0;
     int val_every = 250, val_batches = 20, sample_every = 0, sample_tokens = 128, top_k = 50;
     double temperature = 0.8;
-    int checkpoint_every = 0, keep = 2, checkpoint_type = TYPE_FP32, seed = 1337;
+    int checkpoint_every = -1, keep = 2, checkpoint_type = TYPE_FP32, seed = 1337;
     bool resume = false, overfit = false, help = false;
 };
 
@@ -2721,8 +2724,12 @@ struct Writer {
         sum = checksum(sum, data, bytes);
         if (fwrite(data, 1, bytes, file) != bytes) stop();
     }
+    void finish() {
+        if (fflush(file) != 0 || fsync(fileno(file)) != 0) stop();
+    }
     void commit() {
-        if (fflush(file) != 0 || fsync(fileno(file)) != 0 || rename((path + ".tmp").c_str(), path.c_str()) != 0) stop();
+        finish();
+        if (rename((path + ".tmp").c_str(), path.c_str()) != 0) stop();
         fclose(file);
         file = nullptr;
         int folder = open(path.substr(0, path.find_last_of('/') + 1).append(".").c_str(), O_RDONLY);
@@ -2815,20 +2822,22 @@ static void read_model(const Plan& plan, const std::string& path) {
     }
 }
 
-static void write_model(const Plan& plan, const Config& c, int type, const std::string& path) {
+// The file is there when the writer that comes back commits.
+static std::unique_ptr<Writer> write_model(const Plan& plan, const Config& c, int type, const std::string& path) {
     int32_t header[HEADER_INTS] = {MODEL_MAGIC, type == TYPE_BF16 ? 5 : 3, c.context, c.V, c.L, c.NH, c.C, c.Vp};
-    Writer out(path);
-    out.write(header, sizeof(header));
+    auto out = std::make_unique<Writer>(path);
+    out->write(header, sizeof(header));
     std::vector<uint16_t> half;
     for (const Tensor& t : weights_of(plan)) {
         visit(t, 0, t.count(), false, [&](const float* from, int64_t, int64_t n) {
-            if (type == TYPE_FP32) return out.write(from, n * 4);
+            if (type == TYPE_FP32) return out->write(from, n * 4);
             half.resize(n);
             std::transform(from, from + n, half.begin(), bf16_of_float);
-            out.write(half.data(), n * 2);
+            out->write(half.data(), n * 2);
         });
     }
-    out.commit();
+    out->finish();
+    return out;
 }
 
 // GPT-2's initialisation: N(0, 0.02), the projections back into the stream scaled by 1 / sqrt(2 L), LayerNorm 1 and 0.
@@ -3368,18 +3377,19 @@ static std::string identity_lines(const Identity& identity) {
 
 // int32[256] {magic, version, step, bytes of the identity}, the identity as lines of flag=value, the tensors, a checksum. All
 // in multiples of 4 bytes.
-static void write_state(const Plan& plan, const Identity& identity, int64_t step, const std::string& path) {
+static std::unique_ptr<Writer> write_state(const Plan& plan, const Identity& identity, int64_t step, const std::string& path) {
     std::string lines = identity_lines(identity);
     int32_t header[HEADER_INTS] = {STATE_MAGIC, 1, int32_t(step), int32_t(lines.size())};
-    Writer out(path);
-    out.write(header, sizeof(header));
-    out.write(lines.data(), lines.size());
+    auto out = std::make_unique<Writer>(path);
+    out->write(header, sizeof(header));
+    out->write(lines.data(), lines.size());
     for (const Tensor& t : saved_tensors(plan)) {
-        visit(t, 0, t.count(), false, [&](const float* from, int64_t, int64_t n) { out.write(from, n * 4); });
+        visit(t, 0, t.count(), false, [&](const float* from, int64_t, int64_t n) { out->write(from, n * 4); });
     }
-    uint64_t sum = out.sum;
-    out.write(&sum, sizeof(sum));
-    out.commit();
+    uint64_t sum = out->sum;
+    out->write(&sum, sizeof(sum));
+    out->finish();
+    return out;
 }
 
 // Loads a state and returns its step. Refuses one that is not whole, and then one that was made with other flags.
@@ -3431,12 +3441,75 @@ static std::vector<int64_t> saved_steps(const std::string& dir, const std::strin
 }
 
 static void save_checkpoint(const Plan& plan, const Config& c, const Options& o, const Identity& identity, int64_t step) {
-    write_model(plan, c, o.checkpoint_type, checkpoint_path(o.out, "model", step));
-    write_state(plan, identity, step, checkpoint_path(o.out, "state", step));
+    auto model = write_model(plan, c, o.checkpoint_type, checkpoint_path(o.out, "model", step));
+    auto state = write_state(plan, identity, step, checkpoint_path(o.out, "state", step));
+    model->commit();
+    state->commit();
     std::vector<int64_t> steps = saved_steps(o.out, "state");
     steps.erase(steps.begin(), std::find(steps.begin(), steps.end(), step));  // later ones did not load: they do not count
     for (size_t i = o.keep; o.keep > 0 && i < steps.size(); i++) {
         for (const char* kind : {"model", "state"}) unlink(checkpoint_path(o.out, kind, steps[i]).c_str());
+    }
+}
+
+static const char* LOG_STEP = "{\"step\": %lld";  // what a line of log.jsonl begins with, but for those of starts
+
+static bool has_steps(const std::string& path) {
+    std::ifstream log(path);
+    long long at;
+    for (std::string line; std::getline(log, line);) {
+        if (sscanf(line.c_str(), LOG_STEP, &at) == 1) return true;
+    }
+    return false;
+}
+
+// Bytes that a checkpoint takes.
+static int64_t checkpoint_bytes(const Plan& plan, const Config& c, const Options& o) {
+    int64_t bytes = 2 * HEADER_BYTES + parameter_count(c) * (o.checkpoint_type == TYPE_BF16 ? 2 : 4);
+    for (const Tensor& t : saved_tensors(plan)) bytes += t.count() * 4;
+    return bytes;
+}
+
+// Whether the disk has room for what steps start + 1 to `steps` will save, beside what is there and will go.
+static void foresee_disk(const Plan& plan, const Config& c, const Options& o, int64_t start, int64_t steps) {
+    struct statvfs disk;
+    if (o.checkpoint_every == 0 || statvfs(o.out.c_str(), &disk) != 0 || disk.f_blocks == 0) return;
+    int64_t each = checkpoint_bytes(plan, c, o), old = saved_steps(o.out, "state").size(), n = o.checkpoint_every;
+    int64_t count = n > 0 ? std::max<int64_t>(1, (steps + n - 1) / n - start / n) : 1;
+    if (o.keep > 0) count = std::min(count, std::max<int64_t>(1, o.keep + 1 - old));  // an old one goes after the new one came
+    double room = double(disk.f_bavail) * disk.f_frsize;
+    if (double(count) * each > room) {
+        fail("--out: " + o.out + " has " + commas(int64_t(room)) + " bytes of room, " + commas(count) + " checkpoints of " +
+             commas(each) + " bytes will lie there at once; choose another folder, or less by --keep or --checkpoint-every");
+    }
+}
+
+// A run owns its folder as long as it lives: the lock ends with the process, however that ends. What a run that was
+// killed left half done is tidied away.
+static void take_folder(const Options& o) {
+    std::error_code error;
+    std::filesystem::create_directories(o.out, error);
+    if (!std::filesystem::is_directory(o.out, error) || access(o.out.c_str(), W_OK) != 0)
+        refuse("--out: " + o.out + " is not a folder that can be made or written");
+    int lock = open((o.out + "/lock").c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0666);
+    if (lock >= 0 && flock(lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)  // else: a disk that knows no locks
+        refuse("--out: " + o.out + " is in use by another run; wait for its end, or give another folder");
+    std::vector<int64_t> steps = saved_steps(o.out, "state");
+    const char* earlier = !steps.empty() ? " holds checkpoints" : has_steps(o.out + "/log.jsonl") ? " holds the log" : nullptr;
+    if (!o.resume && earlier)
+        refuse("--out: " + o.out + earlier + " of an earlier run; go on from it with --resume, or give another folder");
+    for (auto& entry : std::filesystem::directory_iterator(o.out)) {
+        std::string name = entry.path().filename();
+        bool ours = name == "log.jsonl.tmp" || name == "tokenizer.bin.tmp";
+        for (const char* kind : {"model", "state"}) {
+            long long step = -1;
+            sscanf(name.c_str() + std::min<size_t>(5, name.size()), "_%lld", &step);
+            ours |= "/" + name == checkpoint_path("", kind, step) + ".tmp";
+        }
+        if (ours && std::filesystem::is_regular_file(entry.symlink_status())) unlink(entry.path().c_str());
+    }
+    for (int64_t step : saved_steps(o.out, "model")) {  // its state was to follow
+        if (!steps.empty() && step > steps[0]) unlink(checkpoint_path(o.out, "model", step).c_str());
     }
 }
 
@@ -3516,7 +3589,7 @@ static std::vector<OptionRow> option_table(Options& o) {
         {0, "temperature", "X", KIND_REAL, &o.temperature, "of such text; 0: always the likeliest token", 0, 100},
         {0, "top-k", "K", KIND_INT, &o.top_k, "draw from the K likeliest tokens; 0: from all", 0, WIDE},
         {0, "hellaswag", "FILE", KIND_TEXT, &o.hellaswag, "score this at every evaluation"},
-        {'n', "checkpoint-every", "N", KIND_INT, &o.checkpoint_every, "save every N steps and at the end; 0: never, -1: at the end", -1, MANY},
+        {'n', "checkpoint-every", "N", KIND_INT, &o.checkpoint_every, "save every N steps and at the end; 0: never, -1: at the end; without --out: never", -1, MANY},
         {0, "keep", "K", KIND_INT, &o.keep, "checkpoints to keep; 0: all", 0, MANY},
         {0, "checkpoint-type", "T", KIND_CHOICE, &o.checkpoint_type, "of the weights in model_STEP.bin: ", 0, 0, type_names},
         {'y', "resume", "", KIND_FLAG, &o.resume, "go on from the newest checkpoint in --out, if there is one"},
@@ -3618,17 +3691,20 @@ static Options parse_options(int argc, char** argv) {
     }
     longs.push_back({});
     opterr = 0;
+    bool saves = false;  // as is said
     for (int key, at = optind; (key = getopt_long(argc, argv, letters.c_str(), longs.data(), nullptr)) != -1; at = optind) {
         if (key == '?')
             refuse(std::string(argv[at]) + ": is not an option, or stands for several, or takes no value; --help lists them");
         if (key == ':') refuse(std::string(argv[at]) + ": needs a value; --help says which");
         for (size_t i = 0; i < table.size(); i++) {
-            if (key == 256 + int(i) || key == table[i].letter)
-                set_option(table[i], optarg ? optarg : table[i].kind == KIND_PLAN ? "text" : "");
+            if (key != 256 + int(i) && key != table[i].letter) continue;
+            set_option(table[i], optarg ? optarg : table[i].kind == KIND_PLAN ? "text" : "");
+            saves |= table[i].value == &o.checkpoint_every;
         }
     }
     if (optind < argc)
         refuse("'" + std::string(argv[optind]) + "': is not an option; a value follows its option, as in --train FILE");
+    if (!saves && o.out.empty()) o.checkpoint_every = 0;
     return o;
 }
 
@@ -3874,14 +3950,21 @@ static void write_dump(Model& s, const Plan& plan, const Options& o) {
     out.commit();
 }
 
-// Opens DIR/log.jsonl: anew with its first line, or, after a resume, without the lines of steps that will be done again.
+// Opens DIR/log.jsonl for this start, whose first line it gets, without the lines of steps that will be done again. Where
+// all are to be done again, the log of before is kept under another name.
 static std::unique_ptr<FILE, CloseFile> open_log(const std::string& path, int64_t step, const std::string& first_line) {
     std::string kept, line;
     std::ifstream old(step > 0 ? path : "");
     for (long long at; std::getline(old, line) && !old.eof();) {  // a line without its end was cut off
-        if (sscanf(line.c_str(), "{\"step\": %lld", &at) == 1 ? at <= step : kept.empty()) kept += line + "\n";
+        if (sscanf(line.c_str(), LOG_STEP, &at) != 1 || at <= step) kept += line + "\n";
     }
-    if (kept.empty()) kept = first_line + "\n";
+    if (step == 0 && has_steps(path)) {
+        int number = 1;
+        while (access((path + "." + str(number)).c_str(), F_OK) == 0) number++;
+        rename(path.c_str(), (path + "." + str(number)).c_str());
+        printf("the log of before is kept as %s.%d\n", path.c_str(), number);
+    }
+    kept += first_line + "\n";
     Writer out(path);
     out.write(kept.data(), kept.size());
     out.commit();
@@ -3930,6 +4013,21 @@ static void settle_threads(char** argv) {
     }
     if (!getenv("OMP_NUM_THREADS"))
         omp_set_num_threads(std::min(omp_get_max_threads(), cpu_quota("/proc/self/cgroup", "/sys/fs/cgroup")));
+}
+
+static volatile sig_atomic_t stopping = 0;  // the signal that asks to end
+
+// The step is finished first, unless Ctrl-C is the second request. Who reads what is printed may have ended by the same signal.
+static void stop_soon(int number) {
+    if (stopping && number == SIGINT) _exit(128 + number);
+    stopping = number;
+    signal(SIGPIPE, SIG_IGN);
+}
+
+static void expect_signals() {
+    for (int number : {SIGINT, SIGTERM, SIGHUP}) {
+        if (signal(number, stop_soon) == SIG_IGN) signal(number, SIG_IGN);  // nohup, and what a shell starts by &
+    }
 }
 
 // Whether something with this "every" is due after step `step` of `steps`.
@@ -3985,6 +4083,11 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
     int64_t start = o.resume ? resume(plan, identity, o.out) : 0;
     model_round(s);
     if (o.resume) printf("%s\n", start > 0 ? ("resumed after step " + str(start)).c_str() : "nothing to resume yet");
+    if (start > 0 && start >= steps) {
+        printf("nothing left to do: --steps asks for %lld\n", (long long)steps);
+        return;
+    }
+    foresee_disk(plan, c, o, start, steps);
     std::unique_ptr<FILE, CloseFile> log;
     if (!o.out.empty()) {
         log = open_log(o.out + "/log.jsonl", start,
@@ -3997,10 +4100,7 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
             fail(o.out + "/log.jsonl: cannot be written: " + strerror(errno));
     };
 
-    if (start > 0 && start >= steps) {
-        printf("nothing left to do: --steps asks for %lld\n", (long long)steps);
-        return;
-    }
+    expect_signals();
     int64_t rows = o.total_batch / o.seq, micros = rows / o.batch;
     bool spelled = val.sequences > 0 && (c.V <= 256 || !o.tokenizer.empty());
     double peak = model_peak_flops(), bytes = spelled ? bytes_per_token(val, o, tokenizer) : 0;
@@ -4051,7 +4151,12 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
         }
         if (record.find(',') != std::string::npos) write_log(record + "}");
         fflush(stdout);
-        if (is_due(o.checkpoint_every, step, steps)) save_checkpoint(plan, c, o, identity, step);
+        bool stops = stopping && step < steps, saves = is_due(o.checkpoint_every, step, stops ? step : steps);
+        if (saves) save_checkpoint(plan, c, o, identity, step);
+        if (!stops) continue;
+        std::string name = stopping == SIGINT ? "SIGINT" : stopping == SIGTERM ? "SIGTERM" : "SIGHUP";
+        throw Failure{128 + stopping, "ended by " + name + " after step " + str(step) +
+                                          (saves ? "; the same command with -y goes on from there" : ", and nothing is saved")};
     }
 }
 
@@ -4143,16 +4248,7 @@ static void run(int argc, char** argv) {
     if (!val.shards.empty() && o.val_every != 0 && o.val_batches != 0)
         cut_data(val, o.val.empty() ? "--train, its last tenth" : "--val", o.seq);
     int64_t steps = o.steps >= 0 ? o.steps : std::max<int64_t>(1, train.sequences / (o.total_batch / o.seq));
-    if (!o.out.empty()) {
-        std::filesystem::create_directories(o.out, error);
-        if (!std::filesystem::is_directory(o.out, error) || access(o.out.c_str(), W_OK) != 0) {
-            refuse("--out: " + o.out + " is not a folder that can be made or written");
-        }
-        if (!o.resume && !saved_steps(o.out, "state").empty()) {
-            refuse("--out: " + o.out +
-                   " holds checkpoints of an earlier run; go on from them with --resume, or give another folder");
-        }
-    }
+    if (!o.out.empty()) take_folder(o);
     describe(o, c, train, val, steps);
     print_plan(plans, o, false);
     fflush(stdout);

@@ -110,7 +110,7 @@ def train(text, tmp_path):
         nonlocal count
         count += 1
         out = str(out or tmp_path / f"run{count}")
-        args = ([] if "-e" in args else TINY) + ([] if "--train" in args else ["--train", text]) + list(args) + ["-o", out]
+        args = [*([] if "-e" in args else TINY), *([] if "--train" in args else ["--train", text]), "-n", 0, *args, "-o", out]
         if dump:
             args += ["--dump", os.path.join(out, "dump")]
         kw.setdefault("env", environment(threads))

@@ -133,11 +133,11 @@ def read_tokens(path):
 # ---------------------------------------------------------------------------- what the trainer writes
 
 def read_log(directory):
-    """log.jsonl of an output directory as (first line, the lines of the steps, the other lines)."""
+    """log.jsonl of an output directory as (first line, the lines of the steps, the other lines but those of later starts)."""
     with open(os.path.join(directory, "log.jsonl")) as f:
         lines = [json.loads(line) for line in f]
-    steps = [line for line in lines[1:] if "loss" in line]
-    return lines[0], steps, [line for line in lines[1:] if "loss" not in line]
+    later = [line for line in lines[1:] if "options" not in line]
+    return lines[0], [line for line in later if "loss" in line], [line for line in later if "loss" not in line]
 
 
 def trainer_path():

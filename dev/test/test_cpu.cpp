@@ -1895,7 +1895,7 @@ static void fuzz_model(int type) {
     o.batch = o.seq = o.total_batch = 1;
     Tiny tiny(c, o);
     tiny.randomise(21);
-    write_model(tiny.plan, c, type, path);
+    write_model(tiny.plan, c, type, path)->commit();
     auto read = [&] {
         Config found = read_model_config(path);
         Model s;
@@ -1905,7 +1905,7 @@ static void fuzz_model(int type) {
         read_model(plan, path);
         // What was taken is what stands there: written again, it is the same file. Words 8 to 255 have no meaning.
         std::string bytes = read_file(path);
-        write_model(plan, found, header_word(bytes, 1) == 5 ? TYPE_BF16 : TYPE_FP32, copy);
+        write_model(plan, found, header_word(bytes, 1) == 5 ? TYPE_BF16 : TYPE_FP32, copy)->commit();
         std::string again = read_file(copy);
         ASSERT_EQ(bytes.size(), again.size());
         ASSERT_EQ(memcmp(bytes.data(), again.data(), 32), 0);
@@ -1934,7 +1934,7 @@ TEST(Load, ModelRoundTrip) {
     for (int type : {TYPE_FP32, TYPE_BF16}) {
         Tiny one(odd_config(), o), two(odd_config(), o);
         one.randomise(22);
-        write_model(one.plan, odd_config(), type, folder / "m.bin");
+        write_model(one.plan, odd_config(), type, folder / "m.bin")->commit();
         std::string bytes = read_file(folder / "m.bin");
         const int want[] = {20240326, type == TYPE_FP32 ? 3 : 5, 8, 37, 2, 5, 25, 40};  // llm.c's order
         for (int i = 0; i < 8; i++) EXPECT_EQ(header_word(bytes, i), want[i]) << i;
@@ -2083,14 +2083,14 @@ TEST(Load, State) {
         std::copy(values.begin(), values.end(), states(saved)[i]);
     }
     const Identity identity = {{"--rank", "0.5"}, {"--seed", "1337"}, {"--train", "22 sequences of vocabulary 3"}};
-    write_state(saved.plan, identity, 123456, path);
+    write_state(saved.plan, identity, 123456, path)->commit();
     auto read = [&] {
         ASSERT_EQ(read_state(loaded.plan, identity, path), 123456);
         for (int i = 0; i < 3 * PARAMS; i++) expect_same("state", states(loaded)[i], states(saved)[i], count(i));
     };
     fuzz({path, read_file(path), read, nullptr, true, false});
     // Other flags: the message begins with the one that differs.
-    write_state(saved.plan, identity, 1, path);
+    write_state(saved.plan, identity, 1, path)->commit();
     for (size_t i = 0; i < identity.size(); i++) {
         Identity other = identity;
         other[i].second = "22";

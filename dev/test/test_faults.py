@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import shutil
+import signal
 import subprocess
 import time
 import zipfile
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 import formats
-from conftest import TINY, check_one_line, check_refused, environment, make_text
+from conftest import NAME, TINY, check_one_line, check_refused, environment, make_text
 
 NOGPU = os.path.join(formats.ROOT, "build", "train_nogpu_fp32")
 
@@ -42,6 +43,24 @@ def first_step(process):
         if line.startswith("step "):
             return line
     raise AssertionError(process.stderr.read())
+
+
+def go(trainer, *args, status=0, **kw):
+    """A run to its end."""
+    done = subprocess.run([trainer, *map(str, args)], text=True, capture_output=True, env=environment(), timeout=300, **kw)
+    assert done.returncode == status, f"{done.args}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def files(folder, ending=".bin"):
+    return sorted(path.name for path in folder.iterdir() if path.name.endswith(ending))
+
+
+def lines_of(folder):
+    """The lines of log.jsonl; of starts, the options alone."""
+    with open(folder / "log.jsonl", encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    return [record.get("options", record) for record in records]
 
 
 # ---------------------------------------------------------------------------- threads
@@ -277,3 +296,158 @@ def test_a_text_with_crlf(text, tmp_path):
     (tmp_path / "text.txt").write_bytes(b"ab\r\n" * 1000)
     done = ask("--train", tmp_path / "text.txt", "-x", 80, "-l", 1e-2, "-s", -1, "-g", 60, "--temperature", 0)
     assert "ab\nab\nab\n" in done.stdout and "\ufffd" not in done.stdout
+
+
+# ---------------------------------------------------------------------------- nothing lost by a default or a signal
+
+def test_saved_at_the_end(trainer, text, tmp_path):
+    """With --out, unless -n 0 says no."""
+    args = [*TINY, "--train", text, "-v", 0, "-x", 3]
+    go(trainer, *args, "-o", tmp_path / "a")
+    assert files(tmp_path / "a") == ["model_00000003.bin", "state_00000003.bin"]
+    go(trainer, *args, "-o", tmp_path / "b", "-n", 0)
+    assert files(tmp_path / "b") == []
+    go(trainer, *args)
+    check_one_line(go(trainer, *args, "-n", -1, status=2).stderr, "--checkpoint-every", "--out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("options", [["-o", "out"], ["-o", "out", "-n", 0], ["-n", 0]])
+def test_signal_saves(number, options, trainer, text, tmp_path):
+    """The step is finished; what is saved is as if the run had been that long, and the run goes on from it."""
+    args = [*TINY, "--train", text, "-v", 0, "-k", "constant", *options]
+    with start(trainer, *args, "-x", 1000000, cwd=tmp_path, env=environment()) as process:
+        first_step(process)
+        process.send_signal(number)
+        shown, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert said.startswith(f"{NAME}ended by {number.name} after step ") and said.count("\n") == 1
+    last = int(said.split("after step ")[1].split(";")[0].split(",")[0])
+    assert shown.rstrip().split("\n")[-1].startswith(f"step {last}/") if shown else last == 1
+    if len(options) != 2 or options[0] == "-n":
+        assert "nothing is saved" in said and not any(tmp_path.glob("*/*.bin"))
+        return
+    assert "-y" in said and files(tmp_path / "out") == [f"model_{last:08d}.bin", f"state_{last:08d}.bin"]
+    assert [line["step"] for line in lines_of(tmp_path / "out")[1:]] == list(range(1, last + 1))
+    assert f"resumed after step {last}\n" in go(trainer, *args, "-x", last + 2, "-y", cwd=tmp_path).stdout
+    assert [line["step"] for line in formats.read_log(tmp_path / "out")[1]] == list(range(1, last + 3))
+
+
+def test_signal_with_the_pipe_gone(text, tmp_path):
+    """Ctrl-C ends the `| tee` as well: what cannot be printed any more must not cost the checkpoint."""
+    with start(formats.trainer_path(), *TINY, "--train", text, "-x", 1000000, "-v", 0, "-o", tmp_path / "out", env=environment()) as process:
+        first_step(process)
+        process.send_signal(signal.SIGINT)
+        process.stdout.close()
+        said = process.stderr.read()
+        process.wait(60)
+    assert process.returncode in (130, -signal.SIGPIPE), said  # the latter: the pipe was gone before the signal came
+    assert process.returncode != 130 or len(files(tmp_path / "out")) == 2
+
+
+def slow(text):
+    """Steps that take a long while."""
+    return ["--train", text, "-e", "d4", "--channels", 256, "--context", 512, "-b", 4, "-d", 1024 * 2048, "-v", 0, "-x", 5]
+
+
+def test_second_interrupt(text, tmp_path):
+    args = slow(text)
+    long_text = tmp_path / "long.txt"
+    long_text.write_text(text.read_text() * 2)
+    args[1] = long_text
+    with start(formats.trainer_path(), *args, "-o", tmp_path / "out", env=environment()) as process:
+        while not (tmp_path / "out/log.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.5)  # it has begun its first step, which takes minutes
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        process.communicate()
+    assert files(tmp_path / "out") == []
+
+
+def test_ignored_signals_stay_ignored(text):
+    """As nohup leaves them."""
+    with start(formats.trainer_path(), *TINY, "--train", text, "-x", 1000000, "-v", 0, env=environment(),
+               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:
+        first_step(process)
+        process.send_signal(signal.SIGHUP)
+        for _ in range(20):
+            assert process.stdout.readline().startswith("step ")
+        process.kill()
+
+
+def test_full_disk_is_foreseen(trainer, text, tmp_path):
+    """No disk holds a checkpoint of each of a billion steps; three of them it does."""
+    args = [*TINY, "--train", text, "-v", 0, "-n", 1, "-o", tmp_path / "out"]
+    done = go(trainer, *args, "-x", 1000000000, "--keep", 0, status=1)
+    check_one_line(done.stderr, "--out", "1,000,000,000 checkpoints", "--keep")
+    assert "step 1/" not in done.stdout
+    with start(trainer, *args, "-x", 1000000000, env=environment()) as process:
+        first_step(process)
+        process.kill()
+    model, state = (sum(path.stat().st_size for path in (tmp_path / "out").glob(f"{kind}_00000001.bin")) for kind in ("model", "state"))
+    if model and state:  # not killed before
+        each = int(done.stderr.split("checkpoints of ")[1].split(" bytes")[0].replace(",", ""))
+        assert model + state - 2048 < each <= model + state
+
+
+# ---------------------------------------------------------------------------- a folder in use, or with a history
+
+def test_earlier_log_is_not_replaced(trainer, text, tmp_path):
+    args = [*TINY, "--train", text, "-v", 0, "-n", 0, "-o", tmp_path]
+    go(trainer, *args, "-x", 5)
+    before = (tmp_path / "log.jsonl").read_bytes()
+    check_one_line(go(trainer, *args, "-x", 3, status=2).stderr, "--out", tmp_path, "log", "--resume")
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+    assert "log.jsonl.1" in go(trainer, *args, "-x", 3, "-y").stdout  # nothing to resume: step 1 is done again
+    assert (tmp_path / "log.jsonl.1").read_bytes() == before
+    assert [line["step"] for line in formats.read_log(tmp_path)[1]] == [1, 2, 3]
+
+
+def test_start_that_came_to_nothing(trainer, text, tmp_path):
+    """It leaves a log without a step, which is no history."""
+    args = [*TINY, "--train", text, "-v", 0, "-n", 0, "-o", tmp_path]
+    go(trainer, *args, "-x", 0)
+    assert len(lines_of(tmp_path)) == 1
+    go(trainer, *args, "-x", 2)
+    assert [line["step"] for line in formats.read_log(tmp_path)[1]] == [1, 2]
+
+
+def test_folder_in_use(trainer, text, tmp_path):
+    """Until the other ends, however it does. The same folder by another name is the same."""
+    args = [*TINY, "--train", text, "-v", 0]
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with start(trainer, *args, "-x", 1000000, "-n", 1, "-o", tmp_path / "out", env=environment()) as process:
+        first_step(process)
+        for more in ([], ["-y"]):
+            check_one_line(go(trainer, *args, "-x", 3, "-o", tmp_path / "link", *more, status=2).stderr, "--out", "in use")
+        process.kill()
+        process.communicate()
+    go(trainer, *args, "-x", 3, "-o", tmp_path / "link", "-y")
+
+
+def test_half_done_files_are_tidied(trainer, text, tmp_path):
+    """Those of the trainer alone, and under its lock."""
+    args = [*TINY, "--train", text, "-v", 0, "-o", tmp_path]
+    go(trainer, *args, "-x", 3)
+    half = ["model_00000004.bin.tmp", "state_00000004.bin.tmp", "log.jsonl.tmp", "tokenizer.bin.tmp", "model_00000004.bin"]
+    others = ["mine.tmp", "model_4.bin.tmp", "model_00000002.bin", "model_best.bin", "model_00000009.bin.tmp"]
+    for name in half + others[:-1]:
+        (tmp_path / name).write_text("x")
+    (tmp_path / others[-1]).symlink_to("/nowhere")
+    go(trainer, *args, "-x", 3, "-y")
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == sorted([*others, "lock", "log.jsonl", "model_00000003.bin", "state_00000003.bin"])
+
+
+def test_models_without_states_stay(text, tmp_path):
+    """Somebody has deleted the states, which are large: the models are all there is."""
+    args = [*TINY, "--train", text, "-v", 0, "-o", tmp_path]
+    go(formats.trainer_path(), *args, "-x", 3)
+    (tmp_path / "state_00000003.bin").unlink()
+    go(formats.trainer_path(), *args, "-x", 2, "-y")
+    assert "model_00000003.bin" in files(tmp_path)
