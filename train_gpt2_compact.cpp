@@ -2569,7 +2569,7 @@ static int64_t checkpoint_bytes(const Plan& plan, const Config& c, const Options
 // Whether the disk has room for what steps start + 1 to `steps` will save, beside what is there and will go.
 static void foresee_disk(const Plan& plan, const Config& c, const Options& o, int64_t start, int64_t steps) {
     struct statvfs disk;
-    if (o.checkpoint_every == 0 || statvfs(o.out.c_str(), &disk) != 0 || disk.f_blocks == 0) return;
+    if (o.out.empty() || o.checkpoint_every == 0 || statvfs(o.out.c_str(), &disk) != 0 || disk.f_blocks == 0) return;
     int64_t each = checkpoint_bytes(plan, c, o), old = saved_steps(o.out, "state").size(), n = o.checkpoint_every;
     int64_t count = n > 0 ? std::max<int64_t>(1, (steps + n - 1) / n - start / n) : 1;
     if (o.keep > 0) count = std::min(count, std::max<int64_t>(1, o.keep + 1 - old));  // an old one goes after the new one came
@@ -2685,7 +2685,7 @@ static std::vector<OptionRow> option_table(Options& o) {
         {0, "temperature", "X", KIND_REAL, &o.temperature, "of such text; 0: always the likeliest token", 0, 100},
         {0, "top-k", "K", KIND_INT, &o.top_k, "draw from the K likeliest tokens; 0: from all", 0, WIDE},
         {0, "hellaswag", "FILE", KIND_TEXT, &o.hellaswag, "score this at every evaluation"},
-        {'n', "checkpoint-every", "N", KIND_INT, &o.checkpoint_every, "save every N steps and at the end; 0: never, -1: at the end; without --out: never", -1, MANY},
+        {'n', "checkpoint-every", "N", KIND_INT, &o.checkpoint_every, "save every N steps and at the end; 0: never, -1: at the end, where there is an --out", -1, MANY},
         {0, "keep", "K", KIND_INT, &o.keep, "checkpoints to keep; 0: all", 0, MANY},
         {0, "checkpoint-type", "T", KIND_CHOICE, &o.checkpoint_type, "of the weights in model_STEP.bin: ", 0, 0, type_names},
         {'y', "resume", "", KIND_FLAG, &o.resume, "go on from the newest checkpoint in --out, if there is one"},
@@ -2800,7 +2800,8 @@ static Options parse_options(int argc, char** argv) {
     }
     if (optind < argc)
         refuse("'" + std::string(argv[optind]) + "': is not an option; a value follows its option, as in --train FILE");
-    if (!saves && o.out.empty()) o.checkpoint_every = 0;
+    if (saves && o.checkpoint_every != 0 && o.out.empty())
+        refuse("--checkpoint-every: needs --out, a folder for the checkpoints");
     return o;
 }
 
@@ -2888,7 +2889,6 @@ static void settle_options(Options& o, const Config& c) {
         refuse("--total-batch: " + str(o.total_batch) + " is no multiple of --batch times --seq, " + str(micro));
     if (o.offload && !o.dump.empty()) refuse("--dump: reads the whole tape; leave --offload away");
     if (o.resume && o.out.empty()) refuse("--resume: needs --out, the folder with the checkpoints");
-    if (o.checkpoint_every != 0 && o.out.empty()) refuse("--checkpoint-every: needs --out, a folder for the checkpoints");
 }
 
 // ---- what is shown: options, plan, dump, log
@@ -3247,7 +3247,7 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
         }
         if (record.find(',') != std::string::npos) write_log(record + "}");
         fflush(stdout);
-        bool stops = stopping && step < steps, saves = is_due(o.checkpoint_every, step, stops ? step : steps);
+        bool stops = stopping && step < steps, saves = !o.out.empty() && is_due(o.checkpoint_every, step, stops ? step : steps);
         if (saves) save_checkpoint(plan, c, o, identity, step);
         if (!stops) continue;
         std::string name = stopping == SIGINT ? "SIGINT" : stopping == SIGTERM ? "SIGTERM" : "SIGHUP";
