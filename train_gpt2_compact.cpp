@@ -188,7 +188,7 @@ struct Options {
     int val_every = 250, val_batches = 20, sample_every = 0, sample_tokens = 128, top_k = 50;
     double temperature = 0.8;
     int checkpoint_every = -1, keep = 2, checkpoint_type = TYPE_FP32, seed = 1337;
-    bool resume = false, overfit = false, help = false;
+    bool val_first = false, resume = false, overfit = false, help = false;
 };
 
 // Tokens of a forward pass: a micro batch, or a piece of a prompt.
@@ -2134,13 +2134,30 @@ struct Data {
     std::vector<Shard> shards;
     int V, T;
     int64_t sequences, tokens, seed;
+    std::string hash;  // of the files, a quick one
     bool shuffled;
     Input input;  // the shard that was read last
 };
 
+// A file's size and 16 pieces of it, the first and the last among them; together they are all of a small one.
+static uint64_t quick_hash(Input& in, uint64_t sum) {
+    const int64_t PIECES = 16;
+    std::vector<char> piece(std::min<int64_t>(in.size, 1 << 15));
+    sum = checksum(sum, &in.size, sizeof(in.size));
+    for (int64_t i = 0; i < PIECES; i++) {
+        if (fseeko(in.file.get(), (in.size - int64_t(piece.size())) / (PIECES - 1) * i, SEEK_SET) != 0)
+            fail(in.path + ": cannot be searched");
+        if (i + 1 == PIECES) fseeko(in.file.get(), -int64_t(piece.size()), SEEK_END);
+        read_bytes(in, piece.data(), piece.size());
+        sum = checksum(sum, piece.data(), piece.size());
+    }
+    return sum;
+}
+
 // The file of that name, or all that match, their headers checked; what goes wrong names the option.
 static Data find_data(const char* option, const std::string& pattern) {
     Data data = {};
+    uint64_t hash = 0;
     glob_t found = {};
     std::vector<std::string> paths = {pattern};
     if (access(pattern.c_str(), F_OK) != 0) {
@@ -2174,10 +2191,12 @@ static Data find_data(const char* option, const std::string& pattern) {
         } else {
             data.shards.push_back({path, 0, in.size, 1});
         }
+        hash = quick_hash(in, hash);
         if (data.V != 0 && data.V != V)
             refuse(path + ": has a vocabulary of " + str(V) + ", " + paths[0] + " one of " + str(data.V));
         data.V = V;
     }
+    data.hash = text("%016llx", (unsigned long long)hash);
     return data;
 }
 
@@ -2488,8 +2507,21 @@ static std::unique_ptr<Writer> write_state(const Plan& plan, const Identity& ide
     return out;
 }
 
-// Loads a state and returns its step. Refuses one that is not whole, and then one that was made with other flags.
-static int64_t read_state(const Plan& plan, const Identity& identity, const std::string& path) {
+// The value of a flag in a state's lines; where they lack it, what revisions that did not know the flag did.
+static std::string saved_value(const std::string& lines, const std::string& flag) {
+    size_t at = ("\n" + lines).find("\n" + flag + "="), from = at + flag.size() + 1;
+    if (at != std::string::npos) return lines.substr(from, lines.find('\n', from) - from);
+    const std::pair<const char*, const char*> before[] = {
+        {"--optimizer", "adamw"}, {"--gelu", "exact"}, {"--tape", "full"}, {"--master", "fp32"}};
+    for (auto& row : before) {
+        if (flag == row.first) return row.second;
+    }
+    return "none";
+}
+
+// Loads a state and returns its step, and its lines. Refuses one that is not whole, and then one that was made with
+// other flags. Rows that are no flags may differ.
+static int64_t read_state(const Plan& plan, const Identity& identity, const std::string& path, std::string* saved = nullptr) {
     Input in = open_input(path);
     std::vector<int32_t> h = read_header(in, STATE_MAGIC, {1}, "training state");
     std::vector<char> piece(1 << 20);
@@ -2507,14 +2539,25 @@ static int64_t read_state(const Plan& plan, const Identity& identity, const std:
     read_bytes(in, h.data(), HEADER_BYTES);
     read_bytes(in, &lines[0], lines.size());
     for (auto& row : identity) {
-        size_t at = lines.find(row.first + "="), from = at + row.first.size() + 1;
-        std::string was = at == std::string::npos ? "none" : lines.substr(from, lines.find('\n', from) - from);
-        if (was != row.second) refuse(row.first + ": " + path + " was saved with " + was + ", not " + row.second);
+        std::string was = saved_value(lines, row.first);
+        bool known = ("\n" + lines).find("\n" + row.first + "=") != std::string::npos;
+        bool less = row.second.compare(0, was.size() + 2, was + ", ") == 0;  // an older revision's, which said less of it
+        if (row.first[0] == '-' && was != row.second && !less)
+            refuse(row.first + ": " + path +
+                   (known ? " was saved with " : " is of a revision that had no such option and did as with ") + was +
+                   ", not " + row.second);
     }
+    for (size_t at = 0, end; (end = lines.find('\n', at)) != std::string::npos; at = end + 1) {
+        std::string flag = lines.substr(at, lines.find_first_of("=\n", at) - at);
+        bool known = flag[0] != '-';
+        for (auto& row : identity) known |= row.first == flag;
+        if (!known)
+            refuse(flag + ": " + path + " was saved with " + saved_value(lines, flag) + ", an option that this revision lacks");
+    }
+    if (saved) *saved = lines;
     int64_t size = HEADER_BYTES + lines.size() + 8;
     for (const Tensor& t : saved_tensors(plan)) size += t.count() * 4;
-    if (lines != identity_lines(identity) || in.size != size)
-        refuse(path + ": is of another make: its contents do not fit its flags");
+    if (in.size != size) refuse(path + ": is of another make: its contents do not fit its flags");
     for (const Tensor& t : saved_tensors(plan)) {
         visit(t, 0, t.count(), true, [&](float* to, int64_t, int64_t n) { read_bytes(in, to, n * 4); });
     }
@@ -2609,12 +2652,12 @@ static void take_folder(const Options& o) {
     }
 }
 
-// Goes on from the newest whole state, or from step 0 where there is none at all.
-static int64_t resume(const Plan& plan, const Identity& identity, const std::string& dir) {
+// Goes on from the newest whole state, whose lines come back too, or from step 0 where there is none at all.
+static int64_t resume(const Plan& plan, const Identity& identity, const std::string& dir, std::string& lines) {
     std::vector<int64_t> steps = saved_steps(dir, "state");
     for (size_t i = 0; i < steps.size(); i++) {
         try {
-            return read_state(plan, identity, checkpoint_path(dir, "state", steps[i]));
+            return read_state(plan, identity, checkpoint_path(dir, "state", steps[i]), &lines);
         } catch (const Failure& failure) {
             if (failure.message.compare(0, 2, "--") == 0 || i + 1 == steps.size()) throw;  // other flags; or none older
             fprintf(stderr, "%s; trying the one before\n", one_line(failure.message).c_str());
@@ -2678,6 +2721,7 @@ static std::vector<OptionRow> option_table(Options& o) {
         {0, "memory", "SIZE", KIND_BYTES, &o.memory, "such as 24GB: choose -r, from the one given up, and -b to fit; 0: as given"},
         {0, "plan", "", KIND_PLAN, &o.plan, "print the memory plan and stop; --plan=json for programs"},
         {'v', "val-every", "N", KIND_INT, &o.val_every, "evaluate every N steps and at the end; 0: never, -1: at the end", -1, MANY},
+        {0, "val-first", "", KIND_FLAG, &o.val_first, "evaluate before the first step as well"},
         {'m', "val-batches", "N", KIND_INT, &o.val_batches, "validation batches; -1: all", -1, MANY},
         {'s', "sample-every", "N", KIND_INT, &o.sample_every, "show a sample; 0: never, -1: at the end", -1, MANY},
         {0, "prompt", "TEXT", KIND_TEXT, &o.prompt, "train nothing: print this and what the --model makes of it; -: from standard input"},
@@ -3126,9 +3170,18 @@ static void expect_signals() {
     }
 }
 
+// Such as 42s, 12m30s, 1h12m, 3d4h.
+static std::string duration(double seconds) {
+    const std::pair<int64_t, char> units[] = {{86400, 'd'}, {3600, 'h'}, {60, 'm'}, {1, 's'}};
+    int64_t left = std::llround(std::min(seconds, 1e12)), i = 0;
+    while (i < 3 && left < units[i].first) i++;
+    std::string out = str(left / units[i].first) + units[i].second;
+    return i == 3 ? out : out + str(left % units[i].first / units[i + 1].first) + units[i + 1].second;
+}
+
 // Whether something with this "every" is due after step `step` of `steps`.
 static bool is_due(int every, int64_t step, int64_t steps) {
-    return every != 0 && (step == steps || (every > 0 && step % every == 0));
+    return every != 0 && (step == steps || (every > 0 && step > 0 && step % every == 0));
 }
 
 static void describe(const Options& o, const Config& c, const Data& train, const Data& val, int64_t steps) {
@@ -3164,30 +3217,41 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
     Identity identity = {
         {"--channels", str(c.C)}, {"--heads", str(c.NH)}, {"--layers", str(c.L)}, {"--context", str(c.context)}};
     for (const OptionRow& row : option_table(o)) {
-        for (const char* name :
-             {"seq", "total-batch", "rank", "compress", "projection", "gap", "moments", "gelu", "tape", "master", "seed"}) {
+        for (const char* name : {"seq", "total-batch", "optimizer", "rank", "compress", "projection", "gap", "moments", "gelu",
+                                 "tape", "master", "seed"}) {
             if (row.name == std::string(name)) identity.push_back({std::string("--") + name, option_value(row)});
         }
     }
-    identity.push_back({"--train", str(train.sequences) + " sequences of vocabulary " + str(c.V)});
+    identity.push_back({"--train", str(train.sequences) + " sequences of vocabulary " + str(c.V) + ", hash " + train.hash});
+    identity.push_back({"steps", str(steps)});
+    identity.push_back({"rate", ""});  // the learning rate of the last step
 
     model_allocate(s, plan);
     if (is_model_file(o.model))
         read_model(plan, o.model);
     else
         initialise(plan, c, o.seed);
-    int64_t start = o.resume ? resume(plan, identity, o.out) : 0;
+    std::string before;
+    int64_t start = o.resume ? resume(plan, identity, o.out, before) : 0;
     model_round(s);
     if (o.resume) printf("%s\n", start > 0 ? ("resumed after step " + str(start)).c_str() : "nothing to resume yet");
     if (start > 0 && start >= steps) {
         printf("nothing left to do: --steps asks for %lld\n", (long long)steps);
         return;
     }
+    auto rate = [&](int64_t step) { return text("%.3g", learning_rate(o, step - 1, steps)); };
+    std::string rate_before = saved_value(before, "rate");
+    if (start > 0 && rate_before != "none" && rate_before != rate(start)) {
+        printf("the learning rate was %s at step %s/%s and is %s at step %s/%s: --steps, --lr or its schedule has changed\n",
+               rate_before.c_str(), str(start).c_str(), saved_value(before, "steps").c_str(), rate(start + 1).c_str(),
+               str(start + 1).c_str(), str(steps).c_str());
+    }
     foresee_disk(plan, c, o, start, steps);
     std::unique_ptr<FILE, CloseFile> log;
     if (!o.out.empty()) {
         log = open_log(o.out + "/log.jsonl", start,
                        "{\"revision\": " + json_string(REVISION) + ", \"device\": " + json_string(model_device()) +
+                           ", \"data\": {\"train\": " + json_string(train.hash) + ", \"val\": " + json_string(val.hash) + "}" +
                            ", \"options\": " + options_json(o) + ", \"plan\": {" + plan_json(plans) + "}}");
     }
     auto write_log = [&](const std::string& line) {
@@ -3200,7 +3264,9 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
     int64_t rows = o.total_batch / o.seq, micros = rows / o.batch;
     bool spelled = val.sequences > 0 && (c.V <= 256 || !o.tokenizer.empty());
     double peak = model_peak_flops(), bytes = spelled ? bytes_per_token(val, o, tokenizer) : 0;
-    for (int64_t step = std::min(start + 1, steps); step <= steps; step++) {
+    int64_t first = start == 0 && (o.val_first || steps == 0) ? 0 : start + 1;
+    double begin = seconds();
+    for (int64_t step = first; step <= steps; step++) {
         std::string line = "step " + str(step) + "/" + str(steps), times, record = "{\"step\": " + str(step);
         if (step > start) {
             Losses losses;
@@ -3225,7 +3291,7 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
                       text(", \"loss\": %.6f, \"norm\": %.6f, \"lr\": %.9g, \"ms\": %.3f, \"tokens_per_second\": %.1f}", loss,
                            norm, lr, elapsed * 1e3, speed));
         }
-        bool evaluates = is_due(o.val_every, step, steps);
+        bool evaluates = is_due(o.val_every, step, steps) || (o.val_first && step == 0);
         if (evaluates && val.sequences > 0) {
             double loss = validate(s, val, o);
             if (!std::isfinite(loss)) fail("step " + str(step) + ": the validation loss is not finite; a lower --lr may help");
@@ -3238,6 +3304,7 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
             line += text(" | hellaswag %.4f", score);
             record += text(", \"hellaswag\": %.6f", score);
         }
+        if (step > start && step < steps) times += " | eta " + duration((seconds() - begin) / (step - start) * (steps - step));
         printf("%s%s\n", line.c_str(), times.c_str());
         if (is_due(o.sample_every, step, steps)) {
             std::string shown;
@@ -3248,6 +3315,7 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
         if (record.find(',') != std::string::npos) write_log(record + "}");
         fflush(stdout);
         bool stops = stopping && step < steps, saves = !o.out.empty() && is_due(o.checkpoint_every, step, stops ? step : steps);
+        identity.back().second = rate(step);
         if (saves) save_checkpoint(plan, c, o, identity, step);
         if (!stops) continue;
         std::string name = stopping == SIGINT ? "SIGINT" : stopping == SIGTERM ? "SIGTERM" : "SIGHUP";
@@ -3341,7 +3409,7 @@ static void run(int argc, char** argv) {
     cut_data(train, "--train", o.seq);
     train.shuffled = true;
     train.seed = o.seed;
-    if (!val.shards.empty() && o.val_every != 0 && o.val_batches != 0)
+    if (!val.shards.empty() && (o.val_every != 0 || o.val_first) && o.val_batches != 0)
         cut_data(val, o.val.empty() ? "--train, its last tenth" : "--val", o.seq);
     int64_t steps = o.steps >= 0 ? o.steps : std::max<int64_t>(1, train.sequences / (o.total_batch / o.seq));
     if (!o.out.empty()) take_folder(o);

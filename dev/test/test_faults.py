@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -451,3 +452,123 @@ def test_models_without_states_stay(text, tmp_path):
     (tmp_path / "state_00000003.bin").unlink()
     go(formats.trainer_path(), *args, "-x", 2, "-y")
     assert "model_00000003.bin" in files(tmp_path)
+
+
+# ---------------------------------------------------------------------------- what happened stands in the log
+
+def test_each_start_writes_its_header(trainer, text, tmp_path):
+    args = [*TINY, "--train", text, "--val", text, "-v", 0, "-n", 2, "-k", "constant", "-o", tmp_path]
+    go(trainer, *args, "-x", 5, "-l", "1e-3")
+    (tmp_path / "state_00000005.bin").unlink()
+    (tmp_path / "model_00000005.bin").unlink()
+    (tmp_path / "val.txt").write_text(make_text(3000))
+    go(trainer, *args, "-x", 6, "-l", "2e-3", "-c", 0, "--val", tmp_path / "val.txt", "-y")
+    with open(tmp_path / "log.jsonl", encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    assert ["options" in record or record["step"] for record in records] == [True, 1, 2, 3, 4, True, 5, 6]  # no step twice
+    first, second = records[0], records[5]
+    assert [(h["options"]["lr"], h["options"]["weight-decay"], h["options"]["resume"]) for h in (first, second)] == [(0.001, 0.1, False), (0.002, 0, True)]
+    assert first.keys() == second.keys() == {"revision", "device", "data", "options", "plan"}
+    assert first["data"]["train"] == second["data"]["train"] == first["data"]["val"] != second["data"]["val"]
+
+
+@pytest.mark.parametrize("place", [0, 0.5, -1])
+@pytest.mark.parametrize("size", [6000, 3000000])
+def test_changed_data_are_noticed(place, size, trainer, tmp_path):
+    """By what they hold: the size is the same, and so is the name. A large file's middle is looked at here and there."""
+    data = tmp_path / "data.txt"
+    data.write_text(make_text(6000) * (size // 6000))
+    args = [*TINY, "--train", data, "-v", 0, "-o", tmp_path / "out"]
+    go(trainer, *args, "-x", 2)
+    content = bytearray(data.read_bytes())
+    at = place if isinstance(place, int) else size // 2
+    end = at + size // 10 if size > 6000 and at > 0 else at + 1 or None
+    content[at:end] = b"#" * len(content[at:end])
+    data.write_bytes(content)
+    assert len(content) == size
+    check_one_line(go(trainer, *args, "-x", 3, "-y", status=2).stderr, "--train: ", "state_00000002.bin", "hash")
+    data.write_text(make_text(6000) * (size // 6000))
+    data.rename(tmp_path / "moved.txt")
+    go(trainer, *args, "-x", 3, "-y", "--train", tmp_path / "moved.txt")  # another name, or time, is no other data
+
+
+def test_changed_rate_is_said(trainer, text, tmp_path):
+    args = [*TINY, "--train", text, "-v", 0, "-l", "3e-4", "-o", tmp_path / "a"]
+    go(trainer, *args, "-x", 4)
+    said = "the learning rate was 6.95e-05 at step 4/4 and is 0.000188 at step 5/9: --steps, --lr or its schedule has changed"
+    assert said in go(trainer, *args, "-x", 9, "-y").stdout
+    for more in (["-l", "1e-3"], ["-u", 20], ["-q", 0.5]):
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        assert "the learning rate was" in go(trainer, *args, "-x", 10, "-y", *more, "-o", tmp_path / "b").stdout
+    args += ["-k", "constant", "-o", tmp_path / "c"]
+    go(trainer, *args, "-x", 2)
+    assert "the learning rate was" not in go(trainer, *args, "-x", 4, "-y").stdout
+
+
+def checksum(data):
+    total = 0
+    for word in np.frombuffer(data, "<u4").tolist():
+        total = (total ^ word) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        total ^= total >> 29
+    return total.to_bytes(8, "little")
+
+
+def rewrite_state(path, change):
+    """A state with other lines of flags, as another revision would have written it."""
+    raw = path.read_bytes()
+    header = np.frombuffer(raw[:1024], "<i4").copy()
+    lines = change(raw[1024:1024 + header[3]].decode().rstrip("\n") + "\n").encode()
+    lines += b"\n" * (-len(lines) % 4)
+    tensors = raw[1024 + header[3]:-8]
+    header[3] = len(lines)
+    raw = header.tobytes() + lines + tensors
+    path.write_bytes(raw + checksum(raw))
+
+
+def test_states_of_other_revisions(trainer, text, tmp_path):
+    """An older one lacks options, which then did as some value does now; a newer one has options that are not known."""
+    args = [*TINY, "--train", text, "-v", 0, "-k", "constant", "-o", tmp_path]
+    go(trainer, *args, "-x", 2)
+    state = tmp_path / "state_00000002.bin"
+    good = state.read_bytes()
+    rewrite_state(state, lambda lines: lines)
+    assert state.read_bytes() == good
+    lack = ("--optimizer", "--gelu", "--tape", "--master", "steps", "rate")
+    old = lambda lines: "".join(line.split(", hash")[0].rstrip("\n") + "\n" for line in lines.splitlines() if not line.startswith(lack))
+    rewrite_state(state, old)
+    old_state = state.read_bytes()
+    for more, then in (("--gelu 2bit", "exact"), ("--tape int8", "full"), ("--optimizer muon", "adamw")):
+        done = go(trainer, *args, "-x", 4, "-y", *more.split(), status=2)
+        check_one_line(done.stderr, more.split()[0] + ": ", "no such option", f"with {then}, not {more.split()[1]}")
+    assert state.read_bytes() == old_state
+    assert "resumed after step 2" in go(trainer, *args, "-x", 4, "-y").stdout
+    state.write_bytes(good)
+    (tmp_path / "state_00000004.bin").unlink()
+    rewrite_state(state, lambda lines: "--magic=yes\n" + lines)
+    check_one_line(go(trainer, *args, "-x", 4, "-y", status=2).stderr, "--magic: ", "saved with yes", "this revision lacks")
+
+
+# ---------------------------------------------------------------------------- for the eye
+
+def test_time_left(trainer, text):
+    lines = [line for line in go(trainer, *TINY, "--train", text, "-v", 0, "-x", 3).stdout.splitlines() if line.startswith("step ")]
+    assert [re.search(r" tok/s.* \| eta \d+s$", line) is not None for line in lines] == [True, True, False]
+    with start(trainer, *TINY, "--train", text, "-v", 0, "-x", 1000000000, env=environment()) as process:
+        line = first_step(process)
+        process.kill()
+    assert re.search(r" \| eta \d+d\d+h$", line.rstrip("\n"))
+
+
+def test_validation_first(trainer, text, tmp_path):
+    """Before the first step, of the fresh weights: the rest is as without."""
+    args = [*TINY, "--train", text, "-v", 2, "-s", 2, "-g", 4, "-n", 2, "-x", 4]
+    go(trainer, *args, "-o", tmp_path / "a")
+    shown = go(trainer, *args, "-o", tmp_path / "b", "--val-first").stdout
+    (_, steps, plain), (_, same_steps, more) = (formats.read_log(tmp_path / name) for name in "ab")
+    assert [s["loss"] for s in steps] == [s["loss"] for s in same_steps]
+    assert more[0].keys() == {"step", "val_loss", "bits_per_byte"} and more[0]["step"] == 0 and more[1:] == plain
+    assert abs(more[0]["val_loss"] - np.log(256)) < 0.1 and "step 0/4 | val " in shown
+    assert files(tmp_path / "a") == files(tmp_path / "b") == [f"{kind}_0000000{n}.bin" for kind in ("model", "state") for n in (2, 4)]
+    go(trainer, *args, "-v", 0, "-x", 6, "-o", tmp_path / "b", "--val-first", "-y")
+    assert [line["step"] for line in formats.read_log(tmp_path / "b")[2]].count(0) == 1
