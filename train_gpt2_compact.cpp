@@ -3223,8 +3223,8 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
         }
     }
     identity.push_back({"--train", str(train.sequences) + " sequences of vocabulary " + str(c.V) + ", hash " + train.hash});
-    identity.push_back({"steps", str(steps)});
-    identity.push_back({"rate", ""});  // the learning rate of the last step
+    identity.push_back({"steps", text("%010lld", (long long)steps)});  // states of a run have one size
+    identity.push_back({"rate", ""});                                  // the learning rate of the last step
 
     model_allocate(s, plan);
     if (is_model_file(o.model))
@@ -3239,12 +3239,12 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
         printf("nothing left to do: --steps asks for %lld\n", (long long)steps);
         return;
     }
-    auto rate = [&](int64_t step) { return text("%.3g", learning_rate(o, step - 1, steps)); };
+    auto rate = [&](int64_t step) { return text("%.2e", learning_rate(o, step - 1, steps)); };
     std::string rate_before = saved_value(before, "rate");
     if (start > 0 && rate_before != "none" && rate_before != rate(start)) {
         printf("the learning rate was %s at step %s/%s and is %s at step %s/%s: --steps, --lr or its schedule has changed\n",
-               rate_before.c_str(), str(start).c_str(), saved_value(before, "steps").c_str(), rate(start + 1).c_str(),
-               str(start + 1).c_str(), str(steps).c_str());
+               rate_before.c_str(), str(start).c_str(), str(atoll(saved_value(before, "steps").c_str())).c_str(),
+               rate(start + 1).c_str(), str(start + 1).c_str(), str(steps).c_str());
     }
     foresee_disk(plan, c, o, start, steps);
     std::unique_ptr<FILE, CloseFile> log;

@@ -495,7 +495,7 @@ def test_changed_data_are_noticed(place, size, trainer, tmp_path):
 def test_changed_rate_is_said(trainer, text, tmp_path):
     args = [*TINY, "--train", text, "-v", 0, "-l", "3e-4", "-o", tmp_path / "a"]
     go(trainer, *args, "-x", 4)
-    said = "the learning rate was 6.95e-05 at step 4/4 and is 0.000188 at step 5/9: --steps, --lr or its schedule has changed"
+    said = "the learning rate was 6.95e-05 at step 4/4 and is 1.88e-04 at step 5/9: --steps, --lr or its schedule has changed"
     assert said in go(trainer, *args, "-x", 9, "-y").stdout
     for more in (["-l", "1e-3"], ["-u", 20], ["-q", 0.5]):
         shutil.rmtree(tmp_path / "b", ignore_errors=True)

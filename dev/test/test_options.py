@@ -69,6 +69,7 @@ OPTIONS = {
     "plan": ("", None),  # None: takes no value after a space; --plan=json is tried below
     "val-every": ("v", EVERY),
     "val-batches": ("m", EVERY),
+    "val-first": ("", None),
     "sample-every": ("s", EVERY),
     "sample-tokens": ("g", COUNT + ["0"]),
     "temperature": ("", REAL),
