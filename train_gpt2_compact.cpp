@@ -1769,7 +1769,8 @@ static std::string bare_tokens(const std::string& start, int64_t size) {
     int64_t zeros[4] = {}, n = start.size();
     for (int64_t i = 0; i < n; i++) zeros[i % 4] += start[i] == 0;
     int64_t odd = zeros[1] + zeros[3], even = zeros[0] + zeros[2];
-    bool wide = size % 4 == 0 && zeros[2] + zeros[3] > n * 49 / 100, narrow = size % 2 == 0 && odd > n / 200 && odd > 10 * even;
+    bool wide = size % 4 == 0 && zeros[2] + zeros[3] > n * 49 / 100 && zeros[0] < n / 8,
+         narrow = size % 2 == 0 && odd > n / 200 && odd > 10 * even;
     if (!wide && !narrow) return "";
     return std::string("looks like token ids of ") + (wide ? "32" : "16") +
            " bits without a header, which nanoGPT and others read, or text in UTF-" + (wide ? "32" : "16") +
