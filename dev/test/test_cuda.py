@@ -7,6 +7,7 @@ build/test_gpt2_fp32_sanitized, which `make test` builds where the headers of th
 """
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -89,3 +90,14 @@ def test_shared_text(part):
         assert a == b, f"line {number} of '{part}' differs"
     assert cpp == cu
     assert len(cpp[0][1]) > 5000
+
+
+@pytest.mark.parametrize("path", ["test_gpt2.cu", "dev/cuda/common.cuh"])
+def test_headers_come_first(path):
+    """Where both trainers are included within namespaces, all of their headers stand before: what one declared in there nothing would find."""
+    def headers(text):
+        return set(re.findall(r"^\s*#\s*include <(.*)>", text, re.M))
+    before = (ROOT / path).read_text().split("\nnamespace", 1)[0]
+    both = "".join((ROOT / trainer).read_text() for trainer in ("train_gpt2_compact.cpp", "train_gpt2_compact.cu"))
+    of_blas = {"cblas.h", "Accelerate/Accelerate.h"}  # not used here
+    assert headers(both) - of_blas - headers(before) == set()
