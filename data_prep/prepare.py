@@ -12,17 +12,25 @@ The last part of all the text, measured in bytes, is validation. Everything is
 streamed, so inputs may be larger than memory; each is read twice, the first
 time to measure it.
 
+With --type uint16 or uint32 the inputs are files of token ids without a header, as nanoGPT writes
+them. Those whose names begin with val are validation; where there are none, the last part is.
+nanoGPT's meta.pkl beside them says which characters the ids stand for, else --tokenizer does.
+
 example: prepare.py books/ notes.txt.gz --out data/books
+         prepare.py --type uint16 openwebtext/train.bin openwebtext/val.bin --out data/owt
 """
 
 import argparse
 import codecs
 import os
+import pickle
 import sys
+from types import SimpleNamespace
 
 from common import (BLOCK, Parser, Problem, ShardWriter, add_shard_option, add_tokenizer_options,
                     check_text, encode_all, load_tokenizer, not_text, open_input, read_blocks,
                     reading, run, some)
+import numpy as np
 from tqdm import tqdm
 
 
@@ -93,8 +101,8 @@ def find_documents(files, tokenizer):
                 skipped.setdefault(kind or "NUL bytes", []).append(path)
                 continue
             if has_nul and path.endswith(".bin"):
-                raise Problem(f"{path}: has NUL bytes, as tokens without a header have, which "
-                              "cannot be told apart; give the text itself")
+                raise Problem(f"{path}: has NUL bytes, as tokens without a header have; give the "
+                              "text itself, or --type uint16, or uint32, for such tokens")
             if has_nul and tokenizer.name != "bytes":
                 raise Problem(f"{path}: has a NUL byte, so it is not UTF-8 text; unpack or convert it, or use --tokenizer bytes")
             if not is_utf8 and tokenizer.name != "bytes":
@@ -185,6 +193,83 @@ def prepare(inputs, out, tokenizer, val_fraction, shard_tokens):
     return shards
 
 
+# ----------------------------------------------------------------------------
+# token ids without a header
+
+
+class Plain(pickle.Unpickler):
+    """Reads a pickle of numbers, strings and dicts; any other object in it could run code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+
+
+def nanogpt_characters(path):
+    """The tokenizer that nanoGPT's meta.pkl holds: each character of its text is a token."""
+    try:
+        with reading(path), open(path, "rb") as file:
+            itos = Plain(file).load()["itos"]
+        table = [itos[token].encode() for token in range(len(itos))]
+    except Problem:
+        raise
+    except Exception as error:  # of pickle, or of what stands in it
+        raise Problem(f"{path}: is no meta.pkl of nanoGPT ({error}); remove it, or give the text "
+                      "itself") from None
+    end_of_text = table.index(b"\n") if b"\n" in table else 0
+    return SimpleNamespace(name="characters", vocabulary=len(table), end_of_text=end_of_text,
+                           table=table)
+
+
+def read_tokens(path, kind):
+    """The ids of a file, in arrays of at most a block."""
+    with reading(path), open(path, "rb") as file:
+        for block in read_blocks(path, file):
+            yield np.frombuffer(block, kind)
+
+
+def count_tokens(path, kind, tokenizer):
+    """How many ids a file holds; all must be of the tokenizer."""
+    if not os.path.isfile(path):
+        raise Problem(f"{path}: is no file; --type takes files of token ids")
+    check_text(path)  # nor is it tokens, where it is packed or has a header
+    size, width = os.path.getsize(path), np.dtype(kind).itemsize
+    if size == 0 or size % width:
+        raise Problem(f"{path}: has {size:,} bytes, which are no ids of {width} bytes each")
+    greatest = max(int(tokens.max()) for tokens in read_tokens(path, kind))
+    if greatest >= tokenizer.vocabulary:
+        raise Problem(f"{path}: holds the id {greatest:,}, and the vocabulary, {tokenizer.name}, "
+                      f"has {tokenizer.vocabulary:,}; is --type right, and --tokenizer?")
+    return size // width
+
+
+def prepare_tokens(args):
+    """Writes the token shards of files of ids without a header."""
+    kind = {"uint16": "<u2", "uint32": "<u4"}[args.type]
+    meta = os.path.join(os.path.dirname(args.inputs[0]), "meta.pkl")
+    tokenizer = nanogpt_characters(meta) if os.path.exists(meta) else load_tokenizer(args)
+    val = [path for path in args.inputs if os.path.basename(path).startswith("val")]
+    train = [path for path in args.inputs if path not in val]
+    counts = {path: count_tokens(path, kind, tokenizer) for path in args.inputs}
+    total = sum(counts[path] for path in train)
+    fraction = 0 if val else args.val_fraction
+    left = total - round(total * fraction)
+    if fraction and not 0 < left < total:
+        raise Problem(f"--val-fraction {fraction}: {total} tokens are too few to split; give more, "
+                      "or --val-fraction 0")
+    with ShardWriter(args.out, tokenizer, args.shard_tokens) as shards:
+        for path in train:
+            for tokens in read_tokens(path, kind):
+                shards.write("train", tokens[:left])
+                shards.write("val", tokens[left:])
+                left -= min(left, len(tokens))
+        for path in val:
+            for tokens in read_tokens(path, kind):
+                shards.write("val", tokens)
+    return shards
+
+# ----------------------------------------------------------------------------
+
+
 def fraction(text):
     try:
         value = float(text)
@@ -200,12 +285,20 @@ def main():
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="text files and folders of text files")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the shards; made if need be, shards of an "
                         "earlier run in it are replaced")
+    parser.add_argument("--type", choices=["text", "uint16", "uint32"], default="text",
+                        help="of the inputs: text, or token ids without a header "
+                        "(default: %(default)s)")
     add_tokenizer_options(parser)
     parser.add_argument("--val-fraction", metavar="F", type=fraction, default=0.1,
-                        help="part of the text, its end, kept for validation; 0: none (default: %(default)s)")
+                        help="part of it, its end, kept for validation; 0: none (default: %(default)s)")
     add_shard_option(parser)
     args = parser.parse_args()
-    prepare(args.inputs, args.out, load_tokenizer(args), args.val_fraction, args.shard_tokens).report()
+    if args.type == "text":
+        shards = prepare(args.inputs, args.out, load_tokenizer(args), args.val_fraction,
+                         args.shard_tokens)
+    else:
+        shards = prepare_tokens(args)
+    shards.report()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import gzip
 import json
 import lzma
 import os
+import pickle
 import random
 import resource
 import shlex
@@ -400,7 +401,70 @@ def test_tokens_without_a_header(tmp_path):
     """As other trainers write them: numbers, which would be trained on as bytes."""
     np.arange(1000, dtype="<u2").tofile(tmp_path / "train.bin")
     result = run("prepare.py", tmp_path / "train.bin", "--out", tmp_path / "out", *BYTES)
-    one_line("prepare.py", result, tmp_path / "train.bin", "tokens without a header")
+    one_line("prepare.py", result, tmp_path / "train.bin", "tokens without a header",
+             "--type uint16")
+
+
+@pytest.mark.parametrize("kind, dtype", [("uint16", "<u2"), ("uint32", "<u4")])
+def test_type(tmp_path, kind, dtype):
+    """Of token ids without a header, files named val... are validation; or the end of all is."""
+    ids = (np.arange(100_000) * 7919 % 251).astype(dtype)  # longer than a block
+    for name, part in (("train.bin", ids[:70_000]), ("val.bin", ids[70_000:])):
+        part.tofile(tmp_path / name)
+    args = ["--type", kind, *BYTES, "--out", tmp_path / "out", "--shard-tokens", 64_000]
+    good("prepare.py", tmp_path / "val.bin", tmp_path / "train.bin", *args)
+    assert np.array_equal(read_split(tmp_path / "out", "train", 256), ids[:70_000])
+    assert np.array_equal(read_split(tmp_path / "out", "val", 256), ids[70_000:])
+    assert read_table(tmp_path / "out" / "tokenizer.bin")[0][2] == 256
+
+    good("prepare.py", tmp_path / "train.bin", *args, "--val-fraction", 0.25)
+    assert np.array_equal(read_split(tmp_path / "out", "train", 256), ids[:52_500])
+    assert np.array_equal(read_split(tmp_path / "out", "val", 256), ids[52_500:70_000])
+
+
+def test_type_of_characters(tmp_path):
+    """nanoGPT's meta.pkl says which they are. It may hold plain values alone: others could run
+    code."""
+    characters = "\n abcé"
+    meta = {"vocab_size": 6, "itos": dict(enumerate(characters)),
+            "stoi": {c: i for i, c in enumerate(characters)}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    (np.arange(600, dtype="<u2") % 6).tofile(tmp_path / "train.bin")
+    args = [tmp_path / "train.bin", "--type", "uint16", "--out", tmp_path / "out"]
+    good("prepare.py", *args)
+    fields, table = read_table(tmp_path / "out" / "tokenizer.bin")
+    assert fields[2:] == (6, 0) and table == [c.encode() for c in characters]
+    assert len(read_split(tmp_path / "out", "train", 6)) == 540
+
+    shutil.rmtree(tmp_path / "out")
+    for bad in (dict(meta, itos=Path("x")), {"itos": {1: "a"}}, [1]):
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps(bad))
+        one_line("prepare.py", run("prepare.py", *args), "meta.pkl")
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    np.array([5, 6], "<u2").tofile(tmp_path / "train.bin")
+    one_line("prepare.py", run("prepare.py", *args), "train.bin", "id 6", "characters, has 6")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("data, args, named", [
+    (np.array([1, 300], "<u2").tobytes(), ["uint16"], ["train.bin", "id 300", "bytes, has 256"]),
+    (np.array([1, 2], "<u2").tobytes(), ["uint32"], ["train.bin", "id 131,073"]),
+    (b"abc", ["uint16"], ["train.bin", "3 bytes"]),
+    (b"", ["uint16"], ["train.bin", "0 bytes"]),
+    (np.array([20240520, 1], "<i4").tobytes(), ["uint16"], ["train.bin", "the trainer takes"]),
+    (np.ones(3, "<u2").tobytes(), ["uint16"], ["--val-fraction 0.1", "too few"]),
+    (np.ones(3, "<u2").tobytes(), ["uint8"], ["--type", "uint8"]),
+    (None, ["uint16"], ["train.bin", "is no file"]),
+])
+def test_type_bad_input(tmp_path, data, args, named):
+    if data is None:
+        (tmp_path / "train.bin").mkdir()
+    else:
+        (tmp_path / "train.bin").write_bytes(data)
+    result = run("prepare.py", tmp_path / "train.bin", "--out", tmp_path / "out", "--type", *args,
+                 *BYTES)
+    one_line("prepare.py", result, *named)
+    assert not (tmp_path / "out").exists()
 
 
 @needs_gpt2
