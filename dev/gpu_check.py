@@ -26,6 +26,8 @@ import threading
 import time
 from pathlib import Path
 
+import roofline
+
 ROOT = Path(__file__).resolve().parent.parent
 SEQ = 1024  # tokens of a sequence
 BATCH = 64  # sequences, or as many as fit
@@ -418,6 +420,9 @@ def time_trainer(check, setting, trainer=TRAINER, steps=STEPS):
                "recompute": setting.level, "batch": batch, "seq": SEQ, "largest_batch": largest,
                "plan_bytes": plan["total_bytes"], "full_rank_plan_bytes": plan["full_rank_total_bytes"],
                "flops_per_token": plan["flops_per_token"], **step_figures(records, flops, batch * SEQ), **sampled}
+    card = roofline.card_of(check.device["name"])
+    if card:
+        figures["predicted_ms"] = roofline.predict(card, plan)["total_ms"]
     utilisation = re.findall(r"(\d+) % MFU", output)
     if utilisation:
         figures["mfu_percent"] = int(statistics.median(int(u) for u in utilisation[FIRST_TIMED - 1:] or utilisation))
@@ -653,7 +658,7 @@ def timing_row(record, base):
     if record["name"].startswith("PyTorch"):
         method = "PyTorch"
     return [f["model"], str(f["batch"]), method, "" if f["recompute"] is None else str(f["recompute"]),
-            decimal(ms, 1), decimal(f.get("tokens_per_second")), decimal(f.get("tflops")), decimal(f.get("mfu_percent")),
+            decimal(ms, 1), decimal(f.get("predicted_ms"), 1), decimal(f.get("tokens_per_second")), decimal(f.get("tflops")), decimal(f.get("mfu_percent")),
             decimal(base / ms, 2) if ms and base else "", decimal(f.get("plan_bytes"), 2, GIB), decimal(f.get("peak_bytes"), 2, GIB),
             decimal(f.get("largest_batch")), decimal(f.get("steps")), decimal(f.get("last_loss"), 4), "" if record["state"] == "ok" else record["state"]]
 
@@ -674,10 +679,10 @@ def markdown(known):
         base = {(f["model"], f["batch"]): f.get("ms") for f in (r["figures"] for r in timings) if f["rank"] == "1" and f["recompute"] == 0 and f.get("optimizer") != "muon"}
         order = sorted(timings, key=lambda r: MODELS.index(r["figures"]["model"]))  # stable: within a model as they ran
         rows = [timing_row(r, base.get((r["figures"]["model"], r["figures"]["batch"]))) for r in order]
-        head = ["model", "B", "method", "level", "ms", "tokens/s", "TFLOP/s", "MFU %", "full rank takes", "plan GiB", "peak GiB", "largest B",
+        head = ["model", "B", "method", "level", "ms", "predicted", "tokens/s", "TFLOP/s", "MFU %", "full rank takes", "plan GiB", "peak GiB", "largest B",
                 "steps", "loss", ""]
         text += f"\n## Time of a step, B sequences of {SEQ} tokens, bf16\n\n" + table(head, rows)
-        text += ("\nms: median of the steps from the fifth; TFLOP/s: the plan's matrix products, recomputation and projection included; MFU: as the "
+        text += ("\nms: median of the steps from the fifth; predicted: by dev/roofline.py, where it knows the card; TFLOP/s: the plan's matrix products, recomputation and projection included; MFU: as the "
                  "trainer prints it. \"full rank takes\": the time of full rank with everything kept, level 0, in units of this row's. plan: what the "
                  "trainer allocates; peak: what the device's memory in use rose by, context and libraries included. largest B: by the plan, with "
                  f"{100 * LIBRARIES:.0f} % of the free memory left to libraries.\n")
@@ -732,7 +737,8 @@ def one_line(record):
     f = record["figures"]
     words = record["why"].splitlines()[0] if record["why"] else check_words(f)
     if "ms" in f:
-        words = f"{f['ms']:.1f} ms, {f['tokens_per_second']:,.0f} tok/s, peak {decimal(f.get('peak_bytes'), 2, GIB) or '?'} GiB" + (
+        predicted = f" ({f['predicted_ms']:.1f} predicted)" if "predicted_ms" in f else ""
+        words = f"{f['ms']:.1f} ms{predicted}, {f['tokens_per_second']:,.0f} tok/s, peak {decimal(f.get('peak_bytes'), 2, GIB) or '?'} GiB" + (
             f" of a plan of {f['plan_bytes'] / GIB:.2f}" if "plan_bytes" in f else "") + (f"; {words}" if record["why"] else "")
     return words
 

@@ -70,7 +70,7 @@ def machine(tmp_path, text):
     """start(*options, **environment): the script, on a copy of what it needs, as a process."""
     if not os.path.exists(TRAINER):
         pytest.skip("the CPU trainer is not built")
-    for name in ("gpu_check.sh", "gpu_check.py"):
+    for name in ("gpu_check.sh", "gpu_check.py", "roofline.py"):
         (tmp_path / "dev").mkdir(exist_ok=True)
         shutil.copy(ROOT / "dev" / name, tmp_path / "dev" / name)
     (tmp_path / "dev/torch_gpt2.py").write_text(NO_TORCH)
@@ -323,7 +323,7 @@ def test_largest_batch(each, fixed, room):
 def made_up():
     def timing(name, state="ok", why="", **figures):
         return {"name": name, "kind": "timing", "state": state, "why": why, "seconds": 9.0, "commands": ["run " + name], "figures": figures}
-    full = dict(model="d12", rank="1", projection=None, recompute=0, batch=64, ms=200.0, tokens_per_second=327680.0, tflops=300.4,
+    full = dict(model="d12", rank="1", projection=None, recompute=0, batch=64, ms=200.0, predicted_ms=190.0, tokens_per_second=327680.0, tflops=300.4,
                 mfu_percent=31, steps=20, last_loss=10.8251, plan_bytes=30 << 30, peak_bytes=31 << 30, largest_batch=250)
     sparse = dict(full, rank="0.25", projection="sparse", ms=160.0, plan_bytes=20 << 30, peak_bytes=21 << 30, largest_batch=400)
     torch = dict(model="d12", rank="1", projection=None, recompute=None, batch=64, ms=250.0, tokens_per_second=262144.0, steps=20,
@@ -343,10 +343,10 @@ def made_up():
 def test_the_table():
     text = gpu_check.markdown(made_up())
     lines = text.splitlines()
-    assert "| d12 | 64 | full rank | 0 | 200.0 | 327,680 | 300 | 31 | 1.00 | 30.00 | 31.00 | 250 | 20 | 10.8251 |  |" in lines
-    assert "| d12 | 64 | 1/4 sparse | 0 | 160.0 | 327,680 | 300 | 31 | 1.25 | 20.00 | 21.00 | 400 | 20 | 10.8251 |  |" in lines
-    assert "| d12 | 64 | 1/4 sparse muon | 0 | 160.0 | 327,680 | 300 | 31 | 1.25 | 20.00 | 21.00 | 400 | 20 | 10.8251 |  |" in lines
-    assert "| d12 | 64 | PyTorch |  | 250.0 | 262,144 |  |  | 0.80 |  |  |  | 20 | 10.9000 |  |" in lines
+    assert "| d12 | 64 | full rank | 0 | 200.0 | 190.0 | 327,680 | 300 | 31 | 1.00 | 30.00 | 31.00 | 250 | 20 | 10.8251 |  |" in lines
+    assert "| d12 | 64 | 1/4 sparse | 0 | 160.0 | 190.0 | 327,680 | 300 | 31 | 1.25 | 20.00 | 21.00 | 400 | 20 | 10.8251 |  |" in lines
+    assert "| d12 | 64 | 1/4 sparse muon | 0 | 160.0 | 190.0 | 327,680 | 300 | 31 | 1.25 | 20.00 | 21.00 | 400 | 20 | 10.8251 |  |" in lines
+    assert "| d12 | 64 | PyTorch |  | 250.0 |  | 262,144 |  |  | 0.80 |  |  |  | 20 | 10.9000 |  |" in lines
     assert "| test bf16 | failed | 3 | 3 passed, 1 failed |" in lines
     assert "- test bf16: ended with status 1: 3 passed, 1 failed" in lines and "      x FAILED" in lines
     assert "- d12 1/4 gaussian, level 0: --plan=json: boom" in lines and "d48 full rank level 0" in lines and "run PyTorch d12" in lines

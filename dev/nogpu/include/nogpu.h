@@ -706,6 +706,13 @@ inline void run_grid(const Launch& l)
 inline thread_local cudaError_t last_error = cudaSuccess;
 inline cudaError_t result(cudaError_t e) { if (e != cudaSuccess) last_error = e; return e; }
 
+// NOGPU_LAUNCHES names a file that gets a line for each launch, and for each product by cuBLAS: its name, its size.
+inline void note_launch(const char* name, unsigned x, unsigned y, unsigned z, unsigned count)
+{
+    static FILE* file = getenv("NOGPU_LAUNCHES") ? fopen(getenv("NOGPU_LAUNCHES"), "w") : nullptr;
+    if (file) fprintf(file, "%s %u %u %u %u\n", name, x, y, z, count);
+}
+
 struct Config { const char* name; dim3 grid, block; size_t smem; };
 inline Config config(const char* name, dim3 grid, dim3 block, size_t smem = 0, cudaStream_t = nullptr) { return {name, grid, block, smem}; }
 
@@ -735,6 +742,7 @@ template <class... P, class... A> void launch(const Config& c, void (*kernel)(P.
     Call<P...> call = {kernel, std::tuple<P...>(std::forward<A>(arguments)...)};
     std::apply([&](const P&... p) { int number = 0; (check_argument(c.name, ++number, p), ...); (void)number; }, call.arguments);
     auto invoke = [](const void* v) { const Call<P...>* k = (const Call<P...>*)v; std::apply(k->kernel, k->arguments); };
+    note_launch(c.name, g.x, g.y, g.z, b.x * b.y * b.z);
     run_grid(Launch{c.name, g, b, c.smem, ++d.launches, invoke, &call});
 }
 

@@ -151,6 +151,7 @@ inline cublasStatus_t products(const char* call, cublasHandle_t handle, cublasOp
                                       (a_type == CUDA_R_16BF && (c_type == CUDA_R_32F || c_type == CUDA_R_16BF)));
     if (!types) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (!m || !n || !count) return CUBLAS_STATUS_SUCCESS;
+    note_launch("product", m, n, k, count);
     float factor_a, factor_c;
     memcpy(&factor_a, alpha, 4);
     memcpy(&factor_c, beta, 4);
