@@ -475,6 +475,22 @@ def gpt2_tokenizer(vocab_bpe=None, encoder_json=None):
         encode=encode, pieces=lambda blocks: cut_text(decode(blocks)))
 
 
+def read_tokenizer(path):
+    """Vocabulary size, end_of_text id and table of a tokenizer.bin."""
+    with reading(path), open(path, "rb") as file:
+        data = file.read()
+    fields = np.frombuffer(data[:16].ljust(16, b"\0"), "<i4").tolist()
+    table, at = [], 1024
+    while at < len(data) and len(table) < fields[2]:
+        table.append(data[at + 1:at + 1 + data[at]])
+        at += 1 + data[at]
+    end_of_text = 50256 if fields[1] == 1 else fields[3]  # version 1 is GPT-2's, and does not say
+    if (fields[0] != TOKENIZER_MAGIC or fields[1] not in (1, 2) or len(table) != fields[2]
+            or at != len(data) or not 0 <= end_of_text < len(table)):
+        raise Problem(f"{path}: is no tokenizer.bin, or is damaged")
+    return SimpleNamespace(vocabulary=len(table), end_of_text=end_of_text, table=table)
+
+
 def decode(blocks):
     """Blocks of UTF-8 to text. A character may lie across two blocks; bytes that are not UTF-8
     become U+FFFD, and a byte order mark at the start nothing."""

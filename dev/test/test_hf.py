@@ -1,4 +1,5 @@
-"""data_prep/hf.py: weights from transformers to the trainer and back, and what the trainer makes of them.
+"""data_prep/hf.py: weights from transformers to the trainer and back, from nanoGPT, to GGUF, and
+what the trainer makes of them.
 
 No network: a model on the Hub is one in a cache that the test lays out. What needs transformers itself is skipped where
 with_transformers.py finds no Python that has it and PyTorch.
@@ -6,6 +7,7 @@ with_transformers.py finds no Python that has it and PyTorch.
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -99,6 +101,8 @@ def test_export(tmp_path, model, params):
         assert np.array_equal(got["transformer." + name], values), name
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {name: config[name] for name in HF_CONFIG} == HF_CONFIG
+    assert config["n_ctx"] == HF_CONFIG["n_positions"]
+    assert "without a tokenizer" in said
     assert f"{sum(values.size for values in want.values()):,} parameters" in said
 
 
@@ -280,8 +284,12 @@ def test_bad_files(tmp_path, params, model):
     refused(run("import", tmp_path / "in", model / "out.bin"), "model.bin")
     refused(run("import", tmp_path / "in"), "TO")
     refused(run("import", tmp_path / "in", "out.bin", "--type", "fp16"), "--type", "fp16")
+    refused(run("import", tmp_path / "in", "out.bin", "--type", "f16"), "--type", "gguf")
     refused(run("export", model, "out", "--type", "bf16"), "--type", "import")
     refused(run("change", model, "out"), "change", "export")
+    refused(run("import", tmp_path / "in", "out.bin", "--tokenizer", "t"), "--tokenizer", "export")
+    refused(run("gguf", model, tmp_path / "out.gguf"), model, "--tokenizer FILE")
+    refused(run("gguf", weights, tmp_path / "out.gguf"), weights, "no GPT-2 model file")
     assert sorted(os.listdir(tmp_path)) == ["in", "model.bin"]
 
 
@@ -299,6 +307,242 @@ def test_bad_bin(tmp_path, model, at, value, named):
     model.write_bytes(data)
     refused(run("export", model, tmp_path / "out"), "model.bin", named)
     assert os.listdir(tmp_path) == ["model.bin"]
+
+
+# ---------------------------------------------------------------------------- tokenizers
+
+GPT2 = Path(formats.ROOT).parent / "shared" / "data" / "gpt2"
+needs_gpt2 = pytest.mark.skipif(not GPT2.is_dir(), reason="no GPT-2 vocabulary in shared/data/gpt2")
+TEXTS = ["Hello world", " it's 2026, naïve\n\n\tmain() {  }\r\n", "日本語 \U0001f642\x00\x7f"]
+
+
+def write_tokenizer(path, table, end_of_text):
+    header = np.zeros(256, "<i4")
+    header[:4] = [20240328, 2, len(table), end_of_text]
+    path.write_bytes(header.tobytes() + b"".join(bytes([len(t)]) + t for t in table))
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    import common
+    return common.gpt2_tokenizer(str(GPT2 / "vocab.bpe"), str(GPT2 / "encoder.json"))
+
+
+def small_model(folder, vocab):
+    """A model of that vocabulary: its file, its parameters."""
+    config = dict(CONFIG, vocab=vocab, padded_vocab=-(-vocab // 128) * 128, layers=2)
+    params = formats.draw_model(config, 5)
+    params["wte"][vocab:] = 0
+    formats.write_model(folder / "model.bin", config, params)
+    return folder / "model.bin", params
+
+
+@needs_gpt2
+def test_merges(gpt2):
+    """Which pairs become which token follows from the tokens alone: those of GPT-2's own file."""
+    lines = (GPT2 / "vocab.bpe").read_text(encoding="utf-8").split("\n")
+    assert hf.merges_of(gpt2) == lines[1:50001]
+
+
+def check_tokenizer(folder, want, tmp_path):
+    with_transformers.good("tokens", folder, json.dumps(TEXTS), tmp_path / "tokens.json")
+    ids, spelled = json.loads((tmp_path / "tokens.json").read_text())
+    assert ids == want and spelled == TEXTS
+
+
+@needs_gpt2
+def test_export_with_gpt2s_tokenizer(tmp_path, gpt2):
+    """Of tokenizer.bin beside the model, as a run leaves it, transformers makes tiktoken's ids;
+    and back."""
+    model, _ = small_model(tmp_path, 50257)
+    write_tokenizer(tmp_path / "tokenizer.bin", gpt2.table, 50256)
+    good("export", model, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["eos_token"] == "<|endoftext|>"
+    check_tokenizer(tmp_path / "out", [ids.tolist() for ids in gpt2.encode(TEXTS)], tmp_path)
+
+    said = good("import", tmp_path / "out", tmp_path / "new" / "model.bin")
+    again = tmp_path / "new" / "tokenizer.bin"
+    assert "tokenizer.bin" in said
+    assert again.read_bytes() == (tmp_path / "tokenizer.bin").read_bytes()
+    write_tokenizer(again, gpt2.table[:9], 0)  # another model's
+    said = good("import", tmp_path / "out", tmp_path / "new" / "model.bin")
+    assert "left alone" in said and len(again.read_bytes()) == 1024 + 18
+    os.remove(tmp_path / "out" / "tokenizer.json")
+    shutil.copy(GPT2 / "encoder.json", tmp_path / "out" / "vocab.json")  # as GPT-2's folder has it
+    os.remove(again)
+    good("import", tmp_path / "out", tmp_path / "new" / "model.bin")
+    assert again.read_bytes() == (tmp_path / "tokenizer.bin").read_bytes()
+
+
+def test_export_of_bytes(tmp_path):
+    model, _ = small_model(tmp_path, 256)
+    good("export", model, tmp_path / "out")
+    check_tokenizer(tmp_path / "out", [list(text.encode()) for text in TEXTS], tmp_path)
+    good("import", tmp_path / "out", tmp_path / "new" / "model.bin")
+    write_tokenizer(tmp_path / "want.bin", [bytes([b]) for b in range(256)], 10)
+    assert (tmp_path / "new" / "tokenizer.bin").read_bytes() == (tmp_path / "want.bin").read_bytes()
+
+
+@pytest.mark.parametrize("command", ["export", "gguf"])
+def test_bad_tokenizer(tmp_path, model, command):
+    given, out = tmp_path / "t", tmp_path / "out"
+    for table, named in (([b"a", b"b", b"abc"], "abc"), ([b"a", b"a"], "twice"),
+                         ([bytes([i, i]) for i in range(152)], "152 tokens")):
+        write_tokenizer(given, table, 0)
+        refused(run(command, model, out, "--tokenizer", given), named)
+    for data in (b"", b"x" * 2000, given.read_bytes()[:-1], given.read_bytes() + b"x"):
+        given.write_bytes(data)
+        refused(run(command, model, out, "--tokenizer", given), given, "no tokenizer.bin")
+    refused(run(command, model, out, "--tokenizer", tmp_path / "none"), "none")
+    assert sorted(os.listdir(tmp_path)) == ["model.bin", "t"]
+
+
+# ---------------------------------------------------------------------------- GGUF
+
+def gguf_logits(path, inputs):
+    """GPT-2's logits, from what a GGUF holds and from nothing else; in double precision."""
+    from gguf import GGUFReader, dequantize
+    reader = GGUFReader(path)
+    field = {name: value.contents() for name, value in reader.fields.items()}
+    w = {t.name: dequantize(t.data, t.tensor_type).astype(float) for t in reader.tensors}
+    heads = field["gpt2.attention.head_count"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        x /= np.sqrt((x**2).mean(-1, keepdims=True) + field["gpt2.attention.layer_norm_epsilon"])
+        return x * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+    B, T = inputs.shape
+    x = w["token_embd.weight"][inputs] + w["position_embd.weight"][:T]
+    for layer in range(field["gpt2.block_count"]):
+        blk = f"blk.{layer}."
+        qkv = linear(norm(x, blk + "attn_norm"), blk + "attn_qkv")
+        q, k, v = (part.reshape(B, T, heads, -1).swapaxes(1, 2) for part in np.split(qkv, 3, -1))
+        scores = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1]) + np.triu(np.full((T, T), -np.inf), 1)
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        y = (p / p.sum(-1, keepdims=True) @ v).swapaxes(1, 2).reshape(B, T, -1)
+        x = x + linear(y, blk + "attn_output")
+        h = linear(norm(x, blk + "ffn_norm"), blk + "ffn_up")
+        h = h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3))) / 2
+        x = x + linear(h, blk + "ffn_down")
+    assert field["gpt2.feed_forward_length"] == h.shape[-1]
+    assert field["gpt2.embedding_length"] == x.shape[-1]
+    return field, norm(x, "output_norm") @ w["token_embd.weight"].T
+
+
+# float32 has a unit roundoff of 6e-8, f16 one of 5e-4, bf16 of 4e-3; the weights are so rounded,
+# and a logit ends some ten products in a row
+@pytest.mark.parametrize("kind, tolerance", [("fp32", 1e-5), ("f16", 5e-3), ("bf16", 4e-2)])
+def test_gguf(tmp_path, kind, tolerance):
+    """What is read back has the trainer's own logits."""
+    pytest.importorskip("gguf")
+    model, _ = small_model(tmp_path, 256)
+    tokens = np.random.default_rng(5).integers(0, 256, 2 * 20 + 1)
+    formats.write_tokens(tmp_path / "tokens.bin", tokens, 256)
+    done = formats.run_trainer(["-e", model, "--train", tmp_path / "tokens.bin", "-b", 2, "-t", 20,
+                                "-x", 1, "--dump", tmp_path / "dump"])
+    assert done.returncode == 0, done.stderr
+    dump = formats.read_dump(tmp_path / "dump")
+    good("gguf", model, tmp_path / "out.gguf", "--type", kind)
+    field, logits = gguf_logits(tmp_path / "out.gguf", dump["inputs"].astype(int).reshape(2, 20))
+    near("logits", logits, dump["logits"].reshape(logits.shape), tolerance)
+    assert field["general.architecture"] == "gpt2" and field["gpt2.context_length"] == 24
+    assert len(field["tokenizer.ggml.tokens"]) == 256
+    assert field["tokenizer.ggml.tokens"][ord(" ")] == "Ġ"
+    assert not (tmp_path / "out.gguf.tmp").exists()
+
+
+@needs_gpt2
+def test_gguf_has_gpt2s_tokenizer(tmp_path, gpt2):
+    gguf = pytest.importorskip("gguf")
+    model, _ = small_model(tmp_path, 50257)
+    write_tokenizer(tmp_path / "t", gpt2.table, 50256)
+    good("gguf", model, tmp_path / "out.gguf", "--tokenizer", tmp_path / "t")
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 50256
+    want = json.loads((GPT2 / "encoder.json").read_text(encoding="utf-8"))
+    assert fields["tokenizer.ggml.tokens"].contents() == sorted(want, key=want.get)
+    assert fields["tokenizer.ggml.merges"].contents() == hf.merges_of(gpt2)
+    types = fields["tokenizer.ggml.token_type"].contents()
+    assert types[:-1] == [gguf.TokenType.NORMAL] * 50256 and types[-1] == gguf.TokenType.CONTROL
+
+
+def test_gguf_beyond_f16(tmp_path):
+    pytest.importorskip("gguf")
+    model, params = small_model(tmp_path, 256)
+    params["fcw"][1, 2, 3] = 1e5
+    formats.write_model(model, dict(CONFIG, vocab=256, padded_vocab=256, layers=2), params)
+    refused(run("gguf", model, tmp_path / "out.gguf", "--type", "f16"), model, "ffn_up", "bf16")
+    assert os.listdir(tmp_path) == ["model.bin"]
+
+
+# ---------------------------------------------------------------------------- nanoGPT
+
+def checkpoint(path, tensors, **args):
+    """As nanoGPT writes it, whose linear layers are not transposed."""
+    np.savez(path.with_suffix(".npz"), **tensors)
+    args = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 24, "bias": True,
+            "vocab_size": 151, **args}
+    with_transformers.good("checkpoint", path, path.with_suffix(".npz"), json.dumps(args))
+    os.remove(path.with_suffix(".npz"))
+
+
+def nanogpt_tensors(params, prefix="_orig_mod.transformer."):
+    tensors = {}
+    for name, values in tensors_of(params).items():
+        linear = values.ndim == 2 and name.startswith("h.")
+        tensors[prefix + name] = values.T.copy() if linear else values
+    tensors["_orig_mod.lm_head.weight"] = tensors[prefix + "wte.weight"]
+    return tensors
+
+
+def import_ckpt(path, out):
+    return with_transformers.ask("run", TOOL, "import", path, out)
+
+
+def test_nanogpt(tmp_path, model, params):
+    checkpoint(tmp_path / "ckpt.pt", nanogpt_tensors(params))
+    done = import_ckpt(tmp_path / "ckpt.pt", tmp_path / "out.bin")
+    assert done.returncode == 0 and "GELU" in done.stdout, done.stderr
+    assert (tmp_path / "out.bin").read_bytes() == model.read_bytes()
+
+
+def test_nanogpt_without_biases(tmp_path, params):
+    """They are 0 then; and a vocabulary of 50304 is GPT-2's."""
+    tensors = {name: values for name, values in nanogpt_tensors(params, "transformer.").items()
+               if not name.endswith("bias") and "lm_head" not in name}
+    tensors["transformer.wte.weight"] = np.ones((50304, 32), np.float32)
+    checkpoint(tmp_path / "ckpt.pt", tensors, bias=False, vocab_size=50304)
+    assert import_ckpt(tmp_path / "ckpt.pt", tmp_path / "out.bin").returncode == 0
+    config, got = formats.read_model(tmp_path / "out.bin")
+    assert (config["vocab"], config["padded_vocab"]) == (50257, 50304)
+    assert got["wte"][:50257].all() and not got["wte"][50257:].any()
+    for name in formats.PARAMS[2:]:
+        assert np.array_equal(got[name], 0 * params[name] if name.endswith("b") else params[name])
+
+
+def test_nanogpt_bad_input(tmp_path, params):
+    path = tmp_path / "ckpt.pt"
+    tensors = nanogpt_tensors(params)
+    for change, args, named in (({}, {"n_head": 5}, "5 heads"), ({}, {"n_layer": 4}, "h.3."),
+                                ({}, {"n_embd": 64}, "(151, 64)"),
+                                ({}, {"block_size": None}, "None"),
+                                ({"rope": np.ones(3)}, {}, "rope")):
+        checkpoint(path, {**tensors, **change}, **args)
+        refused(import_ckpt(path, tmp_path / "out.bin"), path, named)
+    with_transformers.good("checkpoint", path, write_npz(tmp_path / "n.npz", tensors), "null")
+    refused(import_ckpt(path, tmp_path / "out.bin"), path, "no checkpoint of nanoGPT")
+    path.write_bytes(pickle.dumps(Path("x")))
+    refused(import_ckpt(path, tmp_path / "out.bin"), path, "PyTorch")
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "n.npz"]
+
+
+def write_npz(path, tensors):
+    np.savez(path, **tensors)
+    return path
 
 
 # ---------------------------------------------------------------------------- with transformers
@@ -349,7 +593,7 @@ def test_trainer_and_transformers_agree(random_model, tmp_path):
     out = tmp_path / "run"
     done = formats.run_trainer(
         ["-e", random_model / "model.bin", "--train", tmp_path / "tokens.bin", "-b", B, "-t", T, "-x", hyper["steps"],
-         "--overfit", "--rank", 1, "-o", out, "-n", -1, "--dump", tmp_path / "dump", "-l", hyper["lr"], "-k", "constant",
+         "--overfit", "--optimizer", "adamw", "--rank", 1, "-o", out, "-n", -1, "--dump", tmp_path / "dump", "-l", hyper["lr"], "-k", "constant",
          "-c", hyper["weight_decay"], "--beta1", hyper["beta1"], "--beta2", hyper["beta2"], "--eps", hyper["eps"],
          "--clip", hyper["clip"]])
     assert done.returncode == 0, done.stderr

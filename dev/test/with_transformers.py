@@ -8,6 +8,8 @@ load FOLDER OUT               its tensors, as from_pretrained finds them
 train FOLDER JOB OUT HYPER    its logits, and AdamW steps of HYPER (JSON) on inputs and targets (B, T), a target below 0 being
                               without loss: the losses, and the trained tensors
 score FOLDER EXAMPLES OUT T   for examples (JSON: context, endings) the mean loss of each ending; rows of T + 1 tokens at most
+tokens FOLDER TEXTS OUT       the ids of each of TEXTS (JSON) by the folder's tokenizer, and what they spell
+checkpoint FILE MODEL ARGS    writes a checkpoint as nanoGPT does, of tensors in an .npz and model_args (JSON)
 run TOOL ...                  one of the tools, so that it finds PyTorch
 Numbers go in and out as .npz. All is computed in double precision.
 """
@@ -113,6 +115,26 @@ def score(folder, examples, out, T):
     np.savez(out, losses=np.array(losses))
 
 
+def tokens(folder, texts, out):
+    from transformers import AutoTokenizer
+    tokenizer, texts = AutoTokenizer.from_pretrained(folder), json.loads(texts)
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    with open(out, "w") as file:
+        json.dump([ids, list(map(tokenizer.decode, ids))], file)
+
+
+def checkpoint(path, model, args):
+    state = {name: torch.as_tensor(values) for name, values in np.load(model).items()}
+    args, floats = json.loads(args), {}
+    if torch.__version__ >= "2":  # earlier ones do not read numbers with a point, where they are to read safely
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        parameter.grad = torch.ones(2)
+        optimizer = torch.optim.AdamW([parameter], lr=1e-3)
+        optimizer.step()
+        floats = {"optimizer": optimizer.state_dict(), "config": {"dropout": 0.0}}
+    torch.save({"model": state, "model_args": args, "iter_num": 5, "best_val_loss": torch.tensor(1.5), **floats}, path)
+
+
 def try_out():
     GPT2LMHeadModel(GPT2Config(vocab_size=2, n_positions=2, n_embd=2, n_layer=1, n_head=1))  # a dummy where PyTorch is too old
 
@@ -130,4 +152,5 @@ if __name__ == "__main__":
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.set_num_threads(1)  # the tensors are tiny
     with torch.set_grad_enabled(sys.argv[2] == "train"):
-        {"try": try_out, "make": make, "load": load, "train": train, "score": score, "run": run}[sys.argv[2]](*sys.argv[3:])
+        {"try": try_out, "make": make, "load": load, "train": train, "score": score, "tokens": tokens,
+         "checkpoint": checkpoint, "run": run}[sys.argv[2]](*sys.argv[3:])
