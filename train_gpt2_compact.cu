@@ -2668,12 +2668,12 @@ static std::string foreign(const std::string& start) {
 }
 
 // Whether a file holds bare numbers, as other trainers write their tokens: of small ones in 16 or 32 bits the high bytes are
-// 0, the low ones seldom; text has no such byte.
+// 0, the low ones seldom (in 64 bits, which count as two of 32, half of them are); text has no such byte.
 static std::string bare_tokens(const std::string& start, int64_t size) {
     int64_t zeros[4] = {}, n = start.size();
     for (int64_t i = 0; i < n; i++) zeros[i % 4] += start[i] == 0;
     int64_t odd = zeros[1] + zeros[3], even = zeros[0] + zeros[2];
-    bool wide = size % 4 == 0 && zeros[2] + zeros[3] > n * 49 / 100 && zeros[0] < n / 8,
+    bool wide = size % 4 == 0 && zeros[2] + zeros[3] > n * 49 / 100 && zeros[0] < n * 3 / 16,
          narrow = size % 2 == 0 && odd > n / 200 && odd > 10 * even;
     if (!wide && !narrow) return "";
     return std::string("looks like token ids of ") + (wide ? "32" : "16") +

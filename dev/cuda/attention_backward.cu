@@ -227,7 +227,7 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
     all.push_back({"plain: a block a query, then a block a key, sums in fp32", both(1, 1, 1, 2), floor,
                    [=] {
                        first();
-                       attention_plain_dq<<<dim3(B * NH, T), ATT, (ATT + 3 * HEAD) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot,
+                       attention_plain_dq<<<dim3(B * NH, T), ATT, (2 * ATT + 3 * HEAD) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot,
                                                                                                       T, C, NH);
                        attention_plain_dkv<<<dim3(B * NH, T), ATT, (2 * ATT + 4 * HEAD) * sizeof(float)>>>(dqkv, dout, qkv, lse,
                                                                                                            dot, T, C, NH);

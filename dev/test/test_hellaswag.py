@@ -58,10 +58,11 @@ def judged(tmp_path_factory):
 
 
 def score(folder, out, *options):
+    run = out / f"run{len(list(out.glob('run*')))}"
     done = formats.run_trainer(["-e", folder / "model.bin", "--train", folder / "tokens.bin", "-t", T, "-x", 0, "-v", -1,
-                                "--hellaswag", out / "hs.bin", "-o", out / "run", *options])
+                                "--hellaswag", out / "hs.bin", "-o", run, *options])
     assert done.returncode == 0, done.stderr
-    (evaluation,) = Run(done, out / "run").evaluations
+    (evaluation,) = Run(done, run).evaluations
     assert f"| hellaswag {evaluation['hellaswag']:.4f}" in done.stdout
     return evaluation["hellaswag"]
 

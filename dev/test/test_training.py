@@ -784,7 +784,7 @@ def test_hellaswag(train, shards, tmp_path):
 # ---------------------------------------------------------------------------- what is written: console and log
 
 STEP = re.compile(r"step (\d+)/(\d+) \| loss (\d+\.\d{4})( \| val \d+\.\d{4})?( \| hellaswag [01]\.\d{4})? \| "
-                  r"norm (\d+\.\d\d) \| lr (\d\.\de-\d\d) \| \d+\.\d ms \| [\d,]+ tok/s( \| \d+ % MFU)?")
+                  r"norm (\d+\.\d\d) \| lr (\d\.\de-\d\d) \| \d+\.\d ms \| [\d,]+ tok/s( \| \d+ % MFU)?( \| eta \d+s)?")
 
 
 def test_console(train, text):
@@ -795,6 +795,7 @@ def test_console(train, text):
     assert all(matches), steps
     assert [m.group(1, 2) for m in matches] == [(str(i), "12") for i in range(1, 13)]
     assert [bool(m.group(4)) for m in matches] == [i in (5, 10, 12) for i in range(1, 13)]
+    assert [bool(m.group(9)) for m in matches] == [True] * 11 + [False]
     for m, step in zip(matches, run.steps):  # the same numbers as in the log, rounded
         assert abs(float(m.group(3)) - step["loss"]) <= 0.51e-4 and abs(float(m.group(6)) - step["norm"]) <= 0.51e-2
         assert abs(float(m.group(7)) / step["lr"] - 1) <= 0.051
