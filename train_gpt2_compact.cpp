@@ -2676,7 +2676,7 @@ struct OptionRow {
     const char *name, *argument;
     int kind;
     void* value;
-    std::string help;
+    std::string help;  // with the default in parentheses at its end, where its number would say nothing
     double low = 0, high = 0;
     const char* names = "";  // of choices
 };
@@ -2687,53 +2687,58 @@ static std::vector<OptionRow> option_table(Options& o) {
     return {
         {'i', "train", "PATTERN", KIND_TEXT, &o.train, "token shards (glob), or plain text: bytes as tokens"},
         {'j', "val", "PATTERN", KIND_TEXT, &o.val, "likewise; without it, the last 10 % of a plain text"},
-        {'e', "model", "M", KIND_TEXT, &o.model, "d12, d24, d36, d48, any dN, or a model .bin to start from, or a run's folder: its newest"},
-        {0, "channels", "C", KIND_INT, &o.channels, "override the shape of a fresh model; 0: as the model says", 0, 65536},
-        {0, "heads", "NH", KIND_INT, &o.heads, "", 0, 1024},
-        {0, "layers", "L", KIND_INT, &o.layers, "", 0, 1024},
-        {0, "context", "T", KIND_INT, &o.context, "", 0, WIDE},
-        {'o', "out", "DIR", KIND_TEXT, &o.out, "log.jsonl and checkpoints go here"},
+        {'e', "model", "M", KIND_TEXT, &o.model, "d12, d24, d36, d48, any dN; or what to start from: a model file, a run's folder"},
+        {0, "channels", "C", KIND_INT, &o.channels, "the width of a fresh model (64 a layer, or GPT-2's own)", 0, 65536},
+        {0, "heads", "NH", KIND_INT, &o.heads, "its attention heads (one for 64 channels)", 0, 1024},
+        {0, "layers", "L", KIND_INT, &o.layers, "its layers (N, of dN)", 0, 1024},
+        {0, "context", "T", KIND_INT, &o.context, "the longest sequence that it can see (1024)", 0, WIDE},
         {0, "tokenizer", "FILE", KIND_TEXT, &o.tokenizer, "for text; else tokenizer.bin beside the data or the model"},
+
         {'b', "batch", "B", KIND_INT, &o.batch, "micro batch, in sequences", 1, WIDE},
-        {'t', "seq", "T", KIND_INT, &o.seq, "sequence length; 0: the model's context", 0, WIDE},
-        {'d', "total-batch", "N", KIND_INT, &o.total_batch, "tokens in an optimizer step, by accumulation; 0: B * T", 0, MANY},
-        {'x', "steps", "N", KIND_INT, &o.steps, "optimizer steps; -1: once through the data", -1, MANY},
+        {'t', "seq", "T", KIND_INT, &o.seq, "sequence length (the model's context)", 0, WIDE},
+        {'d', "total-batch", "N", KIND_INT, &o.total_batch, "tokens in an optimizer step, by accumulation (B * T)", 0, MANY},
+        {'x', "steps", "N", KIND_INT, &o.steps, "optimizer steps (once through the data)", -1, MANY},
         {'l', "lr", "X", KIND_REAL, &o.lr, "highest learning rate", 0, 100},
         {'u', "warmup", "N", KIND_INT, &o.warmup, "steps of linear warm-up", 0, MANY},
         {'q', "final-lr-frac", "X", KIND_REAL, &o.final_lr_frac, "the last learning rate, as a fraction of the highest", 0, 1},
-        {'k', "schedule", "S", KIND_CHOICE, &o.schedule, "", 0, 0, schedule_names},
+        {'k', "schedule", "S", KIND_CHOICE, &o.schedule, "how the rate falls: ", 0, 0, schedule_names},
         {'c', "weight-decay", "X", KIND_REAL, &o.weight_decay, "on matrices only", 0, 100},
         {0, "clip", "X", KIND_REAL, &o.clip, "largest global gradient norm; 0: no clipping", 0, MANY},
-        {0, "beta1", "X", KIND_REAL, &o.beta1, "AdamW", 0, 0.999999},
-        {0, "beta2", "X", KIND_REAL, &o.beta2, "", 0, 0.999999},
-        {0, "eps", "X", KIND_REAL, &o.eps, "", 1e-30, 1},
+        {0, "beta1", "X", KIND_REAL, &o.beta1, "AdamW's decay of the first moment", 0, 0.999999},
+        {0, "beta2", "X", KIND_REAL, &o.beta2, "and of the second", 0, 0.999999},
+        {0, "eps", "X", KIND_REAL, &o.eps, "added to the second moment's root", 1e-30, 1},
         {0, "optimizer", "O", KIND_CHOICE, &o.optimizer, "of the linear layers' weights; all else takes adamw: ", 0, 0, optimizer_names},
+
         {0, "rank", "R", KIND_RANK, &o.rank, "ratio in (0, 1] of a layer's inputs, or a whole rank above 1; 1 is full rank", 0, MANY},
         {0, "compress", "LIST", KIND_SET, &o.compress, "the layers that this holds for: none, or from ", 0, 0, linear_names},
-        {0, "projection", "P", KIND_CHOICE, &o.projection, "", 0, 0, projection_names},
+        {0, "projection", "P", KIND_CHOICE, &o.projection, "what is drawn for P: ", 0, 0, projection_names},
         {0, "gap", "T", KIND_INT, &o.gap, "steps between new projections; 0: never", 0, MANY},
         {0, "alpha", "A", KIND_REAL, &o.alpha, "scale of a compressed layer's step", 0, MANY},
         {0, "moments", "M", KIND_CHOICE, &o.moments, "the optimizer's, at a new projection: ", 0, 0, moments_names},
+
         {'r', "recompute", "N", KIND_INT, &o.recompute, levels_help(), 0, NEVER - 1},
         {0, "gelu", "G", KIND_CHOICE, &o.gelu, "2bit keeps 2 bits of each of fch, for a derivative in steps: ", 0, 0, gelu_names},
         {0, "tape", "T", KIND_CHOICE, &o.tape, "int8 keeps residual, qkv, atty and residual2 in 8 bits: ", 0, 0, tape_names},
         {0, "master", "M", KIND_CHOICE, &o.master, "none keeps weights in bf16 alone, rounded at random: ", 0, 0, master_names},
         {0, "offload", "", KIND_FLAG, &o.offload, "the tape waits in the host's memory (GPU)"},
-        {0, "memory", "SIZE", KIND_BYTES, &o.memory, "such as 24GB: choose -r, from the one given up, and -b to fit; 0: as given"},
+        {0, "memory", "SIZE", KIND_BYTES, &o.memory, "such as 24GB: choose -r, no lower than given, and -b to fit (off)"},
         {0, "plan", "", KIND_PLAN, &o.plan, "print the memory plan and stop; --plan=json for programs"},
+
         {'v', "val-every", "N", KIND_INT, &o.val_every, "evaluate every N steps and at the end; 0: never, -1: at the end", -1, MANY},
         {0, "val-first", "", KIND_FLAG, &o.val_first, "evaluate before the first step as well"},
         {'m', "val-batches", "N", KIND_INT, &o.val_batches, "validation batches; -1: all", -1, MANY},
-        {'s', "sample-every", "N", KIND_INT, &o.sample_every, "show a sample; 0: never, -1: at the end", -1, MANY},
+        {0, "hellaswag", "FILE", KIND_TEXT, &o.hellaswag, "score this at every evaluation"},
+        {'s', "sample-every", "N", KIND_INT, &o.sample_every, "show a sample; -1: at the end (never)", -1, MANY},
         {0, "prompt", "TEXT", KIND_TEXT, &o.prompt, "train nothing: print this and what the --model makes of it; -: from standard input"},
         {'g', "sample-tokens", "N", KIND_INT, &o.sample_tokens, "length of a sample, or of what follows a prompt", 1, WIDE},
         {0, "temperature", "X", KIND_REAL, &o.temperature, "of such text; 0: always the likeliest token", 0, 100},
         {0, "top-k", "K", KIND_INT, &o.top_k, "draw from the K likeliest tokens; 0: from all", 0, WIDE},
-        {0, "hellaswag", "FILE", KIND_TEXT, &o.hellaswag, "score this at every evaluation"},
-        {'n', "checkpoint-every", "N", KIND_INT, &o.checkpoint_every, "save every N steps and at the end; 0: never, -1: at the end, where there is an --out", -1, MANY},
+        {'o', "out", "DIR", KIND_TEXT, &o.out, "log.jsonl and checkpoints go here"},
+        {'n', "checkpoint-every", "N", KIND_INT, &o.checkpoint_every, "save every N steps and at the end; 0: never (at the end)", -1, MANY},
         {0, "keep", "K", KIND_INT, &o.keep, "checkpoints to keep; 0: all", 0, MANY},
         {0, "checkpoint-type", "T", KIND_CHOICE, &o.checkpoint_type, "of the weights in model_STEP.bin: ", 0, 0, type_names},
         {'y', "resume", "", KIND_FLAG, &o.resume, "go on from the newest checkpoint in --out, if there is one"},
+
         {0, "seed", "S", KIND_INT, &o.seed, "of everything random", 0, 2147483647},
         {0, "overfit", "", KIND_FLAG, &o.overfit, "one batch again and again"},
         {0, "dump", "FILE", KIND_TEXT, &o.dump, "write the first step's tensors for a checker"},
@@ -2851,16 +2856,23 @@ static Options parse_options(int argc, char** argv) {
 }
 
 static void print_help() {
+    const struct {
+        const char *first, *title;
+    } groups[] = {{"train", "Model and data"}, {"batch", "Batch, schedule and optimizer"}, {"rank", "Compression"},
+                  {"recompute", "Memory"},     {"val-every", "Evaluation and output"},     {"seed", "Debugging"}};
     Options defaults;
     printf("train_gpt2_compact: trains GPT-2 with compressed activations\n\n");
     printf(
         "  ./train_gpt2_compact --train input.txt -e d4 --channels 128 --context 128 --lr 1e-3 --steps 500 --sample-every "
-        "-1\n\n");
+        "-1\n");
     for (const OptionRow& row : option_table(defaults)) {
         std::string left = (row.letter ? text("  -%c, --", row.letter) : "      --") + row.name + " " + row.argument,
                     value = option_value(row);
-        printf("%-28s %s%s%s\n", left.c_str(), row.help.c_str(), row.names,
-               row.kind == KIND_FLAG || value.empty() ? "" : (" (" + value + ")").c_str());
+        for (auto& group : groups) {
+            if (strcmp(group.first, row.name) == 0) printf("\n%s\n", group.title);
+        }
+        bool shown = row.kind != KIND_FLAG && !value.empty() && row.help.back() != ')';
+        printf("%-28s %s%s%s\n", left.c_str(), row.help.c_str(), row.names, shown ? (" (" + value + ")").c_str() : "");
     }
     printf("\nBad input ends with one line and status 2.\n");
 }

@@ -92,6 +92,10 @@ DESIGN = ("i train, j val, e model, channels, heads, layers, context, o out, b b
           "n checkpoint-every, keep, y resume, seed, overfit, dump")
 
 
+# Options whose default is a code that --help says in words
+CODES = {"channels": "0", "heads": "0", "layers": "0", "context": "0", "steps": "-1", "memory": "0", "sample-every": "0", "checkpoint-every": "-1"}
+
+
 @functools.lru_cache(None)
 def helped():
     """--help, read: option -> (letter, argument, words, default)."""
@@ -123,12 +127,16 @@ def test_help():
     assert formats.run_trainer(["-h"]).stdout == formats.run_trainer(["--help"]).stdout
     options = [line for line in formats.run_trainer(["--help"]).stdout.splitlines() if re.match(r" +-", line)]
     assert len(options) == len(rows), "a line of --help is not understood here"
+    assert all(words for _, _, words, _ in rows.values()), "an option without a word of help"
 
 
 def test_defaults_in_help_are_those_in_use():
     used = json.loads(formats.run_trainer(["--plan=json"]).stdout)["options"]
     for name, (_, _, _, default) in helped().items():
         if name in ("plan", "help", "seq", "total-batch"):  # the last two become what others say
+            continue
+        if name in CODES:
+            assert str(used[name]) == CODES[name] and default, name
             continue
         shown = used[name] if isinstance(used[name], str) else json.dumps(used[name])
         if isinstance(used[name], bool):
