@@ -2850,7 +2850,7 @@ static Options parse_options(int argc, char** argv) {
     }
     if (optind < argc)
         refuse("'" + std::string(argv[optind]) + "': is not an option; a value follows its option, as in --train FILE");
-    if (saves && o.checkpoint_every != 0 && o.out.empty())
+    if (saves && o.checkpoint_every != 0 && o.out.empty() && o.prompt.empty())
         refuse("--checkpoint-every: needs --out, a folder for the checkpoints");
     return o;
 }
@@ -2877,6 +2877,13 @@ static void print_help() {
     printf("\nBad input ends with one line and status 2.\n");
 }
 
+// The layers of a name like d12; 0 for any other.
+static int depth_of(const std::string& name) {
+    int depth = 0, end = 0;
+    bool fits = name[0] == 'd' && isdigit(name[1]) && sscanf(name.c_str(), "d%4d%n", &depth, &end) == 1;
+    return fits && end == int(name.size()) && depth <= 1024 ? depth : 0;
+}
+
 // The model's shape, from a name like d12 with the overrides, or from the header of a model file.
 static Config choose_config(const Options& o, int V) {
     if (is_model_file(o.model)) {
@@ -2885,11 +2892,9 @@ static Config choose_config(const Options& o, int V) {
             refuse("--channels, --heads, --layers, --context: are for a fresh model, not for " + o.model);
         return c;
     }
-    int depth = 0, end = 0;
-    if (!isdigit(o.model[1]) || sscanf(o.model.c_str(), "d%4d%n", &depth, &end) != 1 || end != int(o.model.size()) ||
-        depth < 1 || depth > 1024) {
+    int depth = depth_of(o.model);
+    if (depth == 0)
         refuse("--model: '" + o.model + "' is neither d12, d24, d36, d48 or another dN, nor a model file such as ./gpt2.bin");
-    }
     const int widths[5] = {0, 768, 1024, 1280, 1600};
     bool gpt2 = depth % 12 == 0 && depth <= 48;
     Config c = {o.context ? o.context : 1024, V ? V : 50257, o.layers ? o.layers : depth, 0, 0, 0};
@@ -2933,7 +2938,8 @@ static void fit_memory(Options& o, const Config& c) {
 
 // Fills in what follows from the model, and looks for contradictions.
 static void settle_options(Options& o, const Config& c) {
-    if (o.generates) o.batch = 1, o.compress = 0, o.optimizer = ADAMW, o.offload = false, o.gelu = GELU_EXACT;
+    if (o.generates) o.batch = 1, o.total_batch = 0, o.compress = 0, o.optimizer = ADAMW, o.offload = false;
+    if (o.generates) o.gelu = GELU_EXACT;
     if (o.seq == 0) o.seq = c.context;
     if (o.seq > c.context) refuse("--seq: " + str(o.seq) + " is more than the model's context of " + str(c.context));
     if (o.gelu == GELU_2BIT && o.recompute >= tape_rows[FCH].gone_from)
@@ -3386,7 +3392,7 @@ static void run(int argc, char** argv) {
                         o.memory > 0 || o.resume))
         refuse("--prompt: trains nothing; leave --train, --val, --out, --hellaswag, --dump, --memory and --resume away");
     std::error_code error;
-    if (std::filesystem::is_directory(o.model, error) && (o.generates || is_model_file(o.model))) {
+    if (std::filesystem::is_directory(o.model, error) && (o.generates || depth_of(o.model) == 0)) {
         std::vector<int64_t> steps = saved_steps(o.model, "model");
         if (steps.empty()) refuse("--model: the folder " + o.model + " holds no model_STEP.bin");
         o.model = checkpoint_path(o.model, "model", steps[0]);

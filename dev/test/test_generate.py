@@ -57,6 +57,16 @@ def test_training_from_a_folder(learnt, train):
     assert losses[0] == losses[1]
 
 
+def test_a_name_without_a_slash(learnt):
+    """A folder is one whatever its name, but for those of models, such as d4. What concerns training alone is no matter."""
+    done = formats.run_trainer(["-e", learnt.name, "--prompt", "the cat ", "-g", 9, "-d", 77, "-n", 5, "-b", 3], cwd=learnt.parent)
+    assert done.stdout.encode() == speak("-e", learnt, "--prompt", "the cat ", "-g", 9)
+    (learnt.parent / "d4").symlink_to(learnt)
+    options = ["-x", 0, "-b", 1, "-t", 8, "-v", 0, "--train", learnt.parent / "text.txt"]
+    fresh, trained = (formats.run_trainer(["-e", name, *options], cwd=learnt.parent).stdout for name in ("d4", learnt.name))
+    assert "d4: 4 layers" in fresh and "model_00000400.bin: " in trained
+
+
 def test_from_standard_input(learnt):
     """As it is: bytes that are no UTF-8, zeros, ends of lines; and nothing at all."""
     for prompt in (b"the cat ", b"\0\xff\r\n", b"a" * 5000):
