@@ -83,6 +83,11 @@ def tensors(shape):
     yield "ln_f.bias", (C,), False
 
 
+def split_name(name):
+    """h.3.mlp.c_fc.weight -> 3, mlp.c_fc, weight; the layer is None outside the layers."""
+    return re.fullmatch(r"(?:h\.(\d+)\.)?(.*)\.(weight|bias)", name).groups()
+
+
 def check_shape(path, values):
     """A model's shape from the header's fields, checked as the trainer does; `values` are pairs (name to say, value)."""
     shape = SimpleNamespace()
@@ -512,7 +517,7 @@ GGUF_NAMES = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"
 
 def gguf_name(name):
     """h.3.mlp.c_fc.weight -> blk.3.ffn_up.weight"""
-    layer, part, kind = re.fullmatch(r"(?:h\.(\d+)\.)?(.*)\.(weight|bias)", name).groups()
+    layer, part, kind = split_name(name)
     return f"blk.{layer}." * (layer is not None) + f"{GGUF_NAMES[part]}.{kind}"
 
 

@@ -106,8 +106,8 @@ def main():
         try:
             count = follow(folder, TRACKERS[args.to], args.follow)
         except ImportError as error:
-            raise Problem(f"--to {args.to}: the Python package {error.name} is missing: pip install "
-                          f"{args.to}") from None
+            raise Problem(f"--to {args.to}: the Python package {error.name} is missing: "
+                          f"pip install {args.to}") from None
         print(f"{folder}: {count:,} records to {args.to}")
 
 

@@ -1,4 +1,4 @@
-"""dev/track.py: what a log holds, in TensorBoard's own reader, and as wandb and trackio are told."""
+"""dev/track.py: what a log holds, by TensorBoard's own reader, and as wandb and trackio get it."""
 
 import json
 import os
@@ -24,7 +24,7 @@ class Run:
     def log(self, values, step): self.note("log", values=values, step=step)
     def finish(self): self.note("finish")
 def init(**kw):
-    Run().note("init", dir=os.environ.get("TRACKIO_DIR"), **kw) if "dir" not in kw else Run().note("init", **kw)
+    Run().note("init", **{"dir": os.environ.get("TRACKIO_DIR"), **kw})
     return Run()
 log, finish = Run().log, Run().finish
 """
