@@ -147,11 +147,11 @@ def trainer_path():
     return path
 
 
-def run_trainer(args, **kw):
-    """Runs the trainer to its end; the arguments may be paths and numbers. Its exit status is not judged."""
+def run_trainer(args, trainer=None, **kw):
+    """Runs the trainer, or another one, to its end; the arguments may be paths and numbers. Its exit status is not judged."""
     kw.setdefault("capture_output", True)
     kw.setdefault("text", True)
     kw.setdefault("timeout", 600)
     # threads that wait give their core away: the models are tiny, and tests may share the machine
     kw.setdefault("env", {"OMP_WAIT_POLICY": "passive", **os.environ})
-    return subprocess.run([trainer_path()] + [str(a) for a in args], **kw)
+    return subprocess.run([trainer or trainer_path()] + [str(a) for a in args], **kw)

@@ -3,9 +3,9 @@
     reference.py --make-goldens [--out DIR]   computes goldens/*.npz anew
     reference.py --evaluate JOB.npz OUT.npz   answers one question of test_parity.py
 
-It shares no code with the trainers. The gradients are autograd's, the optimizer is torch.optim.AdamW; only
-CompAct's update has no counterpart in PyTorch and is written out in compact_update. Being in double precision,
-its own rounding does not count: what a comparison shows is the trainer's.
+It shares no code with the trainers. The gradients are autograd's, the optimizer is torch.optim.AdamW; CompAct's update
+and Muon have no counterpart in PyTorch and are written out in train_compact. Being in double precision, its own rounding
+does not count: what a comparison shows is the trainer's.
 """
 
 import argparse
@@ -22,6 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import formats
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+LINEAR = ["qkvw", "attprojw", "fcw", "fcprojw"]
 
 
 # ---------------------------------------------------------------------------- the model
@@ -99,35 +100,58 @@ def train(params, config, inputs, targets, hyper, steps):
     return np.array(losses), np.array(norms), {name: t.detach().numpy() for name, t in p.items()}
 
 
-def compact_update(W, G, P, moments, step, hyper):
-    """One update of one weight (m, n), in place: G and the moments are (m, n), or (m, r) with P (n, r)."""
+def adamw_direction(G, moments, step, hyper):
     M, V = moments
     M += (1 - hyper["beta1"]) * (G - M)
     V += (1 - hyper["beta2"]) * (G * G - V)
-    U = M / (1 - hyper["beta1"] ** step) / ((V / (1 - hyper["beta2"] ** step)).sqrt() + hyper["eps"])
-    if P is not None:
-        U = hyper["alpha"] * U @ P.T
-    W -= hyper["lr"] * (U + hyper["decay"] * W)
+    return M / (1 - hyper["beta1"] ** step) / ((V / (1 - hyper["beta2"] ** step)).sqrt() + hyper["eps"])
+
+
+def muon_direction(G, moments, n, blocks):
+    """Nesterov's momentum, its singular values put through the polynomial of the five Newton-Schulz iterations, for W of n
+    inputs; each of the blocks (q, k and v) by itself."""
+    M = moments[0]
+    M.mul_(0.95).add_(G)
+    parts = []
+    for X in (G + 0.95 * M).chunk(blocks):
+        U, S, V = torch.linalg.svd(X, full_matrices=False)
+        S = S / S.norm()
+        for _ in range(5):
+            S = 3.4445 * S - 4.7750 * S ** 3 + 2.0315 * S ** 5
+        parts.append(0.2 * math.sqrt(len(X) * n / min(X.shape)) * (U * S) @ V)
+    return torch.cat(parts)
 
 
 def train_compact(params, config, inputs, targets, hyper, steps, proj):
-    """As train, but tensors that have a projection, proj["qkvw.0"] and so on, learn from gradients times it."""
+    """As train, but tensors that have projections, proj["qkvw.0"] and so on, learn from gradients times these: (epochs, n, r),
+    the next one after every hyper["gap"] steps. The linear layers' optimizer is hyper["optimizer"]."""
     p = parameters(params)
     proj = {name: torch.tensor(P, dtype=torch.float64) for name, P in proj.items()}
     moments, losses, norms = {}, [], []
-    for step in range(1, steps + 1):
+    for step in range(steps):
         _, _, loss = backward(p, config, inputs, targets)
         losses.append(loss)
+        epoch, begun = divmod(step, hyper.get("gap", steps))
+        now = {record: P[epoch] for record, P in proj.items()}
         todo = []
         for name in formats.PARAMS:
             for (record, W), (_, G) in zip(formats.per_layer(name, p[name].detach()), formats.per_layer(name, p[name].grad)):
-                todo.append((name, record, W, G @ proj[record] if record in proj else G))
+                todo.append((name, record, W, G @ now[record] if record in now else G))
         norm = math.sqrt(sum((G * G).sum().item() for _, _, _, G in todo))
         scale = min(1.0, hyper["clip"] / norm)
         for name, record, W, G in todo:
             decay = hyper["weight_decay"] if name in formats.DECAYED else 0.0
             mv = moments.setdefault(record, (torch.zeros_like(G), torch.zeros_like(G)))
-            compact_update(W, scale * G, proj.get(record), mv, step, dict(hyper, decay=decay))
+            if record in now and step > 0 and begun == 0 and hyper["moments"] != "keep":
+                moved = mv[0] @ proj[record][epoch - 1].T @ now[record]
+                mv[0].copy_(moved if hyper["moments"] == "move" else torch.zeros_like(moved))
+            if hyper.get("optimizer") == "muon" and name in LINEAR:
+                U = muon_direction(scale * G, mv, W.shape[1], 3 if name == "qkvw" else 1)
+            else:
+                U = adamw_direction(scale * G, mv, step + 1, hyper)
+            if record in now:
+                U = hyper["alpha"] * U @ now[record].T
+            W -= hyper["lr"] * (U + decay * W)
         norms.append(norm)
     return np.array(losses), np.array(norms), {name: t.detach().numpy() for name, t in p.items()}
 
@@ -190,7 +214,7 @@ def make_goldens(directory):
 # ---------------------------------------------------------------------------- questions from test_parity.py
 
 def evaluate(job_path, out_path):
-    """The job holds the model, the batch and, as proj.NAME.LAYER, the projections if there are any."""
+    """The job holds the model, the batch and, as proj.NAME.LAYER, the projections of all epochs if there are any."""
     job = np.load(job_path)
     about = json.loads(job["about"].tobytes())
     config, hyper = about["config"], about["hyper"]
@@ -198,7 +222,7 @@ def evaluate(job_path, out_path):
     proj = {name[5:]: job[name] for name in job.files if name.startswith("proj.")}
     inputs, targets = torch.tensor(job["inputs"]).long(), torch.tensor(job["targets"]).long()
     out = first_step(params, config, inputs, targets)
-    if proj:
+    if proj or hyper.get("optimizer") == "muon":
         losses, norms, trained = train_compact(params, config, inputs, targets, hyper, about["steps"], proj)
     else:
         losses, norms, trained = train(params, config, inputs, targets, hyper, about["steps"])

@@ -15,7 +15,9 @@ from conftest import LEVELS, NAME, TINY, VOCAB, check_one_line, environment, mak
 
 METHODS = [["--rank", 1.0]] + [["--projection", p, "--moments", m]
                                for p in ("gaussian", "rademacher", "sparse") for m in ("keep", "move", "reset")]
-FEW_BITS = ["--gelu 2bit -r 2", "--tape int8 -r 4", "--master none", "--master none --gelu 2bit --tape int8 --moments move"]
+METHODS += [["--optimizer", "muon", *flags] for flags in (["--rank", 1.0], ["--moments", "keep"], ["--projection", "gaussian", "--moments", "move"])]
+FEW_BITS = ["--gelu 2bit -r 2", "--tape int8 -r 4", "--master none", "--master none --gelu 2bit --tape int8 --moments move",
+            "--optimizer muon --master none --tape int8 --moments reset"]
 CONSTANT = ["-k", "constant", "-l", 1e-2]  # a rate that does not depend on --steps
 
 
@@ -118,7 +120,7 @@ def test_folder_with_odd_name(train, tmp_path):
 
 OTHER = {"--rank": 0.5, "--projection": "gaussian", "--gap": 3, "--moments": "reset", "--compress": "qkv", "--seed": 3,
          "--seq": 16, "--total-batch": 128, "--channels": 32, "--heads": 4, "--layers": 3, "--context": 48,
-         "--gelu": "2bit", "--tape": "int8", "--master": "none"}
+         "--gelu": "2bit", "--tape": "int8", "--master": "none", "--optimizer": "muon"}
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def test_resume_refuses_other_flags(flag, saved, train, tmp_path):
     assert {name: content(out / name) for name in os.listdir(out)} == before, "a refused run has changed the folder"
 
 
-@pytest.mark.parametrize("flags", ["--gelu 2bit", "--tape int8", "--master none"])
+@pytest.mark.parametrize("flags", ["--gelu 2bit", "--tape int8", "--master none", "--optimizer muon"])
 def test_resume_refuses_to_forget_a_flag(flags, train):
     """A run that kept few bits does not go on without."""
     out = train(*flags.split(), "-x", 2, "-n", -1).out

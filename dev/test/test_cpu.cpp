@@ -1076,6 +1076,103 @@ TEST(Compressed, EpochAdvancesWithTheGap) {
     EXPECT_EQ(s.epoch, 0);
 }
 
+// ---- Muon
+
+// What the iterations make of a singular value of a matrix whose norm is 1.
+static double levelled(double s) {
+    for (int i = 0; i < 5; i++) s = 3.4445 * s - 4.7750 * pow(s, 3) + 2.0315 * pow(s, 5);
+    return s;
+}
+
+// Random orthonormal columns, (rows, k): each is freed of those before it, twice.
+static Doubles orthonormal(Random& random, int rows, int k) {
+    Doubles q = doubles(random.reals(size_t(rows) * k));
+    for (int j = 0; j < k; j++) {
+        auto column = [&](int at) {
+            Doubles one(rows);
+            for (int i = 0; i < rows; i++) one[i] = q[i * k + at];
+            return one;
+        };
+        for (int twice = 0; twice < 2 * j; twice++) {
+            const Doubles before = column(twice % j);
+            const double along = dot(before, column(j));
+            for (int i = 0; i < rows; i++) q[i * k + j] -= along * before[i];
+        }
+        const double length = sqrt(dot(column(j), column(j)));
+        for (int i = 0; i < rows; i++) q[i * k + j] /= length;
+    }
+    return q;
+}
+
+static Floats orthogonalised(Floats x, int rows, int columns) {
+    const int k = std::min(rows, columns);
+    Floats work(x.size() + 2 * k * k, NAN);
+    orthogonalise(x.data(), rows, columns, work.data());
+    return x;
+}
+
+// X = U S V^T is made of its singular values and vectors: it becomes U S' V^T, S' what the polynomial makes of S.
+TEST(Muon, LevelsSingularValuesAndKeepsTheirVectors) {
+    double least = INFINITY, most = 0;  // of all above 0.002 of the norm
+    for (double s = 0.002; s <= 1; s *= 1.0001) least = std::min(least, levelled(s)), most = std::max(most, levelled(s));
+    EXPECT_NEAR(least, 0.68, 0.005);
+    EXPECT_NEAR(most, 1.20, 0.005);
+    Random random(61);
+    for (auto [rows, columns] : {std::pair(40, 12), {12, 40}, {24, 24}, {100, 3}, {1, 9}, {9, 1}, {1, 1}}) {
+        const int k = std::min(rows, columns);
+        for (int rank : std::set<int>{k, (k + 1) / 2, 1}) {
+            SCOPED_TRACE(text("%d x %d of rank %d", rows, columns, rank));
+            const Doubles u = orthonormal(random, rows, k), v = orthonormal(random, columns, k);
+            Doubles s(k), before(u), after(u);
+            for (int j = 0; j < rank; j++) s[j] = pow(0.01, double(j) / k);
+            const double norm = sqrt(dot(s, s));
+            for (int i = 0; i < rows * k; i++) before[i] *= s[i % k], after[i] *= levelled(s[i % k] / norm);
+            const Doubles exact = naive_product(before, false, v, true, rows, columns, k);
+            const Floats x(exact.begin(), exact.end()), got = orthogonalised(x, rows, columns);
+            // Rounding x errs by ROUND of its norm, the products as much again, and a direction in which there is next to
+            // nothing grows by up to 3.4445^5 = 485. A coefficient that is off by a thousandth shows as 1e-3.
+            expect_close("X", got.data(), naive_product(after, false, v, true, rows, columns, k), 2 * 485 * ROUND, 1);
+            for (int power : {-90, 100}) {
+                Floats scaled(x);
+                for (float& one : scaled) one = ldexpf(one, power);
+                expect_same("X of another scale", orthogonalised(scaled, rows, columns).data(), got.data(), got.size());
+            }
+        }
+    }
+}
+
+TEST(Muon, ZerosAndExtremes) {
+    const int rows = 8, columns = 5;
+    for (float value : {0.0f, 1e-45f, 1.0f, -FLT_MAX}) {  // each of the others is one direction
+        const Floats got = orthogonalised(Floats(rows * columns, value), rows, columns);
+        const double each = value == 0 ? 0 : copysign(levelled(1) / sqrt(rows * columns), value);
+        expect_close(text("of %g", value), got.data(), Doubles(rows * columns, each), 485 * ROUND, 1);
+        EXPECT_EQ(std::count(got.begin(), got.end(), 0.0f), value == 0 ? rows * columns : 0);
+    }
+}
+
+// M = mu M + g, and U = 0.2 sqrt(rows n / k) orth(g + mu M): spread over n inputs, as long as numbers of 0.2 or so.
+TEST(Muon, Direction) {
+    Random random(62);
+    for (auto [rows, columns, n] : {std::tuple(24, 8, 32), {8, 24, 24}, {16, 16, 64}}) {
+        const int k = std::min(rows, columns), count = rows * columns;
+        Floats m = random.reals(count), g = random.reals(count), work(count + 2 * k * k, NAN), x(count);
+        Doubles M(count), U(count);
+        for (int i = 0; i < count; i++) {
+            M[i] = 0.95 * m[i] + 0.5 * g[i];
+            x[i] = float(0.5 * g[i] + 0.95 * M[i]);
+        }
+        x = orthogonalised(x, rows, columns);
+        const double factor = 0.2 * sqrt(double(rows) * n / k);
+        for (int i = 0; i < count; i++) U[i] = factor * x[i];
+        muon_direction(g.data(), m.data(), rows, columns, n, 0.5f, work.data());
+        expect_close("M", m.data(), M, 4 * ROUND);
+        expect_close("U", g.data(), U, 2 * 485 * ROUND, factor);  // x is rounded in another order
+        const double rms = sqrt(dot(doubles(g), doubles(g)) / count * columns / n);
+        EXPECT_TRUE(rms > 0.2 * 0.68 && rms < 0.2 * 1.2) << rms;
+    }
+}
+
 // ---- data
 
 static void write_file(const std::string& path, const std::string& bytes) {
@@ -1632,7 +1729,7 @@ static Combination draw_combination(Random& random) {
     o.compress = random.below(16);
     o.projection = random.below(3), o.moments = random.below(3), o.gap = random.below(3);
     o.recompute = random.below(NEVER), o.gelu = random.below(3) == 0 ? GELU_2BIT : GELU_EXACT;
-    o.tape = random.below(2), o.master = random.below(2);
+    o.tape = random.below(2), o.master = random.below(2), o.optimizer = random.below(2);
     return {c, o, micros, o.gelu == GELU_2BIT && o.recompute >= 3};
 }
 
@@ -1640,9 +1737,9 @@ static std::string words_of(const Combination& x) {
     const Options& o = x.options;
     return text(
         "L %d NH %d C %d V %d T %d B %d seq %d micros %d rank %g compress %d projection %d moments %d gap %d -r %d gelu %d "
-        "tape %d master %d",
+        "tape %d master %d optimizer %d",
         x.config.L, x.config.NH, x.config.C, x.config.V, x.config.context, o.batch, o.seq, x.micros, o.rank, o.compress,
-        o.projection, o.moments, o.gap, o.recompute, o.gelu, o.tape, o.master);
+        o.projection, o.moments, o.gap, o.recompute, o.gelu, o.tape, o.master, o.optimizer);
 }
 
 // Two steps and an evaluation: losses and norms on the way, and the weights at the end.

@@ -18,6 +18,8 @@ PROJECTIONS = ["gaussian", "rademacher", "sparse"]  # that are drawn
 # (rank, compressed layers, projection): full rank, and each projection in all layers
 METHODS = {"full rank": ["--rank", 1.0]}
 METHODS.update({p: ["--rank", 0.25, "--projection", p, "--compress", ALL] for p in PROJECTIONS})
+METHODS["muon"] = [*METHODS["sparse"], "--moments", "move", "--optimizer", "muon"]
+METHODS["muon, full rank"] = ["--rank", 1.0, "--optimizer", "muon"]
 WIDTH = {"qkv": 1, "attproj": 1, "fc": 1, "fcproj": 4}  # of a linear layer's input, in channels
 # A loss in the log is rounded to 6 decimals.
 LOGGED = 1e-6
@@ -900,7 +902,7 @@ def test_lengths_that_are_no_multiple_of_a_tile(T, train, tmp_path):
     long, short = tmp_path / "long.bin", tmp_path / "short.bin"
     formats.write_tokens(long, tokens.astype(int), VOCAB)
     formats.write_tokens(short, tokens.astype(int)[:T + 1], VOCAB)
-    shape = ["-e", "d2", "--channels", 24, "--heads", 3, "--context", 130, "-b", 1, "-x", 2, "-n", -1, "-l", 1e-2]
+    shape = ["-e", "d2", "--channels", 24, "--heads", 3, "--context", 130, "-b", 1, "-x", 2, "-n", -1, "-l", 1e-2, "--optimizer", "adamw"]
     whole = train(*shape, "--train", long, dump=True).dump
     for method in METHODS.values():
         runs = [train(*shape, "--train", short, "-t", T, *method, "-r", level, dump=True) for level in LEVELS]
