@@ -35,6 +35,7 @@ import json
 import os
 import re
 import struct
+import warnings
 from types import SimpleNamespace
 
 # says it if NumPy is missing
@@ -183,7 +184,9 @@ def load_pytorch(path):
         raise Problem(f"{path}: takes PyTorch to read; install torch, or get the model's "
                       "model.safetensors") from None
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # an error says it all
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of pickle, of zip, of PyTorch
         raise Problem(f"{path}: is no file of weights by PyTorch, or none that PyTorch "
                       f"{torch.__version__} reads without running what is in it "

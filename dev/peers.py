@@ -3,7 +3,8 @@
 The trainer beside the methods that people would take instead, each from its own package: the same
 GPT-2 from the same initial weights, the same tokens in the same order, the same number of steps.
 Every method is run at each of its learning rates with the first seed, and the best --best of them
-at their best rate with the other seeds. Writes results.csv, results.md and loss_memory.png into
+at their best rate with the other seeds; then each is timed for some steps, in turn and several
+times, so that a noisy machine treats all alike. Writes results.csv, results.md and loss_memory.png into
 --out. Started again, it goes on: what is done is not done again.
 
   adamw       full rank, PyTorch's AdamW: the baseline
@@ -16,7 +17,7 @@ at their best rate with the other seeds. Writes results.csv, results.md and loss
   velora      arXiv 2405.17991; no package: its formulas, in this file
   compact     CompAct, arXiv 2410.15352; no package: its formulas, in this file
   full        this trainer, --rank 1 --optimizer adamw
-  ours        this trainer as it is by default
+  ours        this trainer as it is by default; ours5: with -r 5, which recomputes each block
 
 The packages: pip install torch galore-torch apollo-torch lomo-optim. One that is not there, or
 fails, is a row that says so. Data are token shards (data_prep/prepare.py).
@@ -52,6 +53,7 @@ import numpy as np
 TOKENS_HEADER = 1024
 BETAS, EPS, CLIP, FINAL_LR = (0.9, 0.95), 1e-8, 1.0, 0.1  # the trainer's defaults
 MEASURED_STEP = 1  # whose memory is counted: the first one with the optimizer's state
+ROUNDS, TIMED_STEPS = 3, 15  # of timing
 LINEAR = ["qkv", "attproj", "fc", "fcproj"]
 COMPRESSED = ["qkv", "fc", "fcproj"]  # as the trainer's default
 # A model .bin's tensors in torch_gpt2.py.
@@ -404,6 +406,7 @@ METHODS = {
     "full": ("this trainer, full rank, AdamW", ["--rank", "1", "--optimizer", "adamw"],
              [1e-3, 3e-3, 6e-3], []),
     "ours": ("this trainer, default", [], [3e-3, 6e-3, 1e-2], []),
+    "ours5": ("this trainer, default, -r 5", ["-r", "5"], [3e-3, 6e-3, 1e-2], []),
 }
 
 # ---------------------------------------------------------------------------- one run
@@ -532,7 +535,7 @@ def run_job(text):
 # ---------------------------------------------------------------------------- all runs
 
 
-def plan_runs(args, seed, pairs):
+def plan_runs(args, seed, pairs, **change):
     """Runs of pairs (method, learning rate). A run is known by all that it depends on."""
     init = os.path.join(args.out, f"init-s{seed}", "model_00000000.bin")
     runs = []
@@ -540,11 +543,12 @@ def plan_runs(args, seed, pairs):
         job = dict(method=method, lr=lr, seed=seed, init=init, train=args.train, val=args.val,
                    batch=args.batch, steps=args.steps, warmup=args.warmup, ratio=args.ratio,
                    val_batches=args.val_batches, device=args.device, binary=args.binary)
+        job.update(change)
         known = dict(job, init=ablate.content(init), binary=os.path.basename(args.binary))
         for option in "train", "val":
             known[option] = list(map(ablate.content, Shards(option, known[option], 1).paths))
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
-        name = f"{method}-lr{lr:g}-s{seed}-{digest}"
+        name = "timed-" * ("turn" in change) + f"{method}-lr{lr:g}-s{seed}-{digest}"
         job.update(name=name, result=os.path.join(args.out, name + ".json"))
         runs.append(SimpleNamespace(**job, job=job, found=None, status=ablate.NOT_RUN, choice=""))
     return runs
@@ -634,6 +638,10 @@ layers (their projection is renewed every 200 steps, scales 0.25 and 1), CompAct
 every 50 steps, alpha 1) and VeLoRA, whose sub-tokens are as long as gives the same memory, in qkv,
 fc and fcproj. Muon at full rank takes q, k and v as one matrix.
 
+Speed: mean and standard deviation of {rounds} rounds, in each of which every method is started in
+turn for {steps} steps; of a round the median, without the first steps. Those of the runs, below,
+stood beside whatever else the machine did.
+
 Memory, on a CPU: parameters, gradients, optimizer's state, and at its peak what autograd keeps,
 each piece once (counted by saved-tensor hooks in the second step); temporaries are not counted.
 Of this trainer: the same four parts of its plan; all that it allocates, its workspace included, is
@@ -658,12 +666,13 @@ def markdown(args, runs, rows):
         failed = [run.status for run, _ in those if run.status not in ("ok", ablate.NOT_RUN)]
         lines.append([METHODS[method][0], len(taken), f"{taken[0]['lr']:g}{edge}",
                       *(ablate.over_seeds(column, taken) for column in
-                        ("val_loss", "bits_per_byte", "tokens_per_second")),
+                        ("val_loss", "bits_per_byte")),
+                      ablate.over_seeds("tokens_per_second", args.timings.get(method, [])),
                       ablate.shown("memory_bytes", taken[0]["memory_bytes"]),
                       f"{len(failed)} of its rates: {failed[0]}" if failed else ""])
     text += ablate.table(["method", "runs", "lr", "validation loss", "bits per byte", "tokens/s",
                           "memory", "note"], lines)
-    text += NOTES.format(ratio=args.ratio)
+    text += NOTES.format(ratio=args.ratio, rounds=ROUNDS, steps=TIMED_STEPS)
     text += "\n**(edge): best at the edge of its list of rates; a wider one may have better.**\n"
     text += "\n![loss_memory.png](loss_memory.png)\n\n## Runs\n\n"
     columns = ["method", "lr", "seed", "final_train_loss", "val_loss", "tokens_per_second",
@@ -794,6 +803,7 @@ def compare(args):
     pairs = [(method, rates[method][i]) for i in range(max(map(len, rates.values())))
              for method in args.methods if i < len(rates[method])]
     runs = first = plan_runs(args, args.seeds[0], pairs)
+    args.timings = {}  # method: its timed runs' results
 
     def do_all(some):
         for run in some:
@@ -811,6 +821,14 @@ def compare(args):
             run.choice = chosen.choice
         runs = runs + others
         do_all(others)
+    taken = [(run.method, run.lr) for run in choose(first)]
+    for turn in range(ROUNDS):
+        for run in plan_runs(args, args.seeds[0], taken, turn=turn, steps=TIMED_STEPS, warmup=0,
+                             val_batches=1):
+            if not take_result(run):
+                do(run, args)
+            if run.found:
+                args.timings.setdefault(run.method, []).append(run.found)
     write_results(args, runs)
     failed = [run for run in runs if not run.found]
     for run in failed:

@@ -60,7 +60,7 @@ def rows_of(out):
 
 def results(out):
     found = {}
-    for path in out.glob("*.json"):
+    for path in out.glob("*-s1-*.json"):
         found[path.name.split("-")[0]] = json.loads(path.read_text())
     return found
 
@@ -69,7 +69,8 @@ def results(out):
 def done(shards, tmp_path_factory):
     """Ten steps of all that takes no package but PyTorch, at one rate."""
     out = tmp_path_factory.mktemp("peers") / "out"
-    compare(shards, out, "--methods", "adamw,checkpoint,velora,compact,full,ours", "--lrs", "1e-2")
+    compare(shards, out, "--methods", "adamw,checkpoint,velora,compact,full,ours5", "--lrs",
+            "1e-2")
     return out
 
 
@@ -114,6 +115,7 @@ def test_memory(done):
     assert tape["checkpoint"] < tape["compact"] < tape["adamw"] and tape["velora"] < tape["adamw"]
     # of the inputs from ln1 and ln2, 16 wide, and from GELU, 64 wide, in two layers, a quarter
     assert tape["adamw"] - tape["compact"] == 2 * 2 * 32 * 4 * (16 + 16 + 64) * 3 // 4
+    assert found["ours5"]["tape_bytes"] < full["tape_bytes"] / 4
     assert found["compact"]["state_bytes"] < adamw["state_bytes"]
 
 
@@ -130,8 +132,10 @@ def test_tables(done):
         bits = float(row["val_loss"]) / math.log(2)
         assert float(row["bits_per_byte"]) == pytest.approx(bits, rel=1e-5)
     text = (done / "results.md").read_text()
-    for method in "AdamW, full rank", "CompAct, from its formulas", "this trainer, default":
-        assert f"| {method} | 1 | 0.01 |" in text
+    for method in "AdamW, full rank", "CompAct, from its formulas", "this trainer, default, -r 5":
+        line, = (line for line in text.splitlines() if line.startswith(f"| {method} | 1 | 0.01 |"))
+        assert " ± " in line.split("|")[6], "tokens/s, over rounds"
+    assert len(list(done.glob("timed-*.json"))) == 6 * peers.ROUNDS
     assert (done / "loss_memory.png").stat().st_size > 10_000
     assert not list(done.glob("*.tmp")) and not list(done.glob("trainer-*"))
 
@@ -140,7 +144,7 @@ def test_goes_on(shards, done):
     """What is done is not done again; with another option all is."""
     before = {path: path.stat().st_mtime_ns for path in done.glob("*.json")}
     next(iter(done.glob("velora*.json"))).unlink()
-    args = ["--methods", "adamw,checkpoint,velora,compact,full,ours", "--lrs", "1e-2"]
+    args = ["--methods", "adamw,checkpoint,velora,compact,full,ours5", "--lrs", "1e-2"]
     compare(shards, done, *args)
     after = {path: path.stat().st_mtime_ns for path in done.glob("*.json")}
     assert before.keys() == after.keys()
