@@ -1409,33 +1409,48 @@ __global__ void position_backward_kernel(float* dwpe, const floatX* dx, int B, i
     }
 }
 
-// ---- softmax and cross entropy: losses (rows); logits (rows, ld) become their gradient, times scale. A block a row; padded
-// words, V and above, get 0. A target of -1 is not predicted: no loss, no gradient.
+// ---- softmax and cross entropy: losses (rows); logits (rows, ld) become their gradient, times scale. Padded words, V and above,
+// get 0. A target of -1 is not predicted: no loss, no gradient.
 
-__global__ void __launch_bounds__(512)
+// A pack of logits, of which `words` are words': the padding counts as -infinity, whose exponential is 0, and so is its
+// gradient.
+__device__ inline Pack without_padding(Pack p, int words) {
+    for (int k = 0; k < PACK && words < PACK; k++) {
+        if (k >= words) store(&p.x[k], -INFINITY);
+    }
+    return p;
+}
+
+// A thread's running maximum, and its sum of exponentials relative to that (Milakov and Gimelshein, arXiv 1805.02867): 9
+// exponentials a pack.
+__device__ inline void add_exponentials(const Pack& p, float* most, float* sum) {
+    float larger = *most;
+    for (int k = 0; k < PACK; k++) larger = fmaxf(larger, to_float(p.x[k]));
+    *sum *= __expf(*most - larger);
+    for (int k = 0; k < PACK; k++) *sum += __expf(to_float(p.x[k]) - larger);
+    *most = larger;
+}
+
+// A block a row, read twice: for maximum and sum, and for the gradient. Blocks so large that the rows of those that run at once,
+// 26 MB on an H100, stay in the second cache between the two.
+__global__ void __launch_bounds__(1024)
     cross_entropy_kernel(floatX* logits, float* losses, const int* targets, int V, int ld, float scale, bool gradient) {
     __shared__ float reduce[WARP];
     floatX* row = logits + size_t(blockIdx.x) * ld;
-    float most = -INFINITY, sum = 0;
-    for (int j = threadIdx.x * PACK; j < V; j += blockDim.x * PACK) {
-        Pack p = load_pack(row + j);
-        for (int k = 0; k < PACK && j + k < V; k++) most = fmaxf(most, to_float(p.x[k]));
-    }
-    most = block_reduce(most, reduce, true);
-    for (int j = threadIdx.x * PACK; j < V; j += blockDim.x * PACK) {
-        Pack p = load_pack(row + j);
-        for (int k = 0; k < PACK && j + k < V; k++) sum += __expf(to_float(p.x[k]) - most);
-    }
-    sum = block_reduce(sum, reduce, false);
     int target = targets[blockIdx.x];
+    float own = -INFINITY, sum = 0, wanted = to_float(row[max(target, 0)]);
+    for (int j = threadIdx.x * PACK; j < V; j += blockDim.x * PACK)
+        add_exponentials(without_padding(load_pack(row + j), V - j), &own, &sum);
+    float most = block_reduce(own, reduce, true);
+    sum = block_reduce(sum * __expf(own - most), reduce, false);
     if (target < 0) scale = 0;
-    if (threadIdx.x == 0) losses[blockIdx.x] = target < 0 ? 0.0f : logf(sum) + most - to_float(row[target]);
-    __syncthreads();
+    if (threadIdx.x == 0) losses[blockIdx.x] = target < 0 ? 0.0f : logf(sum) + most - wanted;
+    float factor = scale / sum;
     for (int j = threadIdx.x * PACK; j < ld && gradient; j += blockDim.x * PACK) {
-        Pack p = load_pack(row + j);
+        Pack p = without_padding(load_pack(row + j), V - j);
         for (int k = 0; k < PACK; k++) {
-            float y = j + k < V ? __expf(to_float(p.x[k]) - most) / sum - (j + k == target ? 1.0f : 0.0f) : 0.0f;
-            store(&p.x[k], y * scale);
+            float y = __expf(to_float(p.x[k]) - most) * factor;
+            store(&p.x[k], j + k == target ? y - scale : y);
         }
         store_pack(row + j, p);
     }
@@ -1644,7 +1659,8 @@ struct Model {
     float* p_change;          // (r, r) P_old^T P_new
     float* lifted;            // (m, n) a dense step on its way to weights without master copies
     void* products_workspace;
-    floatX* logits;           // (CHUNK, logits_width)
+    floatX* logits;           // (chunk, logits_width), in `wide` where that has room
+    int chunk;                // tokens whose logits exist at one time
     floatX* cache;            // (L, seq, 2C) keys and values of the text that is being generated
     float *partial, *dot;     // (SLABS, 4C) sums of columns; (N, NH)
     float *norm_partial, *norm;
@@ -1659,7 +1675,7 @@ struct Model {
 
 enum { SPARE_BYTES = 256 << 20 };   // stay free for kernels, which are loaded when they are first called
 enum { CUBLAS_BYTES = 32 << 20 };   // its workspace, ours: so that results do not depend on what else it serves
-enum { CHUNK = 1024 };  // tokens whose logits exist at one time
+enum { CHUNK = 1024 };  // tokens whose logits have a buffer of their own where `wide` has no room for as many
 enum { NO_CACHE = -1 };  // for `past`: attention is among the tokens at hand
 
 static int logits_width(const Config& c) { return (c.Vp + 7) / 8 * 8; }  // so that each row begins on 16 bytes
@@ -1789,7 +1805,11 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     add("workspace", "projection_shift_next", "int32", {move * stripes}, &s.shift_next);
     add("workspace", "projection_change", "fp32", {move * p_change}, &s.p_change);
     add("workspace", "products", "byte", {CUBLAS_BYTES}, &s.products_workspace);
-    add("workspace", "logits", TYPE_X, {o.generates ? 1 : std::min<int64_t>(CHUNK, N), logits_width(c)}, &s.logits);
+    // The gradient of wte is read and written once a chunk: the fewer the better. Beside the head's input, `wide` is free then.
+    int64_t free_rows = std::min(N, (s.wide_rows * 4 - N) * C / logits_width(c)), own = o.generates ? 1 : std::min<int64_t>(CHUNK, N);
+    if (free_rows >= own) own = 0;
+    s.chunk = int(own > 0 ? own : free_rows);
+    add("workspace", "logits", TYPE_X, {own, logits_width(c)}, &s.logits);
     add("workspace", "keys_values", TYPE_X, {L, cached_tokens(o), 2 * C}, &s.cache);
     add("data", "inputs", "int32", {N}, &s.d_inputs);
     plan.flops = matrix_flops(c, o, s.linear);
@@ -1846,6 +1866,7 @@ static void model_allocate(Model& s, const Plan& plan) {
             "device memory: the plan's %s bytes, of %s that were free; the libraries took %s before\n",
             commas(plan.bytes()).c_str(), commas(free_bytes).c_str(), commas(total_bytes - free_bytes).c_str());
     CUDA(cublasSetWorkspace(cublas, s.products_workspace, CUBLAS_BYTES));
+    if (!s.logits) s.logits = s.wide + rows_of(s.options) * s.config.C;
     for (int i = 0; i < PARAMS && !IS_BF16; i++) s.master[i] = (float*)s.params[i];
     for (int i = 0; i < 2 && s.options.offload; i++) {
         CUDA(cudaEventCreateWithFlags(&s.computed[i], cudaEventDisableTiming));
@@ -2349,11 +2370,11 @@ static void classifier(Model& s, int N, bool training, float scale, float beta) 
     const Config& c = s.config;
     int ld = logits_width(c);
     CUDA(cudaMemcpyAsync(s.d_targets, s.targets, N * sizeof(int), cudaMemcpyHostToDevice));
-    for (int first = 0; first < N; first += CHUNK) {
-        int rows = std::min<int>(CHUNK, N - first);
+    for (int first = 0; first < N; first += s.chunk) {
+        int rows = std::min(s.chunk, N - first);
         const floatX* lnf = s.wide + int64_t(first) * c.C;
         matmul(s.logits, CUDA_X, lnf, false, s.params[WTE], true, CUDA_X, rows, c.Vp, c.C, 1.0f, 0.0f, 0, ld);
-        cross_entropy_kernel<<<rows, 512>>>(s.logits, s.d_losses + first, s.d_targets + first, c.V, ld, scale, training);
+        cross_entropy_kernel<<<rows, 1024>>>(s.logits, s.d_losses + first, s.d_targets + first, c.V, ld, scale, training);
         LAUNCHED();
         if (!training) continue;
         floatX* dlnf = s.spare + int64_t(first) * c.C;

@@ -80,7 +80,6 @@ class Shape:
         names = [t["name"].split(".") for t in plan["tensors"] if t["category"] == "tape"]
         self.kept = {name: how[0] if how else "whole" for name, *how in names if how != ["scale"]}
         self.ld = (self.Vp + 7) // 8 * 8
-        self.chunk = min(1024, self.N)
         self.micro_batches = o["total-batch"] // self.N
 
     def linear(self, which):
@@ -188,10 +187,12 @@ class Step(Launches):
 
     def classifier(self):
         s = self.s
-        for first in range(0, s.N, s.chunk):
-            rows = min(s.chunk, s.N - first)
+        free = (4 * self.wide_rows() - s.N) * s.C // s.ld  # rows of logits that `wide` has room for
+        chunk = min(s.N, max(free, 1024))
+        for first in range(0, s.N, chunk):
+            rows = min(chunk, s.N - first)
             self.product("logits", rows, s.Vp, s.C)
-            self.add("cross_entropy_kernel", 4 * X * rows * s.ld)  # read for the maximum, the sum and the gradient
+            self.add("cross_entropy_kernel", 3 * X * rows * s.ld)  # a large cache may spare it the second reading
             self.product("dlnf", rows, s.C, s.Vp)
             self.product("dwte", s.Vp, s.C, rows, out=4, beta=first > 0)
 
@@ -278,8 +279,7 @@ class Step(Launches):
     def muon_update(self, which, moved):
         """As many layers at once as the workspace of the tape holds."""
         s = self.s
-        room = max([s.N] + [-(-self.muon_elements(w) // (4 * s.C)) for w in LINEARS]) * 4 * s.C
-        most = min(s.L, room // self.muon_elements(which))
+        most = min(s.L, self.wide_rows() * 4 * s.C // self.muon_elements(which))
         for first in range(0, s.L, most):
             blocks, rows, r, k = self.muon_shape(which)
             batch = blocks * min(most, s.L - first)
@@ -294,6 +294,10 @@ class Step(Launches):
         m, _, r, _ = self.s.linear(which)
         blocks = 3 if which == "qkv" else 1
         return blocks, m // blocks, r, min(m // blocks, r)
+
+    def wide_rows(self):
+        muon = self.s.options["optimizer"] == "muon"
+        return max([self.s.N] + [-(-self.muon_elements(which) // (4 * self.s.C)) for which in LINEARS if muon])
 
     def muon_elements(self, which):
         blocks, rows, r, k = self.muon_shape(which)

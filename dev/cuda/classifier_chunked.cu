@@ -2,27 +2,27 @@
 // of x (N, C) and of wte (Vp, C), which is fp32. Logits exist for `rows` tokens at a time; ld, the elements from one row of
 // them to the next, is Vp rounded up to 8.
 //
-// 1 to 5 are its middle, for one chunk: logits become their gradient, times scale, and losses are left. Floor, with E bytes an
+// 1 to 4 are its middle, for one chunk: logits become their gradient, times scale, and losses are left. Floor, with E bytes an
 // element: logits read and written, 2 rows ld E bytes, 206 MB for 1024 tokens of GPT-2. A row takes 101 KB in bf16. That is
 // more than a multiprocessor's cache has for each of its blocks, and the rows of all blocks together, 528 on H200, take 53 MB:
-// all of its second cache. An exponential, or a reciprocal, goes through a unit of 16 lanes a clock: 2 takes three an element,
-// 43 us for these tokens on H200, nearly the floor's 49 us; 3 to 5 take 2.1.
+// all of its second cache; half of that where blocks have 1024 threads. An exponential, or a reciprocal, goes through a unit of
+// 16 lanes a clock: 1 takes three an element, 43 us for these tokens on H200, nearly the floor's 49 us; 2 to 4 take 2.1.
 //
-// 6 to 10 are the whole, in chunks. Bytes for each token, each kernel reading what it needs once but for the middle: 7 ld E for
-// logits (written by a product; read three times and written; read by the product for x's gradient and by that for wte's) and
+// 5 to 9 are the whole, in chunks. Bytes for each token, each kernel reading what it needs once but for the middle: 6 ld E for
+// logits (written by a product; read twice and written; read by the product for x's gradient and by that for wte's) and
 // (8 + 2 E) Vp C / rows for wte (read by two products; its gradient read and written). GPT-2 (C = 768, bf16), kB a token:
 //
 //     rows                    256    512   1024   2048   4096   8192
-//     logits                  704    704    704    704    704    704
+//     logits                  604    604    604    604    604    604
 //     wte                    1811    905    453    226    113     57
 //     logits in memory, MiB    25     49     98    196    393    786
 //
 // The product for wte's gradient does 2 Vp C rows FLOPs for 8 Vp C bytes: rows / 4 FLOPs a byte, whatever C. A device of F
 // FLOPs a byte waits for its memory below rows = 4 F: 610 for A100 (312 TFLOP/s, 2.04 TB/s), 655 for RTX 4090, 820 for H200,
 // 1610 for L4. There the product's bytes take as long as its arithmetic, and the two overlap in part; at twice that little is
-// left to win. So by time the optimum begins at 2048; 1024 is near it on A100, at half of the memory, and below 512 every
-// device waits. A chunk of 256, small enough for its logits to stay in a second cache of 50 MB, would save 704 kB a token at
-// best, and pays 1358 for it.
+// left to win. So by time the optimum begins at 2048. The trainer takes what its wide buffer has free then, 3,001 tokens at
+// B = 64 and T = 1024, or 1024 in a buffer of their own where that is less. A chunk of 256, small enough for its logits to stay
+// in a second cache of 50 MB, would save 604 kB a token at best, and pays 1358 for it.
 
 #include "common.cuh"
 
@@ -44,34 +44,6 @@ __global__ void __launch_bounds__(256) softmax1(floatX* logits, float* losses, c
     }
 }
 
-// From 3 on. A pack of logits, of which `words` are words': the padding counts as -infinity, whose exponential is 0, and so is
-// its gradient.
-__device__ inline Pack without_padding(Pack p, int words) {
-    for (int k = 0; k < PACK && words < PACK; k++) {
-        if (k >= words) store(&p.x[k], -INFINITY);
-    }
-    return p;
-}
-
-__device__ inline Pack load_words(const floatX* from, int words) { return without_padding(load_pack(from), words); }
-
-// A thread's running maximum, and its sum of exponentials relative to that (Milakov and Gimelshein, arXiv 1805.02867): 9
-// exponentials a pack.
-__device__ inline void take(const Pack& p, float* most, float* sum) {
-    float larger = *most;
-    for (int k = 0; k < PACK; k++) larger = fmaxf(larger, to_float(p.x[k]));
-    *sum *= __expf(*most - larger);
-    for (int k = 0; k < PACK; k++) *sum += __expf(to_float(p.x[k]) - larger);
-    *most = larger;
-}
-
-// Those of the block, in each of its threads.
-__device__ inline void take_together(float* most, float* sum, float* reduce) {
-    float own = *most;
-    *most = block_reduce(own, reduce, true);
-    *sum = block_reduce(*sum * __expf(own - *most), reduce, false);
-}
-
 // A pack's gradient; factor = scale / sum, a division a row. target counts from the pack's first element.
 __device__ inline void store_gradient(floatX* to, Pack p, float most, float factor, int target, float scale) {
     for (int k = 0; k < PACK; k++) {
@@ -81,52 +53,45 @@ __device__ inline void store_gradient(floatX* to, Pack p, float most, float fact
     store_pack(to, p);
 }
 
-// 3: maximum and sum in one pass over the row, the gradient in a second one; 16 bytes a load.
-__global__ void __launch_bounds__(512) softmax3(floatX* logits, float* losses, const int* targets, int V, int ld, float scale) {
-    __shared__ float reduce[WARP];
-    floatX* row = logits + size_t(blockIdx.x) * ld;
-    int target = targets[blockIdx.x];
-    float most = -INFINITY, sum = 0, wanted = to_float(row[target]);
-    for (int j = threadIdx.x * PACK; j < V; j += blockDim.x * PACK) take(load_words(row + j, V - j), &most, &sum);
-    take_together(&most, &sum, reduce);
-    if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + most - wanted;
-    float factor = scale / sum;
-    for (int j = threadIdx.x * PACK; j < ld; j += blockDim.x * PACK)
-        store_gradient(row + j, load_words(row + j, V - j), most, factor, target - j, scale);
+// The block's maximum, and its sum, in each of its threads.
+__device__ inline void take_together(float* most, float* sum, float* reduce) {
+    float own = *most;
+    *most = block_reduce(own, reduce, true);
+    *sum = block_reduce(*sum * __expf(own - *most), reduce, false);
 }
 
-// 4: the row is read once and stays in shared memory, as many elements of it as there is room for, `kept`; the rest is read
+// 3: the row is read once and stays in shared memory, as many elements of it as there is room for, `kept`; the rest is read
 // again.
 __global__ void __launch_bounds__(1024)
-    softmax4(floatX* logits, float* losses, const int* targets, int V, int ld, float scale, int kept) {
+    softmax3(floatX* logits, float* losses, const int* targets, int V, int ld, float scale, int kept) {
     extern __shared__ int4 shared[];
     __shared__ float reduce[WARP];
     floatX *row = logits + size_t(blockIdx.x) * ld, *own = (floatX*)shared;
     int target = targets[blockIdx.x];
     float most = -INFINITY, sum = 0, wanted = to_float(row[target]);
     for (int j = threadIdx.x * PACK; j < V; j += blockDim.x * PACK) {
-        Pack p = load_words(row + j, V - j);
+        Pack p = without_padding(load_pack(row + j), V - j);
         if (j < kept) store_pack(own + j, p);
-        take(p, &most, &sum);
+        add_exponentials(p, &most, &sum);
     }
     take_together(&most, &sum, reduce);
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + most - wanted;
     float factor = scale / sum;
     for (int j = threadIdx.x * PACK; j < ld; j += blockDim.x * PACK) {
-        Pack p = j < kept && j < V ? load_pack(own + j) : load_words(row + j, V - j);
+        Pack p = j < kept && j < V ? load_pack(own + j) : without_padding(load_pack(row + j), V - j);
         store_gradient(row + j, p, most, factor, target - j, scale);
     }
 }
 
-static void launch_softmax4(floatX* logits, float* losses, const int* targets, int rows, int V, int ld, float scale) {
+static void launch_softmax3(floatX* logits, float* losses, const int* targets, int rows, int V, int ld, float scale) {
     int room;
     CUDA(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
     int kept = std::min(ld, (room - WARP * int(sizeof(float))) / 16 * PACK), bytes = kept * sizeof(floatX);
-    CUDA(cudaFuncSetAttribute(softmax4, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    softmax4<<<rows, 1024, bytes>>>(logits, losses, targets, V, ld, scale, kept);
+    CUDA(cudaFuncSetAttribute(softmax3, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    softmax3<<<rows, 1024, bytes>>>(logits, losses, targets, V, ld, scale, kept);
 }
 
-// 5: the row stays in registers, 7 packs a thread, 57,344 elements in bf16; what is beyond is read again. All loads are on
+// 4: the row stays in registers, 7 packs a thread, 57,344 elements in bf16; what is beyond is read again. All loads are on
 // their way at once, but a multiprocessor has registers for one block alone, and little to do while that one waits.
 enum { OWN = 7, STEP = 1024 * PACK };
 
@@ -137,7 +102,7 @@ __device__ inline Pack pack_of(int4 bits) {
 }
 
 __global__ void __launch_bounds__(1024)
-    softmax5(floatX* logits, float* losses, const int* targets, int V, int ld, float scale) {
+    softmax4(floatX* logits, float* losses, const int* targets, int V, int ld, float scale) {
     __shared__ float reduce[WARP];
     floatX* row = logits + size_t(blockIdx.x) * ld;
     int target = targets[blockIdx.x], first = threadIdx.x * PACK;
@@ -149,9 +114,9 @@ __global__ void __launch_bounds__(1024)
     }
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
-        if (first + i * STEP < V) take(without_padding(pack_of(own[i]), V - first - i * STEP), &most, &sum);
+        if (first + i * STEP < V) add_exponentials(without_padding(pack_of(own[i]), V - first - i * STEP), &most, &sum);
     }
-    for (int j = first + OWN * STEP; j < V; j += STEP) take(load_words(row + j, V - j), &most, &sum);
+    for (int j = first + OWN * STEP; j < V; j += STEP) add_exponentials(without_padding(load_pack(row + j), V - j), &most, &sum);
     take_together(&most, &sum, reduce);
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + most - wanted;
     float factor = scale / sum;
@@ -161,21 +126,7 @@ __global__ void __launch_bounds__(1024)
         if (j < ld) store_gradient(row + j, without_padding(pack_of(own[i]), V - j), most, factor, target - j, scale);
     }
     for (int j = first + OWN * STEP; j < ld; j += STEP)
-        store_gradient(row + j, load_words(row + j, V - j), most, factor, target - j, scale);
-}
-
-// The classifier with any chunk; its middle is the trainer's.
-static void in_chunks(const Model& s, int rows, int N, float scale, float beta) {
-    const Config& c = s.config;
-    int ld = logits_width(c);
-    for (int first = 0; first < N; first += rows) {
-        int n = std::min(rows, N - first);
-        floatX *x = s.wide + int64_t(first) * c.C, *dx = s.spare + int64_t(first) * c.C;
-        matmul(s.logits, CUDA_X, x, false, s.params[WTE], true, CUDA_X, n, c.Vp, c.C, 1, 0, 0, ld);
-        cross_entropy_kernel<<<n, 512>>>(s.logits, s.d_losses + first, s.d_targets + first, c.V, ld, scale, true);
-        matmul(dx, CUDA_X, s.logits, false, s.params[WTE], false, CUDA_X, n, c.C, c.Vp, 1, 0, ld);
-        matmul(s.grads[WTE], CUDA_R_32F, s.logits, true, x, false, CUDA_X, c.Vp, c.C, n, 1, first ? 1 : beta, ld);
-    }
+        store_gradient(row + j, without_padding(load_pack(row + j), V - j), most, factor, target - j, scale);
 }
 
 static std::vector<Variant> variants(Arrays& a, const Size& size) {
@@ -193,9 +144,11 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
     int* targets = a.put(words);
     s.wide = x, s.spare = dx, s.params[WTE] = wte, s.grads[WTE] = dwte, s.logits = a.room<floatX>(int64_t(N) * ld);
     s.d_targets = targets, s.d_losses = losses;
-    auto trainers = [=, from = words, to = Floats(N)]() mutable {
-        s.targets = from.data(), s.losses = to.data();
-        classifier(s, N, true, scale, beta);
+    auto in_chunks = [=](int of) {
+        return [=, from = words, to = Floats(N)]() mutable {
+            s.targets = from.data(), s.losses = to.data(), s.chunk = of;
+            classifier(s, N, true, scale, beta);
+        };
     };
 
     // The CPU adds up 50257 exponentials in a chain, each time rounding a sum in fp32: some 1e-5 of it.
@@ -227,26 +180,24 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
     auto middle = [=](double passes) { return Work{passes * pass, F}; };
     double beyond = std::max(0.0, 1 - double(OWN * STEP) / ld);  // of a row: what 5 has no registers for
     auto whole = [=](int of) {
-        return Work{7.0 * N * ld * E + 3 * tokens + blocks_for(N, of) * matrix * (2 * E + 8), 6 * matrix * N + 8.0 * N * V};
+        return Work{6.0 * N * ld * E + 3 * tokens + blocks_for(N, of) * matrix * (2 * E + 8), 6 * matrix * N + 8.0 * N * V};
     };
     Work floor = {2 * tokens + matrix * (E + 8), 6 * matrix * N};
     int quarter = blocks_for(rows, 4);
     auto chunks = [=](const char* idea, int of) {
-        return Variant{idea, whole(of), floor, [=] { in_chunks(s, of, N, scale, beta); }, check_all};
+        return Variant{idea, whole(of), floor, in_chunks(of), check_all};
     };
     return {
         {"middle: three passes, an element a thread", middle(4), middle(2),
          [=] { softmax1<<<rows, 256>>>(logits, losses, targets, V, ld, scale); }, check},
-        {"middle: the trainer's: 16 bytes a load", middle(4), middle(2),
-         [=] { cross_entropy_kernel<<<rows, 512>>>(logits, losses, targets, V, ld, scale, true); }, check},
-        // Not the trainer's yet, as are 4 and 5.
-        {"middle: maximum and sum in one pass", middle(3), middle(2),
-         [=] { softmax3<<<rows, 512>>>(logits, losses, targets, V, ld, scale); }, check},
-        {"middle: as 3, the row stays in shared memory", middle(2), middle(2),
-         [=] { launch_softmax4(logits, losses, targets, rows, V, ld, scale); }, check},
-        {"middle: as 3, the row stays in registers", middle(2 + beyond), middle(2),
-         [=] { softmax5<<<rows, 1024>>>(logits, losses, targets, V, ld, scale); }, check},
-        {"all: the trainer's, chunks of 1024", whole(CHUNK), floor, trainers, check_all},
+        {"middle: the trainer's: maximum and sum in one pass, 16 bytes a load", middle(3), middle(2),
+         [=] { cross_entropy_kernel<<<rows, 1024>>>(logits, losses, targets, V, ld, scale, true); }, check},
+        // Not the trainer's yet, as is 4.
+        {"middle: as 2, the row stays in shared memory", middle(2), middle(2),
+         [=] { launch_softmax3(logits, losses, targets, rows, V, ld, scale); }, check},
+        {"middle: as 2, the row stays in registers", middle(2 + beyond), middle(2),
+         [=] { softmax4<<<rows, 1024>>>(logits, losses, targets, V, ld, scale); }, check},
+        chunks("all: in chunks of 1024, as where the trainer's buffer is small", CHUNK),
         chunks("all: in chunks of 256", quarter),
         chunks("all: in chunks of 2048", 2 * rows),
         chunks("all: in chunks of 4096", 4 * rows),

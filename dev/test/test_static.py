@@ -287,7 +287,7 @@ def test_occupancy():
 def test_source_is_read():
     kernels = source_kernels()
     assert set(WIDE + FLASH + list(DYNAMIC) + list(MAY_SPILL)) <= set(kernels)
-    assert kernels["attention_flash_forward"] == 128 and kernels["cross_entropy_kernel"] == 512 and kernels["adam_kernel"] is None
+    assert kernels["attention_flash_forward"] == 128 and kernels["cross_entropy_kernel"] == 1024 and kernels["adam_kernel"] is None
 
 
 # ---------------------------------------------------------------------------- the table
