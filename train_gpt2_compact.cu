@@ -1123,12 +1123,13 @@ __device__ inline void write_rows(__nv_bfloat16* to, int ld, int column, const f
     }
 }
 
-// grid (B, NH, ceil(T / 128)), block 128. out (N, C), lse (B, NH, T), qkv (N, 3C). Reads k and v once for every 128 queries.
+// grid (NH, ceil(T / 128), B), block 128. out (N, C), lse (B, NH, T), qkv (N, 3C). Reads k and v once for every 128 queries; since
+// a sequence's blocks run together, what they read again, 3 MB at d12, is in the L2 cache.
 __global__ void __launch_bounds__(FLASH_THREADS, 2)
     attention_flash_forward(__nv_bfloat16* out, float* lse, const __nv_bfloat16* qkv, int T, int C, int NH) {
     __shared__ __align__(16) Row tiles[4][TILE];  // k and v, two of each; at first also q
-    int h = blockIdx.y, begin = blockIdx.x * T, end = begin + T, column = h * HEAD;
-    int q0 = (gridDim.z - 1 - blockIdx.z) * FLASH, first = q0 + threadIdx.x / WARP * 32;  // the longest rows first
+    int h = blockIdx.x, begin = blockIdx.z * T, end = begin + T, column = h * HEAD;
+    int q0 = (gridDim.y - 1 - blockIdx.y) * FLASH, first = q0 + threadIdx.x / WARP * 32;  // the longest rows first
     float o[8][2][4] = {}, sum[4] = {}, top[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
     uint32_t q[2][4][4];
     load_tile(tiles[0], qkv, 3 * C, column + C, begin, end);
@@ -1183,7 +1184,7 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
         sum[r] += __shfl_xor_sync(0xFFFFFFFFu, sum[r], 2);
         float inverse = 1 / sum[r];
         for (int j = 0; j < 8; j++) o[j][m][i] *= inverse, o[j][m][i + 1] *= inverse;
-        if (threadIdx.x % 4 == 0 && row < T) lse[size_t(blockIdx.x * NH + h) * T + row] = top[r] / 8 + logf(sum[r]);
+        if (threadIdx.x % 4 == 0 && row < T) lse[size_t(blockIdx.z * NH + h) * T + row] = top[r] / 8 + logf(sum[r]);
     }
     write_rows(out, C, column, o, 1, begin + first, end);
 }
@@ -1194,8 +1195,8 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
     attention_flash_dq(__nv_bfloat16* dqkv, float* dot, const __nv_bfloat16* dout, const __nv_bfloat16* qkv,
                        const __nv_bfloat16* out, const float* lse, int T, int C, int NH) {
     __shared__ __align__(16) Row tiles[4][TILE];  // k and v, two of each; at first q and dout
-    int h = blockIdx.y, begin = blockIdx.x * T, end = begin + T, column = h * HEAD;
-    int q0 = (gridDim.z - 1 - blockIdx.z) * FLASH, first = q0 + threadIdx.x / WARP * 32;
+    int h = blockIdx.x, begin = blockIdx.z * T, end = begin + T, column = h * HEAD;
+    int q0 = (gridDim.y - 1 - blockIdx.y) * FLASH, first = q0 + threadIdx.x / WARP * 32;
     float dq[8][2][4] = {}, sum[4], dots[4];
     uint32_t q[2][4][4], d[2][4][4];
     for (int i = 0; i < 2; i++) {
@@ -1213,7 +1214,7 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
     cp_async_commit();
     for (int r = 0; r < 4; r++) {
         int row = first + row_of(r / 2, r % 2 * 2), inside = min(row, T - 1);
-        size_t at = size_t(blockIdx.x * NH + h) * T + inside;
+        size_t at = size_t(blockIdx.z * NH + h) * T + inside;
         const __nv_bfloat16* from = out + int64_t(begin + inside) * C + column + column_of(0);
         sum[r] = lse[at] * LOG2E;
         dots[r] = 0;
@@ -1266,8 +1267,8 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
                         const float* dot, int T, int C, int NH) {
     __shared__ __align__(16) Row tiles[4][TILE];    // q and dout, two of each; at first k and v
     __shared__ float sums[2][TILE], dots[2][TILE];  // of the queries
-    int h = blockIdx.y, begin = blockIdx.x * T, end = begin + T, column = h * HEAD;
-    int k0 = blockIdx.z * FLASH, first = k0 + threadIdx.x / WARP * 32;
+    int h = blockIdx.x, begin = blockIdx.z * T, end = begin + T, column = h * HEAD;
+    int k0 = blockIdx.y * FLASH, first = k0 + threadIdx.x / WARP * 32;
     float dk[8][2][4] = {}, dv[8][2][4] = {};
     uint32_t k[2][4][4], v[2][4][4];
     for (int i = 0; i < 2; i++) {
@@ -1285,7 +1286,7 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
     cp_async_commit();
     // Half of the threads fetch lse, half dot, a tile ahead; both are 0 beyond T, as q and dout are.
     int query = threadIdx.x % TILE;
-    auto fetch = [&](int t) { return t < T ? (threadIdx.x < TILE ? lse : dot)[size_t(blockIdx.x * NH + h) * T + t] : 0; };
+    auto fetch = [&](int t) { return t < T ? (threadIdx.x < TILE ? lse : dot)[size_t(blockIdx.z * NH + h) * T + t] : 0; };
     float ahead = fetch(k0 + query);
     for (int q0 = k0; q0 < T; q0 += TILE) {
         int stage = q0 / TILE % 2;
@@ -1331,7 +1332,7 @@ static void attention_forward(floatX* out, float* lse, const floatX* qkv, int B,
     int hs = C / NH;
 #ifndef PRECISION_FP32
     if (hs == HEAD) {
-        attention_flash_forward<<<dim3(B, NH, blocks_for(T, FLASH)), FLASH_THREADS>>>(out, lse, qkv, T, C, NH);
+        attention_flash_forward<<<dim3(NH, blocks_for(T, FLASH), B), FLASH_THREADS>>>(out, lse, qkv, T, C, NH);
         return LAUNCHED();
     }
 #endif
@@ -1355,7 +1356,7 @@ static void attention_backward(floatX* dqkv, float* dot, const floatX* dout, con
     int hs = C / NH;
 #ifndef PRECISION_FP32
     if (hs == HEAD) {
-        dim3 grid(B, NH, blocks_for(T, FLASH));
+        dim3 grid(NH, blocks_for(T, FLASH), B);
         attention_flash_dq<<<grid, FLASH_THREADS>>>(dqkv, dot, dout, qkv, out, lse, T, C, NH);
         LAUNCHED();
         attention_flash_dkv<<<grid, FLASH_THREADS>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
@@ -1708,6 +1709,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     s.config = c;
     s.options = o;
     if (o.seq > 65535) refuse("--seq: " + str(o.seq) + " is more than the 65535 that the GPU's kernels take");
+    if (o.batch > 65535) refuse("--batch: " + str(o.batch) + " is more than the 65535 that the GPU's kernels take");
     if (c.C % 8 != 0 || c.C > 3072)
         refuse("--channels: " + str(c.C) + " is not a multiple of 8 up to 3072, as the GPU's kernels need it");
     for (int i = 0; i < LINEARS; i++) s.linear[i] = linear_shape(c, o, i);

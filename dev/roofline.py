@@ -144,16 +144,18 @@ class Step(Launches):
             self.make_z(which)
 
     def attention(self, backward):
-        """Keys and values come from memory for every 128 queries again, and so for the products of the backward pass."""
+        """Tensor cores: tiles on the diagonal count whole; keys and values, or queries and dout, are read again from the cache."""
         s = self.s
-        tiles, square = (s.T + 127) // 128, 2.0 * s.B * s.NH * s.T * s.T / 2 * (s.C // s.NH)  # FLOPs of one causal product
-        again, flash = (tiles + 1) / 2, s.C == 64 * s.NH
-        if not backward:
-            self.add("attention_flash_forward" if flash else "attention_plain_forward", self.NC * (2 + 2 * again), 2 * square * (1 + 0.5 / tiles),
-                     "forward" if flash else "plain")
+        square, flash = 2.0 * s.B * s.NH * s.T * s.T / 2 * (s.C // s.NH), s.C == 64 * s.NH  # FLOPs of one causal product
+        whole = square * (1 + 0.5 / ((s.T + 127) // 128))
+        again = (s.T + 127) // 128 / 2  # plain: from memory for every 128 rows
+        if not backward and flash:
+            self.add("attention_flash_forward", 4 * self.NC, 2 * whole, "forward")
+        elif not backward:
+            self.add("attention_plain_forward", self.NC * (2 + 2 * again), 2 * square, "plain")
         elif flash:
-            self.add("attention_flash_dq", self.NC * (4 + 2 * again), 3 * square * (1 + 0.5 / tiles), "backward")
-            self.add("attention_flash_dkv", self.NC * (4 + 2 * again), 4 * square * (1 + 0.5 / tiles), "backward")
+            self.add("attention_flash_dq", 6 * self.NC, 3 * whole, "backward")
+            self.add("attention_flash_dkv", 6 * self.NC, 4 * whole, "backward")
         else:
             self.add("attention_dot", 2 * self.NC)
             self.add("attention_plain_dq", self.NC * (4 + 2 * again), 3 * square, "plain")
