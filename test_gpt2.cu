@@ -706,7 +706,7 @@ static Floats normals(size_t count, float scale, int purpose) {
 
 // GELU with its bits, of numbers as near to the cuts as the type has them, of the cuts themselves in fp32, and of any others.
 static void kernel_gelu() {
-    const int rows = 2, n = 4 * 768, count = rows * n, part = count - 8;  // more than a block takes at once; no whole blocks
+    const int rows = 2, n = 4 * 768, count = rows * n;  // more than a block takes at once
     Floats x = normals(count, 2, 0), d = normals(count, 1, 1), y(count);
     size_t at = 0;
     for (float cut : cpu::GELU_CUTS) {
@@ -727,11 +727,14 @@ static void kernel_gelu() {
     expect_equal("bits, in place", got_in_place.get(), Floats(bits.begin(), bits.end()));
     expect_close("GELU", dy.get(), y.data(), count, bounds.activation);
     expect_equal("GELU in place", in_place.get(), dy.get());
-    gpu::gelu_backward_2bit_kernel<<<gpu::blocks_for(part, 256 * gpu::PACK), 256>>>(dx.data, got.data, part);
-    LAUNCHED();
-    cpu::gelu_backward_2bit(d.data(), bits.data(), part);
+    Array<float> sums(Floats(n, 1.0f)), partial(Floats(gpu::SLABS * n, NAN));
+    gpu::gelu_backward(dx.data, sums.data, partial.data, nullptr, got.data, rows, n);
+    cpu::gelu_backward_2bit(d.data(), bits.data(), count);
     for (float& one : d) one = narrow(one);
     expect_equal("the step derivative", dx.get(), d);
+    Floats want(n);
+    for (int j = 0; j < n; j++) want[j] = 1.0f + (d[j] + d[n + j]);
+    expect_equal("its sums", sums.get(), want);
 }
 
 // int8 and back: zeros, a number that dwarfs its group, numbers so small that the scale is rounded to 0, or so far down that

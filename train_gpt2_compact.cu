@@ -671,24 +671,15 @@ static void matmul_batch(floatX* c, const floatX* a, bool ta, const floatX* b, b
 // layers: forward beside backward
 // ====================================================================================================================
 
-// ---- sums over tokens, as bias and LayerNorm gradients need them. Two stages and no atomics: SLABS partial sums a column,
-// then their sum.
+// ---- sums over tokens, as bias and LayerNorm gradients need them. Two stages and no atomics: partial sums of every column, each
+// over some rows, then their sum.
 
-enum { SLABS = 64, SUM_ROWS = 32, SUM_PACKS = 8 };
+enum { SLABS = 64, SUM_ROWS = 32, SUM_PACKS = 8, PARTS = 16 };
 
-// grid (ceil(m / (8 packs)), SLABS), block (8, 32). partial (SLABS, m): sum over a slab of rows of dy (N, m), times the
-// normalised x where given. Reads dy once, and x.
-__global__ void __launch_bounds__(SUM_ROWS* SUM_PACKS)
-    column_sums(float* partial, const floatX* dy, const floatX* x, const float* mean, const float* rstd, int N, int m) {
+// For a block (8, 32) in a grid (ceil(m / (8 packs)), SLABS), which takes 8 packs of columns of a slab of rows: the sums of its
+// threads, each over every 32nd row, to partial (SLABS, m).
+__device__ inline void store_column_sums(float* partial, const float sum[PACK], int m) {
     __shared__ float sums[SUM_ROWS][SUM_PACKS * PACK + 1];
-    int column = (blockIdx.x * SUM_PACKS + threadIdx.x) * PACK, rows = (N + SLABS - 1) / SLABS;
-    int last = min(N, int(blockIdx.y + 1) * rows);
-    float sum[PACK] = {};
-    for (int i = blockIdx.y * rows + threadIdx.y; i < last && column < m; i += SUM_ROWS) {
-        Pack p = load_pack(dy + size_t(i) * m + column), px = {};
-        if (x) px = load_pack(x + size_t(i) * m + column);
-        for (int k = 0; k < PACK; k++) sum[k] += to_float(p.x[k]) * (x ? (to_float(px.x[k]) - mean[i]) * rstd[i] : 1.0f);
-    }
     for (int k = 0; k < PACK; k++) sums[threadIdx.y][threadIdx.x * PACK + k] = sum[k];
     __syncthreads();
     int own = threadIdx.y * SUM_PACKS + threadIdx.x, to = blockIdx.x * SUM_PACKS * PACK + own;
@@ -698,23 +689,46 @@ __global__ void __launch_bounds__(SUM_ROWS* SUM_PACKS)
     partial[size_t(blockIdx.y) * m + to] = total;
 }
 
-// grid ceil(m / 256), block 256. out (m) += sum of partial (SLABS, m)
-__global__ void add_partial_sums(float* out, const float* partial, int m) {
-    int column = blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= m) return;
-    float sum = 0;
-    for (int i = 0; i < SLABS; i++) sum += partial[size_t(i) * m + column];
-    out[column] += sum;
+// Grid and block as above. Reads dy (N, m) once.
+__global__ void __launch_bounds__(SUM_ROWS* SUM_PACKS) column_sums(float* partial, const floatX* dy, int N, int m) {
+    int column = (blockIdx.x * SUM_PACKS + threadIdx.x) * PACK, rows = (N + SLABS - 1) / SLABS;
+    int last = min(N, int(blockIdx.y + 1) * rows);
+    float sum[PACK] = {};
+    for (int i = blockIdx.y * rows + threadIdx.y; i < last && column < m; i += SUM_ROWS) {
+        Pack p = load_pack(dy + size_t(i) * m + column);
+        for (int k = 0; k < PACK; k++) sum[k] += to_float(p.x[k]);
+    }
+    store_column_sums(partial, sum, m);
 }
 
-// out (m) += sum over tokens of dy (N, m), times (x - mean) rstd where x is given
-static void sum_columns(float* out, float* partial, const floatX* dy, const floatX* x, const float* mean, const float* rstd,
-                        int N, int m) {
-    dim3 grid(blocks_for(m, SUM_PACKS * PACK), SLABS);
-    column_sums<<<grid, dim3(SUM_PACKS, SUM_ROWS)>>>(partial, dy, x, mean, rstd, N, m);
+// The second stage. grid (ceil(m / 32), vectors), block (32, PARTS): each of `to`, m long, += the sum of its columns of partial
+// (parts, vectors m), unless it is null.
+struct Vectors {
+    float* to[3];
+};
+
+__global__ void __launch_bounds__(PARTS* WARP) add_partial_sums(Vectors out, const float* partial, int parts, int m) {
+    __shared__ float sums[PARTS][WARP];
+    int column = blockIdx.x * WARP + threadIdx.x, width = gridDim.y * m;
+    float sum = 0, *to = out.to[blockIdx.y];
+    for (int i = threadIdx.y; i < parts && column < m; i += PARTS) sum += partial[size_t(i) * width + blockIdx.y * m + column];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || column >= m || !to) return;
+    for (int i = 1; i < PARTS; i++) sum += sums[i][threadIdx.x];
+    to[column] += sum;
+}
+
+static void add_partial(Vectors out, int vectors, const float* partial, int parts, int m) {
+    add_partial_sums<<<dim3(blocks_for(m, WARP), vectors), dim3(WARP, PARTS)>>>(out, partial, parts, m);
     LAUNCHED();
-    add_partial_sums<<<blocks_for(m, 256), 256>>>(out, partial, m);
+}
+
+// out (m) += sum over tokens of dy (N, m)
+static void sum_columns(float* out, float* partial, const floatX* dy, int N, int m) {
+    column_sums<<<dim3(blocks_for(m, SUM_PACKS * PACK), SLABS), dim3(SUM_PACKS, SUM_ROWS)>>>(partial, dy, N, m);
     LAUNCHED();
+    add_partial({{out}}, 1, partial, SLABS, m);
 }
 
 // ---- the sparse projection's signed fold, for the kernels that make x: z[j] = sum of sign[k] x[k] over the k that go to
@@ -777,34 +791,73 @@ __global__ void __launch_bounds__(128)
     if (fold.z) fold_row(fold, i, y + at, lane, WARP);
 }
 
-// One warp a row. dx (N, C) = gradient, added to dx where accumulate. Reads dy, x (twice, the second time from the cache), dx.
-__global__ void __launch_bounds__(128)
-    layernorm_backward_kernel(floatX* dx, const floatX* dy, const floatX* x, const float* mean, const float* rstd,
-                              const floatX* w, int N, int C, bool accumulate) {
-    int lane = threadIdx.x % WARP, i = blockIdx.x * 4 + threadIdx.x / WARP;
-    if (i >= N) return;
-    size_t at = size_t(i) * C;
-    float m = mean[i], s = rstd[i], sum = 0, sum_norm = 0;
-    for (int j = lane * PACK; j < C; j += WARP * PACK) {
-        Pack pd = load_pack(dy + at + j), px = load_pack(x + at + j), pw = load_pack(w + j);
-        for (int k = 0; k < PACK; k++) {
-            float d = to_float(pd.x[k]) * to_float(pw.x[k]);
-            sum += d;
-            sum_norm += d * (to_float(px.x[k]) - m) * s;
+// dx (N, C) = gradient, added to dx where accumulate, and the sums of weight, bias, and of what dx then is: that of the bias of
+// the projection before it. A block takes a band of rows; each thread owns a pack of channels, so its shares of the sums stay in
+// registers from row to row, and a row's dy and x there between the sums over it and dx. Two rows at a time share a barrier and
+// have their loads on the way together. Grid the bands, block C / PACK threads, rounded up to warps. partial (bands, 3C). Reads
+// dy, x, dx: each once.
+__global__ void __launch_bounds__(3072 / PACK)
+    layernorm_backward_kernel(floatX* dx, float* partial, const floatX* dy, const floatX* x, const float* mean,
+                              const float* rstd, const floatX* w, int N, int C, int band, bool accumulate) {
+    __shared__ float sums[2][4][WARP];  // two in turn, so that one barrier a turn is enough
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP, column = threadIdx.x * PACK;
+    bool inside = column < C;
+    int first = blockIdx.x * band, last = min(N, first + band);
+    float dw[PACK] = {}, db[PACK] = {}, below[PACK] = {};
+    Pack pw = {};
+    if (inside) pw = load_pack(w + column);
+    for (int turn = 0; first < last; first += 2, turn ^= 1) {
+        Pack pd[2] = {}, px[2] = {}, old[2] = {};
+        float m[2] = {}, s[2] = {}, total[4] = {};
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (first + i >= last) continue;
+            size_t at = size_t(first + i) * C + column;
+            m[i] = mean[first + i], s[i] = rstd[first + i];
+            if (inside) pd[i] = load_pack(dy + at), px[i] = load_pack(x + at);
+            if (inside && accumulate) old[i] = load_pack(dx + at);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            for (int k = 0; k < PACK; k++) {
+                float d = to_float(pd[i].x[k]), n = (to_float(px[i].x[k]) - m[i]) * s[i];
+                dw[k] += d * n, db[k] += d;
+                total[2 * i] += d * to_float(pw.x[k]), total[2 * i + 1] += d * to_float(pw.x[k]) * n;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            total[i] = warp_sum(total[i]);
+            if (lane == 0) sums[turn][i][warp] = total[i];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            total[i] = 0;
+            for (int k = 0; k < warps; k++) total[i] += sums[turn][i][k];
+            total[i] /= C;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (!inside || first + i >= last) continue;
+            for (int k = 0; k < PACK; k++) {
+                float n = (to_float(px[i].x[k]) - m[i]) * s[i];
+                float d = (to_float(pd[i].x[k]) * to_float(pw.x[k]) - total[2 * i] - n * total[2 * i + 1]) * s[i];
+                store(&pd[i].x[k], to_float(old[i].x[k]) + d);
+                below[k] += to_float(pd[i].x[k]);
+            }
+            store_pack(dx + size_t(first + i) * C + column, pd[i]);
         }
     }
-    sum = warp_sum(sum) / C;
-    sum_norm = warp_sum(sum_norm) / C;
-    for (int j = lane * PACK; j < C; j += WARP * PACK) {
-        Pack pd = load_pack(dy + at + j), px = load_pack(x + at + j), pw = load_pack(w + j), old = {};
-        if (accumulate) old = load_pack(dx + at + j);
-        for (int k = 0; k < PACK; k++) {
-            float d = (to_float(pd.x[k]) * to_float(pw.x[k]) - sum - (to_float(px.x[k]) - m) * s * sum_norm) * s;
-            store(&pd.x[k], accumulate ? to_float(old.x[k]) + d : d);
-        }
-        store_pack(dx + at + j, pd);
+    for (int k = 0; k < PACK && inside; k++) {
+        float* to = partial + size_t(blockIdx.x) * 3 * C + column + k;
+        to[0] = dw[k], to[C] = db[k], to[2 * C] = below[k];
     }
 }
+
+enum { BANDS = 1024, BAND = 8 };  // at most so many, of at least so many rows
+
+static int band_of(int64_t N) { return int(std::max<int64_t>(BAND, (N + BANDS - 1) / BANDS)); }
 
 // ---- GELU, GPT-2's tanh form: x/2 (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
 
@@ -834,26 +887,42 @@ __global__ void __launch_bounds__(256) gelu_forward_kernel(floatX* y, uint8_t* b
     if (fold.z) fold_row(fold, blockIdx.x, y + at, threadIdx.x, blockDim.x);
 }
 
-// d *= the step function, in place; a thread a pack
-__global__ void gelu_backward_2bit_kernel(floatX* d, const uint8_t* bits, size_t count) {
-    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * PACK;
-    if (at >= count) return;
-    Pack pd = load_pack(d + at);
-    for (int k = 0; k < PACK; k++) store(&pd.x[k], to_float(pd.x[k]) * GELU_SLOPES[bits[(at + k) / 4] >> k % 4 * 2 & 3]);
-    store_pack(d + at, pd);
+// d (N, n) *= gelu'(x), in place, or the step function where bits are given; on the way the sums of d's columns, for the bias.
+// Grid and block as column_sums. Reads d and x once.
+__global__ void __launch_bounds__(SUM_ROWS* SUM_PACKS)
+    gelu_backward_kernel(floatX* d, float* partial, const floatX* x, const uint8_t* bits, int N, int n) {
+    int column = (blockIdx.x * SUM_PACKS + threadIdx.x) * PACK, rows = (N + SLABS - 1) / SLABS;
+    int last = min(N, int(blockIdx.y + 1) * rows);
+    float sum[PACK] = {};
+    for (int i = blockIdx.y * rows + threadIdx.y; i < last && column < n; i += SUM_ROWS) {
+        size_t at = size_t(i) * n + column;
+        Pack pd = load_pack(d + at), px = {};
+        uint32_t cuts = 0;
+        if (bits) {
+            for (int k = 0; k < PACK; k += 4) cuts |= uint32_t(bits[(at + k) / 4]) << 2 * k;
+        } else {
+            px = load_pack(x + at);
+        }
+        for (int k = 0; k < PACK; k++) {
+            float slope = GELU_SLOPES[cuts >> 2 * k & 3];
+            if (!bits) {
+                float v = to_float(px.x[k]), u = GELU_SCALE * (v + 0.044715f * v * v * v);
+                float du = GELU_SCALE * (1.0f + 0.134145f * v * v), sigmoid = 1.0f / (1.0f + __expf(-2.0f * u));
+                slope = sigmoid + v * sigmoid * (1.0f - sigmoid) * 2.0f * du;
+            }
+            store(&pd.x[k], to_float(pd.x[k]) * slope);
+            sum[k] += to_float(pd.x[k]);
+        }
+        store_pack(d + at, pd);
+    }
+    store_column_sums(partial, sum, n);
 }
 
-// d *= gelu'(x), in place; a thread a pack
-__global__ void gelu_backward_kernel(floatX* d, const floatX* x, size_t count) {
-    size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * PACK;
-    if (at >= count) return;
-    Pack pd = load_pack(d + at), px = load_pack(x + at);
-    for (int k = 0; k < PACK; k++) {
-        float v = to_float(px.x[k]), u = GELU_SCALE * (v + 0.044715f * v * v * v), du = GELU_SCALE * (1.0f + 0.134145f * v * v);
-        float sigmoid = 1.0f / (1.0f + __expf(-2.0f * u));
-        store(&pd.x[k], to_float(pd.x[k]) * (sigmoid + v * sigmoid * (1.0f - sigmoid) * 2.0f * du));
-    }
-    store_pack(d + at, pd);
+// As above; db (n) += the sums of d's columns.
+static void gelu_backward(floatX* d, float* db, float* partial, const floatX* x, const uint8_t* bits, int N, int n) {
+    gelu_backward_kernel<<<dim3(blocks_for(n, SUM_PACKS * PACK), SLABS), dim3(SUM_PACKS, SUM_ROWS)>>>(d, partial, x, bits, N, n);
+    LAUNCHED();
+    add_partial({{db}}, 1, partial, SLABS, n);
 }
 
 // z = fold of rows x (N, n) that are there already; a block a row
@@ -1663,7 +1732,7 @@ struct Model {
     floatX* logits;           // (chunk, logits_width), in `wide` where that has room
     int chunk;                // tokens whose logits exist at one time
     floatX* cache;            // (L, seq, 2C) keys and values of the text that is being generated
-    float *partial, *dot;     // (SLABS, 4C) sums of columns; (N, NH)
+    float *partial, *dot;     // sums of columns: (SLABS, 4C), or (bands, 3C); (N, NH)
     float *norm_partial, *norm;
     // data
     int *d_inputs, *d_targets;              // (N)
@@ -1816,7 +1885,7 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     add("data", "inputs", "int32", {N}, &s.d_inputs);
     plan.flops = matrix_flops(c, o, s.linear);
     if (o.generates) return plan;
-    add("workspace", "column_sums", "fp32", {SLABS, 4 * C}, &s.partial);
+    add("workspace", "column_sums", "fp32", {std::max<int64_t>(SLABS * 4, blocks_for(N, band_of(N)) * 3), C}, &s.partial);
     add("workspace", "attention_dot", "fp32", {N, c.NH}, &s.dot);
     add("workspace", "norm_partial", "fp32", {NORM_BLOCKS}, &s.norm_partial);
     add("workspace", "norm", "fp32", {2}, &s.norm);
@@ -2034,8 +2103,8 @@ static void linear_forward(Model& s, int which, int layer, floatX* y, const floa
 }
 
 // dx (N, n) = dy W. The weight's gradient G = dy^T z (m, r), or dy^T x (m, n) at full rank, is added to beta times what stands
-// there; db (m) += sum of dy. x may be null where z is on the tape or, sparse, in z_now already; it may be dx itself: it is
-// read first.
+// there. The bias's, the sum of dy, comes from the kernels that made dy. x may be null where z is on the tape or, sparse, in
+// z_now already; it may be dx itself: it is read first.
 static void linear_backward(Model& s, int which, int layer, floatX* dx, const floatX* dy, const floatX* x, int N, float beta) {
     const Linear& l = s.linear[which];
     int w = weight_of(which);
@@ -2045,7 +2114,6 @@ static void linear_backward(Model& s, int which, int layer, floatX* dx, const fl
         if (!s.z[which] && x) make_z(s, which, layer, s.z_now, x, N);
     }
     matmul(s.grads[w] + grad_offset(s, w, layer), CUDA_R_32F, dy, true, kept, false, CUDA_X, l.m, l.r, N, 1.0f, beta);
-    sum_columns(s.grads[w + 1] + grad_offset(s, w + 1, layer), s.partial, dy, nullptr, nullptr, nullptr, N, l.m);
     matmul(dx, CUDA_X, dy, false, s.params[w] + param_offset(s, w, layer), false, CUDA_X, N, l.n, l.m, 1.0f, 0.0f);
 }
 
@@ -2293,14 +2361,15 @@ static void layernorm_forward(const Model& s, floatX* y, floatX* sum, float* mea
     LAUNCHED();
 }
 
+// db_below: the gradient of the bias that was added on the way into x, or null: it is the sum of what dx then is.
 static void layernorm_backward(Model& s, floatX* dx, const floatX* dy, const floatX* x, const float* mean, const float* rstd,
-                               int w, int layer, int N, bool accumulate) {
-    int C = s.config.C;
+                               int w, int layer, float* db_below, int N, bool accumulate) {
+    int C = s.config.C, band = band_of(N), bands = blocks_for(N, band);
     int64_t at = has_layers(w) ? param_offset(s, w, layer) : 0;
-    layernorm_backward_kernel<<<blocks_for(N, 4), 128>>>(dx, dy, x, mean, rstd, s.params[w] + at, N, C, accumulate);
+    layernorm_backward_kernel<<<bands, blocks_for(C, WARP * PACK) * WARP>>>(dx, s.partial, dy, x, mean, rstd, s.params[w] + at,
+                                                                            N, C, band, accumulate);
     LAUNCHED();
-    sum_columns(s.grads[w] + at, s.partial, dy, x, mean, rstd, N, C);
-    sum_columns(s.grads[w + 1] + at, s.partial, dy, nullptr, nullptr, nullptr, N, C);
+    add_partial({{s.grads[w] + at, s.grads[w + 1] + at, db_below}}, 3, s.partial, bands, C);
 }
 
 static void layernorm_1(const Model& s, const Block& b, floatX* y, int layer, const floatX* x, const floatX* delta,
@@ -2426,6 +2495,8 @@ static void embedding_backward(Model& s, int B, int T) {
     LAUNCHED();
 }
 
+static float* bias_grad(const Model& s, int i, int layer) { return s.grads[i] + grad_offset(s, i, layer); }
+
 // The backward pass of one block: s.dresidual holds the gradient of the stream out of it, and then of the stream into it.
 // What the tape does not keep comes back first; where only its fold is wanted, that is made on the way. The gradient of each
 // layer's input takes the place of that input, once it is read; in s.wide the gradient of qkv (3C) and that of attention's
@@ -2447,16 +2518,13 @@ static void block_backward(Model& s, int layer, int B, int T, float beta) {
 
     if (s.kept[FCH_GELU] == GONE) gelu_forward(b.fch_gelu, nullptr, b.fch, fold = fold_now(s, FCPROJ, layer), N, 4 * C);
     linear_backward(s, FCPROJ, layer, s.wide, s.dresidual, unless_folded(b.fch_gelu, fold), N, beta);
-    if (s.kept[FCH] == AS_2BIT)
-        gelu_backward_2bit_kernel<<<blocks_for(4 * NC, 256 * PACK), 256>>>(s.wide, fch_bits(s, layer, N), 4 * NC);
-    else
-        gelu_backward_kernel<<<blocks_for(4 * NC, 256 * PACK), 256>>>(s.wide, b.fch, 4 * NC);
-    LAUNCHED();
+    gelu_backward(s.wide, bias_grad(s, FCB, layer), s.partial, b.fch, fch_bits(s, layer, N), N, 4 * C);
     fold = Fold{};
     if (s.kept[LN2] == GONE)
         layernorm_2(s, b, b.ln2 = s.spare, layer, b.residual2, nullptr, nullptr, fold = fold_now(s, FC, layer), N);
     linear_backward(s, FC, layer, s.spare, s.wide, unless_folded(b.ln2, fold), N, beta);
-    layernorm_backward(s, s.dresidual, s.spare, b.residual2, s.ln2_mean + at, s.ln2_rstd + at, LN2W, layer, N, true);
+    layernorm_backward(s, s.dresidual, s.spare, b.residual2, s.ln2_mean + at, s.ln2_rstd + at, LN2W, layer,
+                       bias_grad(s, ATTPROJB, layer), N, true);
 
     floatX* datty = s.wide + 3 * NC;
     linear_backward(s, ATTPROJ, layer, datty, s.dresidual, b.atty, N, beta);
@@ -2468,8 +2536,10 @@ static void block_backward(Model& s, int layer, int B, int T, float beta) {
     }
     if (s.kept[QKVR] == GONE && !s.now[QKVR]) linear_forward(s, QKV, layer, b.qkv, b.ln1, N, true, false);
     attention_backward(s.wide, s.dot, datty, b.qkv, b.atty, s.lse + at * NH, B, T, C, NH);
+    sum_columns(bias_grad(s, QKVB, layer), s.partial, s.wide, N, 3 * C);
     linear_backward(s, QKV, layer, s.spare, s.wide, unless_folded(b.ln1, fold), N, beta);
-    layernorm_backward(s, s.dresidual, s.spare, b.residual, s.ln1_mean + at, s.ln1_rstd + at, LN1W, layer, N, true);
+    layernorm_backward(s, s.dresidual, s.spare, b.residual, s.ln1_mean + at, s.ln1_rstd + at, LN1W, layer,
+                       layer > 0 ? bias_grad(s, FCPROJB, layer - 1) : nullptr, N, true);
 }
 
 // Forward and backward pass of one micro batch: losses, and gradients times scale, added to those of the step's earlier
@@ -2483,7 +2553,8 @@ static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
     }
     model_forward(s, B, T, NO_CACHE, true);
     classifier(s, N, true, scale, beta);
-    layernorm_backward(s, s.dresidual, s.spare, s.now[RESIDUAL], s.lnf_mean, s.lnf_rstd, LNFW, 0, N, false);
+    layernorm_backward(s, s.dresidual, s.spare, s.now[RESIDUAL], s.lnf_mean, s.lnf_rstd, LNFW, 0,
+                       bias_grad(s, FCPROJB, c.L - 1), N, false);
     for (int layer = c.L - 1; layer >= 0; layer--) {
         if (layer < c.L - s.slots) wait_for_slot(s, layer);
         block_backward(s, layer, B, T, beta);

@@ -198,21 +198,20 @@ class Step(Launches):
             self.product("dlnf", rows, s.C, s.Vp)
             self.product("dwte", s.Vp, s.C, rows, out=4, beta=first > 0)
 
-    def sum_columns(self, size, m):
-        self.add("column_sums", size + 256 * m)
-        self.add("add_partial_sums", 256 * m)
+    def sum_columns(self, kernel, size, sums):
+        """A kernel that leaves partial sums, so many in all, for another one to add up."""
+        self.add(kernel, size + 4 * sums)
+        self.add("add_partial_sums", 4 * sums)
 
     def layernorm_backward(self, accumulate=True):
-        self.add("layernorm_backward_kernel", self.NC * (3 + accumulate))
-        self.sum_columns(2 * self.NC, self.s.C)
-        self.sum_columns(self.NC, self.s.C)
+        bands = -(-self.s.N // max(8, -(-self.s.N // 1024)))
+        self.sum_columns("layernorm_backward_kernel", self.NC * (3 + accumulate), bands * 3 * self.s.C)
 
     def linear_backward(self, which, folded=False):
         m, n, r, compressed = self.s.linear(which)
         if compressed and not self.s.on_tape(which) and not folded:
             self.make_z(which)
         self.product(f"{which} gradient", m, r, self.s.N, out=4)
-        self.sum_columns(X * self.s.N * m, m)
         self.product(f"{which} dx", self.s.N, n, m)
 
     def block_backward(self):
@@ -229,10 +228,7 @@ class Step(Launches):
         if again["fch_gelu"]:
             self.add("gelu_forward_kernel", 8 * self.NC + self.fold("fcproj", now["fcproj"]))
         self.linear_backward("fcproj", again["fch_gelu"] and now["fcproj"])
-        if kept.get("fch") == "2bit":
-            self.add("gelu_backward_2bit_kernel", 8.5 * self.NC)
-        else:
-            self.add("gelu_backward_kernel", 12 * self.NC)
+        self.sum_columns("gelu_backward_kernel", (8.5 if kept.get("fch") == "2bit" else 12) * self.NC, 64 * 4 * s.C)
         if again["ln2"]:
             self.layernorm("fc", False, now["fc"])
         self.linear_backward("fc", again["ln2"] and now["fc"])
@@ -244,6 +240,7 @@ class Step(Launches):
         if "qkv" not in kept and "atty" in kept:
             self.linear_forward("qkv", True, False)
         self.attention(backward=True)
+        self.sum_columns("column_sums", 3 * self.NC, 64 * 3 * s.C)
         self.linear_backward("qkv", again["ln1"] and now["qkv"])
         self.layernorm_backward()
 

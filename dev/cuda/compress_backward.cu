@@ -189,12 +189,12 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
          check_g},
         {"cuBLAS: the trainer's", floor, floor, trainers, check_g},
         {"cuBLAS for each of 8 slabs of tokens, then a sum", {floor.bytes + slabs, flops}, floor, batched, check_g},
-        {"with db, by two kernels after 4: the trainer's",
+        {"with db, by two kernels after 4: the trainer's for qkv, whose dy comes from a kernel that has no sums",
          {floor_db.bytes + D + 8.0 * SLABS * m, floor_db.flops},
          floor_db,
          [=] {
              trainers();
-             sum_columns(db, sums, dy, nullptr, nullptr, nullptr, N, m);
+             sum_columns(db, sums, dy, N, m);
          },
          check_both},
         // Not the trainer's yet: dy is read once. z takes 16 bytes a token more, and G's rows are no longer tight.

@@ -1,5 +1,6 @@
 // GELU, GPT-2's tanh form: y = x/2 (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3); backward d *= dy/dx, in
-// place. x, y, d (N, n), n = 4C. In the trainer the forward pass makes the sparse projection's z (N, r) of y on the way.
+// place. x, y, d (N, n), n = 4C. In the trainer the forward pass makes the sparse projection's z (N, r) of y on the way, and the
+// backward pass the bias's gradient, the sums of d's columns.
 //
 // Floor, with E bytes an element: forward 2 N n E (x, y), with the fold N r E more; backward 3 N n E (x and d read, d written);
 // backward that makes y again, too, 4 N n E. Arithmetic, 10 N n forward and 18 N n backward, is nowhere near a device's rate:
@@ -89,6 +90,7 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
     int N = size[0], n = size[1], r = n / 4;
     size_t count = size_t(N) * n;
     floatX *x = a.normals(count, 2), *d = a.normals(count), *y = a.room<floatX>(count), *z = a.room<floatX>(int64_t(N) * r);
+    float *db = a.normals_fp32(n), *partial = a.room<float>(int64_t(SLABS) * n);
     uint8_t* codes = a.room<uint8_t>(count / 4);
     std::vector<uint8_t> any(a.dry ? 0 : count / 4);
     for (size_t i = 0; i < any.size(); i++) any[i] = uint8_t(philox(1, a.drawn, i).x);
@@ -112,6 +114,13 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
         cpu::gelu_backward(want.data(), a.start(x).data(), count);
         expect("d", d, want, 1e-5);
     };
+    // db of the d that is there: its sums of at most 13 terms of size 1 in another order, 13 2^-24 of 10 or so.
+    auto check_db = [=, &a] {
+        Floats want = a.start(db), terms = fetch(d, count);
+        for (size_t i = 0; i < count; i++) want[i % n] += terms[i];
+        expect("db", db, want, 1e-5, 0);
+    };
+    auto check_d_and_db = [=] { check_d(), check_db(); };
     auto check_both = [=] { check_y(), check_d(); };
     auto check_codes = [=, &a] {
         check_y();
@@ -125,13 +134,15 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
         cpu::gelu_backward_2bit(want.data(), std::vector<uint8_t>(from.begin(), from.end()).data(), count);
         expect("d", d, want, 0);
     };
+    auto check_steps_and_db = [=] { check_steps(), check_db(); };
     auto trainers_forward = [=](Fold f) { gelu_forward(y, nullptr, x, f, N, n); };
-    auto trainers_backward = [=] { gelu_backward_kernel<<<packs, 256>>>(d, x, count); };
+    auto trainers_backward = [=](const uint8_t* bits) { gelu_backward(d, db, partial, x, bits, N, n); };
 
     double E = sizeof(floatX), all = count * E, F = 10.0 * count, B = 18.0 * count;
+    double sums = 8.0 * SLABS * n;
     Work forward = {2 * all, F}, with_z = {2 * all + double(N) * r * E, F + 2 * count},
          with_z_read = {with_z.bytes + all, with_z.flops};
-    Work backward = {3 * all, B}, both = {4 * all, B + count}, twice = {5 * all, F + B};
+    Work backward = {3 * all, B}, both = {4 * all, B + count}, twice = {5 * all + sums, F + B};
     Work coded = {2 * all + count / 4.0, F + 3 * count}, stepped = {2 * all + count / 4.0, 1.0 * count};
     return {
         {"forward: a thread an element, tanhf", forward, forward, [=] { forward1<<<scalars, 256>>>(y, x, count); }, check_y},
@@ -140,11 +151,12 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
         {"forward with the fold: the trainer's", with_z_read, with_z, [=] { trainers_forward(fold); }, check_z},
         {"backward: a thread an element, tanhf", backward, backward, [=] { backward5<<<scalars, 256>>>(d, x, count); },
          check_d},
-        {"backward: the trainer's, 16 bytes a load", backward, backward, trainers_backward, check_d},
+        {"backward: the trainer's, 16 bytes a load, with the sums of d", {backward.bytes + sums, backward.flops}, backward,
+         [=] { trainers_backward(nullptr); }, check_d_and_db},
         {"y again, then backward: the trainer's two", twice, both,
          [=] {
              trainers_forward(Fold{});
-             trainers_backward();
+             trainers_backward(nullptr);
          },
          check_both},
         // Not the trainer's yet: a fifth less traffic than 7 where y and x stand side by side.
@@ -152,9 +164,9 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
         {"forward that keeps 2 bits an element: the trainer's", coded, coded, [=] { gelu_forward(y, codes, x, Fold{}, N, n); },
          check_codes},
         {"the same, a pack a thread", coded, coded, [=] { forward10<<<packs, 256>>>(y, codes, x, count); }, check_codes},
-        {"backward from 2 bits an element: the trainer's", stepped, stepped,
-         [=] { gelu_backward_2bit_kernel<<<packs, 256>>>(d, kept, count); }, check_steps},
-        {"the same, one load for a pack's codes", stepped, stepped, [=] { backward12<<<packs, 256>>>(d, kept, count); },
+        {"backward from 2 bits an element: the trainer's, with the sums of d", {stepped.bytes + sums, stepped.flops}, stepped,
+         [=] { trainers_backward(kept); }, check_steps_and_db},
+        {"without the sums, one load for a pack's codes", stepped, stepped, [=] { backward12<<<packs, 256>>>(d, kept, count); },
          check_steps},
     };
 }

@@ -36,7 +36,7 @@ FLASH = ["attention_flash_forward", "attention_flash_dq", "attention_flash_dkv"]
 # add_partial_sums, norm_kernel and sparse_change_kernel, whose data are small, and the kernels that draw P or write unit_rows_kernel's
 # rows, which read nothing.
 WIDE = ["layernorm_kernel", "layernorm_backward_kernel", "gelu_forward_kernel", "gelu_backward_kernel",
-        "gelu_backward_2bit_kernel", "embedding_forward_kernel", "word_backward_kernel", "position_backward_kernel",
+        "embedding_forward_kernel", "word_backward_kernel", "position_backward_kernel",
         "column_sums", "cross_entropy_kernel", "bias_kernel", "squares_kernel", "adam_kernel", "direction_kernel",
         "round_kernel", "sparse_update_kernel"]
 
