@@ -701,16 +701,13 @@ __global__ void __launch_bounds__(SUM_ROWS* SUM_PACKS) column_sums(float* partia
     store_column_sums(partial, sum, m);
 }
 
-// The second stage. grid (ceil(m / 32), vectors), block (32, PARTS): each of `to`, m long, += the sum of its columns of partial
-// (parts, vectors m), unless it is null.
-struct Vectors {
-    float* to[3];
-};
-
-__global__ void __launch_bounds__(PARTS* WARP) add_partial_sums(Vectors out, const float* partial, int parts, int m) {
+// The second stage. grid (ceil(m / 32), vectors), block (32, PARTS): a, b and c, m long each, += the sums of their columns of
+// partial (parts, vectors m); a null one is left out.
+__global__ void __launch_bounds__(PARTS* WARP)
+    add_partial_sums(float* a, float* b, float* c, const float* partial, int parts, int m) {
     __shared__ float sums[PARTS][WARP];
     int column = blockIdx.x * WARP + threadIdx.x, width = gridDim.y * m;
-    float sum = 0, *to = out.to[blockIdx.y];
+    float sum = 0, *to = blockIdx.y == 0 ? a : blockIdx.y == 1 ? b : c;
     for (int i = threadIdx.y; i < parts && column < m; i += PARTS) sum += partial[size_t(i) * width + blockIdx.y * m + column];
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
@@ -719,16 +716,12 @@ __global__ void __launch_bounds__(PARTS* WARP) add_partial_sums(Vectors out, con
     to[column] += sum;
 }
 
-static void add_partial(Vectors out, int vectors, const float* partial, int parts, int m) {
-    add_partial_sums<<<dim3(blocks_for(m, WARP), vectors), dim3(WARP, PARTS)>>>(out, partial, parts, m);
-    LAUNCHED();
-}
-
 // out (m) += sum over tokens of dy (N, m)
 static void sum_columns(float* out, float* partial, const floatX* dy, int N, int m) {
     column_sums<<<dim3(blocks_for(m, SUM_PACKS * PACK), SLABS), dim3(SUM_PACKS, SUM_ROWS)>>>(partial, dy, N, m);
     LAUNCHED();
-    add_partial({{out}}, 1, partial, SLABS, m);
+    add_partial_sums<<<dim3(blocks_for(m, WARP), 1), dim3(WARP, PARTS)>>>(out, nullptr, nullptr, partial, SLABS, m);
+    LAUNCHED();
 }
 
 // ---- the sparse projection's signed fold, for the kernels that make x: z[j] = sum of sign[k] x[k] over the k that go to
@@ -922,7 +915,8 @@ __global__ void __launch_bounds__(SUM_ROWS* SUM_PACKS)
 static void gelu_backward(floatX* d, float* db, float* partial, const floatX* x, const uint8_t* bits, int N, int n) {
     gelu_backward_kernel<<<dim3(blocks_for(n, SUM_PACKS * PACK), SLABS), dim3(SUM_PACKS, SUM_ROWS)>>>(d, partial, x, bits, N, n);
     LAUNCHED();
-    add_partial({{db}}, 1, partial, SLABS, n);
+    add_partial_sums<<<dim3(blocks_for(n, WARP), 1), dim3(WARP, PARTS)>>>(db, nullptr, nullptr, partial, SLABS, n);
+    LAUNCHED();
 }
 
 // z = fold of rows x (N, n) that are there already; a block a row
@@ -2369,7 +2363,9 @@ static void layernorm_backward(Model& s, floatX* dx, const floatX* dy, const flo
     layernorm_backward_kernel<<<bands, blocks_for(C, WARP * PACK) * WARP>>>(dx, s.partial, dy, x, mean, rstd, s.params[w] + at,
                                                                             N, C, band, accumulate);
     LAUNCHED();
-    add_partial({{s.grads[w] + at, s.grads[w + 1] + at, db_below}}, 3, s.partial, bands, C);
+    add_partial_sums<<<dim3(blocks_for(C, WARP), 3), dim3(WARP, PARTS)>>>(s.grads[w] + at, s.grads[w + 1] + at, db_below,
+                                                                          s.partial, bands, C);
+    LAUNCHED();
 }
 
 static void layernorm_1(const Model& s, const Block& b, floatX* y, int layer, const floatX* x, const floatX* delta,
