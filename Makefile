@@ -44,8 +44,8 @@ endif
 # The cards, and their compute capabilities as 90 for 9.0: nvidia-smi may answer with an error's text instead. CUDA_VISIBLE_DEVICES may hide all cards;
 # where it hides some, it counts in an order that need not be nvidia-smi's, so each card that is new enough is built for, as the newest that the
 # toolkit knows. Where there is none, the code is for 8.0. PTX beside it serves newer ones.
-# The oldest that will do has bf16 and cp.async.
-OLDEST := 80
+# The oldest that will do has bf16 and cp.async; in fp32, 7.5 will.
+OLDEST := $(if $(filter FP32,$(PRECISION)),75,80)
 ask_cards = $(shell test "$${CUDA_VISIBLE_DEVICES-0}" && test "$${CUDA_VISIBLE_DEVICES-0}" != -1 && nvidia-smi --query-gpu=$(1) --format=csv,noheader 2>/dev/null $(2))
 CARDS := $(call ask_cards,compute_cap,| grep -xE '[0-9]+\.[0-9]' | tr -d . | sort -nu)
 GPU := $(if $(CARDS),$(call ask_cards,name,| sort -u | paste -sd / -))
@@ -77,7 +77,7 @@ train_gpt2_compact: train_gpt2_compact.cpp Makefile | found
 needs_nvcc = @$(if $(NVCC),true,echo "$@ needs the CUDA toolkit, 12 or 13: nvcc was not found"; exit 2)
 dotted = $(shell echo $(1) | sed 's/[0-9]\>/.&/g')
 whose = $(if $(filter file,$(origin GPU_COMPUTE_CAPABILITY)),$(GPU) has $(call dotted,$(CARDS)); GPU_COMPUTE_CAPABILITY=$(OLDEST) builds for another machine's,GPU_COMPUTE_CAPABILITY is $(GPU_COMPUTE_CAPABILITY))
-needs_card = @$(if $(TOO_OLD),echo "$@ needs a card of compute capability $(call dotted,$(OLDEST)) or newer: $(whose)"; exit 2,true)
+needs_card = @$(if $(TOO_OLD),echo "$@ needs a card of compute capability $(call dotted,$(OLDEST)) or newer$(if $(filter BF16,$(PRECISION)), (7.5 with PRECISION=FP32)): $(whose)"; exit 2,true)
 needs_cuda = @test -e $(CUDA_HOME)/include/cuda_bf16.h || { echo "$@ needs the headers of the CUDA toolkit, 12 or 13: set CUDA_HOME"; exit 2; }
 
 train_gpt2_compactcu: train_gpt2_compact.cu Makefile | found

@@ -1688,6 +1688,8 @@ static std::string model_device() {
     return text("%s, %d threads, %s, vectors of %d floats", name.c_str(), omp_get_max_threads(), blas, int(LANES));
 }
 
+static const char* model_attention(const Config&) { return "plain"; }
+
 // ====================================================================================================================
 // host, second part: the same text in both trainers. Files, data, sampling, evaluation, checkpoints, log, command line.
 // ====================================================================================================================
@@ -3204,7 +3206,7 @@ static bool is_due(int every, int64_t step, int64_t steps) {
 }
 
 static void describe(const Options& o, const Config& c, const Data& train, const Data& val, int64_t steps) {
-    printf("device   %s; source %s\n", model_device().c_str(), REVISION);
+    printf("device   %s; attention %s; source %s\n", model_device().c_str(), model_attention(c), REVISION);
     printf("model    %s: %d layers, %d heads, %d channels, context %d, vocabulary %d (%d): %s parameters\n", o.model.c_str(),
            c.L, c.NH, c.C, c.context, c.V, c.Vp, commas(parameter_count(c)).c_str());
     printf("data     train: %zu file%s, %s tokens, %s sequences of %d; validation: %s\n", train.shards.size(),
@@ -3305,7 +3307,10 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
                 fail("step " + str(step) + ": the loss or its gradient is not finite; a lower --lr or more --warmup may help");
             line += text(" | loss %.4f", loss);
             times = text(" | norm %.2f | lr %.1e | %.1f ms | ", norm, lr, elapsed * 1e3) + commas(int64_t(speed)) + " tok/s";
-            if (peak > 0) times += text(" | %.0f %% MFU", 100 * speed * (plan.flops.forward + plan.flops.backward) / peak);
+            double six_n = 6.0 * parameter_count(c) + 6.0 * c.L * c.C * o.seq;  // FLOPs of a token as llm.c counts them
+            if (peak > 0)
+                times += text(" | %.0f %% MFU (%.0f %% by 6 N)", 100 * speed * (plan.flops.forward + plan.flops.backward) / peak,
+                              100 * speed * six_n / peak);
             write_log(record +
                       text(", \"loss\": %.6f, \"norm\": %.6f, \"lr\": %.9g, \"ms\": %.3f, \"tokens_per_second\": %.1f}", loss,
                            norm, lr, elapsed * 1e3, speed));

@@ -69,6 +69,13 @@ def test_hidden_cards(make):
     assert built_for(make(r"8.6\n9.0\n", "-n", "train_gpt2_compactcu", CUDA_VISIBLE_DEVICES="1")) == ["86", "90"]
 
 
+def test_in_fp32_from_7_5_on(make):
+    assert built_for(make(r"7.5\n", "-n", "train_gpt2_compactcu", "PRECISION=FP32")) == ["75"]
+    assert built_for(make(r"7.0\n7.5\n8.6\n", "-n", "train_gpt2_compactcu", "PRECISION=FP32")) == ["75", "86"]
+    done = make(r"7.5\n", "-s", "train_gpt2_compactcu")
+    assert done.returncode == 2 and "PRECISION=FP32" in done.stdout + done.stderr
+
+
 def test_a_capability_that_is_given(make):
     for given in ("90", "9.0"):
         assert built_for(make(r"8.0\n", "-n", "train_gpt2_compactcu", "GPU_COMPUTE_CAPABILITY=" + given)) == ["90"]

@@ -786,7 +786,7 @@ def test_hellaswag(train, shards, tmp_path):
 # ---------------------------------------------------------------------------- what is written: console and log
 
 STEP = re.compile(r"step (\d+)/(\d+) \| loss (\d+\.\d{4})( \| val \d+\.\d{4})?( \| hellaswag [01]\.\d{4})? \| "
-                  r"norm (\d+\.\d\d) \| lr (\d\.\de-\d\d) \| \d+\.\d ms \| [\d,]+ tok/s( \| \d+ % MFU)?( \| eta \d+s)?")
+                  r"norm (\d+\.\d\d) \| lr (\d\.\de-\d\d) \| \d+\.\d ms \| [\d,]+ tok/s( \| \d+ % MFU \(\d+ % by 6 N\))?( \| eta \d+s)?")
 
 
 def test_console(train, text):
