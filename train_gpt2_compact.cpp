@@ -3308,9 +3308,8 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
             line += text(" | loss %.4f", loss);
             times = text(" | norm %.2f | lr %.1e | %.1f ms | ", norm, lr, elapsed * 1e3) + commas(int64_t(speed)) + " tok/s";
             double six_n = 6.0 * parameter_count(c) + 6.0 * c.L * c.C * o.seq;  // FLOPs of a token as llm.c counts them
-            if (peak > 0)
-                times += text(" | %.0f %% MFU (%.0f %% by 6 N)", 100 * speed * (plan.flops.forward + plan.flops.backward) / peak,
-                              100 * speed * six_n / peak);
+            double percent = 100 * speed / peak, done = plan.flops.forward + plan.flops.backward;
+            if (peak > 0) times += text(" | %.0f %% MFU (%.0f %% by 6 N)", percent * done, percent * six_n);
             write_log(record +
                       text(", \"loss\": %.6f, \"norm\": %.6f, \"lr\": %.9g, \"ms\": %.3f, \"tokens_per_second\": %.1f}", loss,
                            norm, lr, elapsed * 1e3, speed));
