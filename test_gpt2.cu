@@ -241,6 +241,7 @@ struct Setup {
     double rank;
     int compress, projection, moments, gap, recompute, micros, steps;
     int savings = 0;  // of memory: any of these
+    int optimizer = gpu::ADAMW;
 };
 enum { TWO_BITS = 1, INT8 = 2, NO_MASTER = 4, OFFLOAD = 8, GENERATES = 16 };  // the fourth on the GPU alone
 
@@ -250,7 +251,7 @@ template <class Options>
 static void set_options(Options& o, const Setup& u) {
     o.batch = u.B, o.seq = u.T, o.total_batch = u.micros * u.B * u.T;
     o.rank = u.rank, o.compress = u.compress, o.projection = u.projection, o.gap = u.gap;
-    o.moments = u.moments, o.optimizer = gpu::ADAMW;
+    o.moments = u.moments, o.optimizer = u.optimizer;
     o.recompute = u.recompute, o.seed = SEED;
     if (u.savings & TWO_BITS) o.gelu = gpu::GELU_2BIT;
     if (u.savings & INT8) o.tape = gpu::TAPE_INT8;
@@ -563,6 +564,10 @@ static const Setup setups[] = {
     {"width-of-d12", 1, 12, 768, 12, 1, 61, 64, 1.0 / 8, PAPER, gpu::GAUSSIAN, gpu::MOVE, 1, 0, 1, 2},
     {"width-of-d12-sparse", 1, 12, 768, 12, 1, 61, 64, 1.0 / 2, ALL, gpu::SPARSE, gpu::KEEP, 1, 2, 1, 1},
     {"width-of-d48", 1, 5, 1600, 25, 1, 61, 64, 1.0 / 64, PAPER, gpu::SPARSE, gpu::KEEP, 1, 0, 1, 1},
+    {"muon-full-rank", 2, 65, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 4, 2, 1, 3, 0, gpu::MUON},
+    {"muon-gaussian-move", 1, 65, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::MOVE, 1, 0, 1, 3, 0, gpu::MUON},
+    {"muon-sparse-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::SPARSE, gpu::KEEP, 2, 0, 2, 3, 0, gpu::MUON},
+    {"muon-no-master", 2, 33, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::SPARSE, gpu::RESET, 1, 0, 1, 3, NO_MASTER, gpu::MUON},
 #ifndef __NOGPU__
     {"long", 2, 1024, 128, 2, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::KEEP, 4, 0, 1, 10},
     {"long-plain", 1, 1024, 96, 2, 2, 257, 257, 1.0 / 4, PAPER, gpu::SPARSE, gpu::KEEP, 4, 2, 1, 10},
