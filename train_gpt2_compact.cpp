@@ -1025,7 +1025,8 @@ static void orthogonalise(float* x, int rows, int columns, float* work) {
 }
 
 // g (rows, columns) becomes the step U = 0.2 sqrt(rows n / k) orth(g + mu M) after M = mu M + g, Nesterov's form. With the
-// factor (Moonlight, arXiv 2502.16982) U lifted to n inputs is about as long as AdamW's: rate and decay carry over.
+// factor (Moonlight, arXiv 2502.16982) the RMS of U lifted to n inputs is 0.2 sqrt(n / columns): at full rank about that of
+// AdamW's step, so that rate and decay carry over.
 static void muon_direction(float* g, float* m, int rows, int columns, int n, float grad_scale, float* work) {
     const float mu = 0.95f;
     size_t count = size_t(rows) * columns;
@@ -1599,7 +1600,7 @@ static void model_begin_step(Model& s, int64_t step) {
     }
 }
 
-// Global norm of all gradients, the compressed ones as they are: E||G||^2 = ||dW||^2.
+// Global norm of all gradients, the compressed ones as they are: E||G||^2 = ||dW||^2, since E[P P^T] = I.
 static double gradient_norm(const Plan& plan) {
     const int64_t PIECE = 1 << 16;  // partial sums of fixed extent: the same norm for any number of threads
     double total = 0;

@@ -2147,8 +2147,8 @@ __global__ void lift_kernel(Weights to, const float* u, const floatX* narrow, si
     if (i < count) move_weights(to, i, u ? load_quad(u + i) : load_quad(narrow + i), keep, step);
 }
 
-// 0.2 sqrt(rows n / k): U lifted to n inputs is about as long as AdamW's, so rate and decay carry over (Moonlight, arXiv
-// 2502.16982).
+// 0.2 sqrt(rows n / k): the RMS of U lifted to n inputs is then 0.2 sqrt(n / columns), at full rank about that of AdamW's
+// step, so that rate and decay carry over (Moonlight, arXiv 2502.16982).
 static float muon_factor(const Linear& l, int blocks) {
     float rows = l.m / blocks;
     return 0.2f * sqrtf(rows * l.n / std::min<float>(rows, l.r));
@@ -2574,7 +2574,7 @@ static void model_begin_step(Model& s, int64_t step) {
 }
 
 // One optimizer step from the accumulated gradients. Returns their global norm, before clipping; the compressed ones count as
-// they are: E||G||^2 = ||dW||^2.
+// they are: E||G||^2 = ||dW||^2, since E[P P^T] = I.
 static double model_update(Model& s, const Plan& plan, int64_t step, double lr) {
     const Options& o = s.options;
     squares_kernel<<<NORM_BLOCKS, 256>>>(s.norm_partial, s.grads[0], plan.bytes("gradients") / sizeof(float));
