@@ -2771,8 +2771,8 @@ static std::string bare_tokens(const std::string& start, int64_t size) {
          narrow = size % 2 == 0 && odd > n / 200 && odd > 10 * even;
     if (!wide && !narrow) return "";
     return std::string("looks like token ids of ") + (wide ? "32" : "16") +
-           " bits without a header, which nanoGPT and others read, or text in UTF-" + (wide ? "32" : "16") +
-           ": data_prep/prepare.py makes token shards, from text in UTF-8";
+           " bits without a header, which nanoGPT and others read: data_prep/prepare.py --type uint" + (wide ? "32" : "16") +
+           " makes token shards of them; or like text in UTF-" + (wide ? "32" : "16") + ": it reads UTF-8";
 }
 
 // Reads the header that all of llm.c's formats share; checks its magic number and its version.
