@@ -749,16 +749,17 @@ __device__ inline void fold_row(const Fold& f, size_t row, const floatX* x, int 
 
 static const float LAYERNORM_EPS = 1e-5f;
 
-// One warp a row, 4 rows a block; dynamic shared memory: 4 C floats. sum (N, C) = x + delta + bias where delta is given; y =
+// One warp a row, 4 rows a block; dynamic shared memory: 4 C elements, of the sum, then of y, for the fold. sum (N, C) = x + delta + bias where delta is given; y =
 // LayerNorm of that sum (or of x), rounded as it is stored, so that a later run from the stored stream gives the same bits.
 // delta and y may be one. Reads x, delta; writes sum, y, z, mean, rstd: each once.
 __global__ void __launch_bounds__(128)
     layernorm_kernel(floatX* y, floatX* sum, float* mean, float* rstd, const floatX* x, const floatX* delta, const floatX* bias,
                      const floatX* w, const floatX* b, Fold fold, int N, int C) {
-    extern __shared__ float rows[];
+    extern __shared__ int4 rows[];  // 16 bytes a lane: with floats one by one, 8 lanes would meet in each bank
     int lane = threadIdx.x % WARP, i = blockIdx.x * 4 + threadIdx.x / WARP;
     if (i >= N) return;
-    float *row = rows + threadIdx.x / WARP * C, total = 0, squares = 0;
+    floatX* row = (floatX*)rows + threadIdx.x / WARP * C;
+    float total = 0, squares = 0;
     size_t at = size_t(i) * C;
     for (int j = lane * PACK; j < C; j += WARP * PACK) {
         Pack p = load_pack(x + at + j);
@@ -767,21 +768,24 @@ __global__ void __launch_bounds__(128)
             for (int k = 0; k < PACK; k++) store(&p.x[k], to_float(p.x[k]) + to_float(d.x[k]) + to_float(e.x[k]));
             store_pack(sum + at + j, p);
         }
-        for (int k = 0; k < PACK; k++) total += row[j + k] = to_float(p.x[k]);
+        store_pack(row + j, p);
+        for (int k = 0; k < PACK; k++) total += to_float(p.x[k]);
     }
     float m = warp_sum(total) / C;
     for (int j = lane * PACK; j < C; j += WARP * PACK) {
-        for (int k = 0; k < PACK; k++) squares += (row[j + k] - m) * (row[j + k] - m);
+        Pack p = load_pack(row + j);
+        for (int k = 0; k < PACK; k++) squares += (to_float(p.x[k]) - m) * (to_float(p.x[k]) - m);
     }
     float s = rsqrtf(warp_sum(squares) / C + LAYERNORM_EPS);
     for (int j = lane * PACK; j < C; j += WARP * PACK) {
-        Pack p, pw = load_pack(w + j), pb = load_pack(b + j);
-        for (int k = 0; k < PACK; k++) store(&p.x[k], (row[j + k] - m) * s * to_float(pw.x[k]) + to_float(pb.x[k]));
+        Pack p = load_pack(row + j), pw = load_pack(w + j), pb = load_pack(b + j);
+        for (int k = 0; k < PACK; k++) store(&p.x[k], (to_float(p.x[k]) - m) * s * to_float(pw.x[k]) + to_float(pb.x[k]));
         store_pack(y + at + j, p);
+        store_pack(row + j, p);
     }
     if (lane == 0) mean[i] = m, rstd[i] = s;
     __syncwarp();
-    if (fold.z) fold_row(fold, i, y + at, lane, WARP);
+    if (fold.z) fold_row(fold, i, row, lane, WARP);
 }
 
 // dx (N, C) = gradient, added to dx where accumulate, and the sums of weight, bias, and of what dx then is: that of the bias of
@@ -861,9 +865,11 @@ static const float GELU_SCALE = 0.797884561f;
 __device__ static const float GELU_CUTS[3] = {-3.1858810036855245f, -0.001178821281161997f, 3.190832613414926f};
 __device__ static const float GELU_SLOPES[4] = {0.0f, -0.04922261145617846f, 1.0487405950855512f, 1.0f};
 
-// A block a row of n = 4C. Reads x; writes y, which may be x; folded, z; and bits (n / 4 bytes a row) where they are wanted:
+// A block a row of n = 4C, which to be folded is in dynamic shared memory, too. Reads x; writes y, which may be x; folded, z; and bits (n / 4 bytes a row) where they are wanted:
 // how many cuts lie below x, four elements a byte, the first in the lowest bits.
 __global__ void __launch_bounds__(256) gelu_forward_kernel(floatX* y, uint8_t* bits, const floatX* x, Fold fold, int n) {
+    extern __shared__ int4 rows[];
+    floatX* row = (floatX*)rows;
     size_t at = size_t(blockIdx.x) * n;
     for (int j = threadIdx.x * PACK; j < n; j += blockDim.x * PACK) {
         Pack p = load_pack(x + at + j);
@@ -874,10 +880,11 @@ __global__ void __launch_bounds__(256) gelu_forward_kernel(floatX* y, uint8_t* b
             store(&p.x[k], v / (1.0f + __expf(-2.0f * u)));
         }
         store_pack(y + at + j, p);
+        if (fold.z) store_pack(row + j, p);
         for (int k = 0; bits && k < PACK; k += 4) bits[(at + j + k) / 4] = uint8_t(cuts >> 2 * k);
     }
     __syncthreads();
-    if (fold.z) fold_row(fold, blockIdx.x, y + at, threadIdx.x, blockDim.x);
+    if (fold.z) fold_row(fold, blockIdx.x, row, threadIdx.x, blockDim.x);
 }
 
 // d (N, n) *= gelu'(x), in place, or the step function where bits are given; on the way the sums of d's columns, for the bias.
@@ -2350,7 +2357,7 @@ static void layernorm_forward(const Model& s, floatX* y, floatX* sum, float* mea
                               const floatX* delta, const floatX* bias, int w, int layer, Fold fold, int N) {
     const floatX *weight = s.params[w] + (has_layers(w) ? param_offset(s, w, layer) : 0),
                  *b = s.params[w + 1] + (weight - s.params[w]);
-    layernorm_kernel<<<blocks_for(N, 4), 128, 4 * s.config.C * sizeof(float)>>>(y, sum, mean, rstd, x, delta, bias, weight, b,
+    layernorm_kernel<<<blocks_for(N, 4), 128, 4 * s.config.C * sizeof(floatX)>>>(y, sum, mean, rstd, x, delta, bias, weight, b,
                                                                                 fold, N, s.config.C);
     LAUNCHED();
 }
@@ -2381,7 +2388,7 @@ static void layernorm_2(const Model& s, const Block& b, floatX* y, int layer, co
 }
 
 static void gelu_forward(floatX* y, uint8_t* bits, const floatX* x, Fold fold, int N, int n) {
-    gelu_forward_kernel<<<N, 256>>>(y, bits, x, fold, n);
+    gelu_forward_kernel<<<N, 256, fold.z ? n * sizeof(floatX) : 0>>>(y, bits, x, fold, n);
     LAUNCHED();
 }
 

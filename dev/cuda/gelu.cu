@@ -140,15 +140,14 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
 
     double E = sizeof(floatX), all = count * E, F = 10.0 * count, B = 18.0 * count;
     double sums = 8.0 * SLABS * n;
-    Work forward = {2 * all, F}, with_z = {2 * all + double(N) * r * E, F + 2 * count},
-         with_z_read = {with_z.bytes + all, with_z.flops};
+    Work forward = {2 * all, F}, with_z = {2 * all + double(N) * r * E, F + 2 * count};
     Work backward = {3 * all, B}, both = {4 * all, B + count}, twice = {5 * all + sums, F + B};
     Work coded = {2 * all + count / 4.0, F + 3 * count}, stepped = {2 * all + count / 4.0, 1.0 * count};
     return {
         {"forward: a thread an element, tanhf", forward, forward, [=] { forward1<<<scalars, 256>>>(y, x, count); }, check_y},
         {"forward: 16 bytes a load, x sigmoid(2u)", forward, forward, [=] { forward2<<<packs, 256>>>(y, x, count); }, check_y},
         {"forward: the trainer's, a block a row", forward, forward, [=] { trainers_forward(Fold{}); }, check_y},
-        {"forward with the fold: the trainer's", with_z_read, with_z, [=] { trainers_forward(fold); }, check_z},
+        {"forward with the fold: the trainer's", with_z, with_z, [=] { trainers_forward(fold); }, check_z},
         {"backward: a thread an element, tanhf", backward, backward, [=] { backward5<<<scalars, 256>>>(d, x, count); },
          check_d},
         {"backward: the trainer's, 16 bytes a load, with the sums of d", {backward.bytes + sums, backward.flops}, backward,

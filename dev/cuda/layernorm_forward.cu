@@ -88,53 +88,6 @@ __global__ void __launch_bounds__(128) residual5(floatX* sum, const floatX* x, c
     }
 }
 
-// 8: the trainer's, with the row in registers as it came, and y in shared memory (4 C elements) on its way to the fold, which
-// then reads nothing back. WIDEST channels at most: what a lane has no room for it cannot keep.
-template <int WIDEST>
-__global__ void __launch_bounds__(128)
-    layernorm8(floatX* y, floatX* sum, float* mean, float* rstd, const floatX* x, const floatX* delta, const floatX* bias,
-               const floatX* w, const floatX* b, Fold fold, int N, int C) {
-    extern __shared__ int4 shared[];
-    int lane = threadIdx.x % WARP, i = blockIdx.x * 4 + threadIdx.x / WARP;
-    if (i >= N) return;
-    floatX* row = (floatX*)shared + threadIdx.x / WARP * C;
-    size_t at = size_t(i) * C;
-    const int PACKS = WIDEST / (WARP * PACK);  // of a lane
-    Pack own[PACKS];
-    float m = 0, s = 0;
-#pragma unroll
-    for (int n = 0; n < PACKS; n++) {
-        int j = (n * WARP + lane) * PACK;
-        if (j >= C) continue;
-        Pack p = load_pack(x + at + j), d = load_pack(delta + at + j), e = load_pack(bias + j);
-        for (int k = 0; k < PACK; k++) {
-            store(&p.x[k], to_float(p.x[k]) + to_float(d.x[k]) + to_float(e.x[k]));
-            m += to_float(p.x[k]);
-        }
-        store_pack(sum + at + j, p);
-        own[n] = p;
-    }
-    m = warp_sum(m) / C;
-#pragma unroll
-    for (int n = 0; n < PACKS; n++) {
-        for (int k = 0; k < PACK && (n * WARP + lane) * PACK < C; k++)
-            s += (to_float(own[n].x[k]) - m) * (to_float(own[n].x[k]) - m);
-    }
-    s = rsqrtf(warp_sum(s) / C + LAYERNORM_EPS);
-#pragma unroll
-    for (int n = 0; n < PACKS; n++) {
-        int j = (n * WARP + lane) * PACK;
-        if (j >= C) continue;
-        Pack p, pw = load_pack(w + j), pb = load_pack(b + j);
-        for (int k = 0; k < PACK; k++) store(&p.x[k], (to_float(own[n].x[k]) - m) * s * to_float(pw.x[k]) + to_float(pb.x[k]));
-        store_pack(y + at + j, p);
-        store_pack(row + j, p);
-    }
-    if (lane == 0) mean[i] = m, rstd[i] = s;
-    __syncwarp();
-    fold_row(fold, i, row, lane, WARP);
-}
-
 // The trainer's own function, with whatever it launches; null arrays: not wanted.
 static void trainers(floatX* y, floatX* sum, float* mean, float* rstd, const floatX* x, const floatX* delta, const floatX* bias,
                      floatX* w, floatX* b, Fold fold, int N, int C) {
@@ -178,7 +131,7 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
 
     double E = sizeof(floatX), rows = double(N) * C * E, NC = double(N) * C;
     Work plain = {2 * rows + 8 * N, 8 * NC}, thrice = {4 * rows + 8 * N, 8 * NC}, with_sum = {4 * rows + 8 * N, 10 * NC};
-    Work with_z = {4 * rows + double(N) * r * E + 8 * N, 12 * NC}, read_back = {with_z.bytes + rows, with_z.flops};
+    Work with_z = {4 * rows + double(N) * r * E + 8 * N, 12 * NC};
     return {
         {"a thread a row, three loops", thrice, plain,
          [=] { layernorm1<<<blocks_for(N, 128), 128>>>(y, mean, rstd, x, w, b, N, C); }, check},
@@ -197,19 +150,8 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
          check_sum},
         {"with the residual sum, fused: the trainer's", with_sum, with_sum,
          [=] { trainers(y, sum, mean, rstd, x, delta, bias, w, b, Fold{}, N, C); }, check_sum},
-        {"with residual sum and fold, fused: the trainer's", read_back, with_z,
+        {"with residual sum and fold, fused: the trainer's", with_z, with_z,
          [=] { trainers(y, sum, mean, rstd, x, delta, bias, w, b, fold, N, C); }, check_all},
-        // Not the trainer's yet: it takes more registers for less shared memory, and a GPU has to say which is the better
-        // trade.
-        {"as 7, the row in registers, the fold from shared memory", with_z, with_z,
-         [=] {
-             size_t bytes = 4 * C * sizeof(floatX);
-             if (C <= 1024)
-                 layernorm8<1024><<<blocks, 128, bytes>>>(y, sum, mean, rstd, x, delta, bias, w, b, fold, N, C);
-             else
-                 layernorm8<3072><<<blocks, 128, bytes>>>(y, sum, mean, rstd, x, delta, bias, w, b, fold, N, C);
-         },
-         check_all},
     };
 }
 

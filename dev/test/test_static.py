@@ -45,7 +45,7 @@ LIMITS = {"sm_80": (64, 32, 164), "sm_90": (64, 32, 228), "sm_120": (48, 24, 100
 REGISTERS = 64 * 1024
 
 # Dynamic shared memory in bytes at the size of GPT-2 d12 with rank 1/4, for the table.
-DYNAMIC = {"layernorm_kernel": 4 * 768 * 4, "attention_plain_forward": (128 + 2 * 64 + 32) * 4, "attention_plain_dq": (2 * 128 + 3 * 64) * 4,
+DYNAMIC = {"layernorm_kernel": 4 * 768 * 2, "attention_plain_forward": (128 + 2 * 64 + 32) * 4, "attention_plain_dq": (2 * 128 + 3 * 64) * 4,
            "attention_plain_dkv": (2 * 128 + 4 * 64) * 4, "sparse_update_kernel": 192 * 4}
 THREADS = 256  # of a block whose kernel states no bound
 
