@@ -1007,7 +1007,7 @@ static void memory(const Setup& u) {
 
 // A plan that no device holds is refused, and the batch named instead is the largest that fits.
 static void too_large() {
-    Setup u = {"", 1 << 20, 64, 256, 4, 4, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 0};
+    Setup u = {"", 65535, 1024, 256, 4, 4, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 0};
     std::string said;
     size_t free_bytes, total;
     CUDA(cudaMemGetInfo(&free_bytes, &total));
