@@ -191,6 +191,8 @@ struct Options {
     bool val_first = false, resume = false, overfit = false, help = false;
 };
 
+enum { MOST_SEQUENCES = 65535 };  // of a micro batch: a GPU's grid has no more rows
+
 // Tokens of a forward pass: a micro batch, or a piece of a prompt.
 enum { PIECE = 256 };
 static int64_t rows_of(const Options& o) { return o.generates ? std::min<int64_t>(PIECE, o.seq) : int64_t(o.batch) * o.seq; }
@@ -2697,7 +2699,7 @@ static std::vector<OptionRow> option_table(Options& o) {
         {0, "context", "T", KIND_INT, &o.context, "the longest sequence that it can see (1024)", 0, WIDE},
         {0, "tokenizer", "FILE", KIND_TEXT, &o.tokenizer, "for text; else tokenizer.bin beside the data or the model"},
 
-        {'b', "batch", "B", KIND_INT, &o.batch, "micro batch, in sequences", 1, WIDE},
+        {'b', "batch", "B", KIND_INT, &o.batch, "micro batch, in sequences", 1, MOST_SEQUENCES},
         {'t', "seq", "T", KIND_INT, &o.seq, "sequence length (the model's context)", 0, WIDE},
         {'d', "total-batch", "N", KIND_INT, &o.total_batch, "tokens in an optimizer step, by accumulation (B * T)", 0, MANY},
         {'x', "steps", "N", KIND_INT, &o.steps, "optimizer steps (once through the data)", -1, MANY},
@@ -2921,7 +2923,7 @@ static void fit_memory(Options& o, const Config& c) {
         return model_plan(s, c, other).bytes();
     };
     auto most = [&](int level) {
-        int64_t fits = 0, above = (rows ? rows : (1 << 30) / o.seq) + 1;
+        int64_t fits = 0, above = std::min<int64_t>(rows ? rows : (1 << 30) / o.seq, MOST_SEQUENCES) + 1;
         while (above - fits > 1) (bytes(level, (fits + above) / 2) <= o.memory ? fits : above) = (fits + above) / 2;
         while (rows && fits > 0 && rows % fits != 0) fits--;
         return int(fits);

@@ -192,6 +192,8 @@ struct Options {
     bool val_first = false, resume = false, overfit = false, help = false;
 };
 
+enum { MOST_SEQUENCES = 65535 };  // of a micro batch: a GPU's grid has no more rows
+
 // Tokens of a forward pass: a micro batch, or a piece of a prompt.
 enum { PIECE = 256 };
 static int64_t rows_of(const Options& o) { return o.generates ? std::min<int64_t>(PIECE, o.seq) : int64_t(o.batch) * o.seq; }
@@ -1779,7 +1781,6 @@ static Plan model_plan(Model& s, const Config& c, const Options& o) {
     s.config = c;
     s.options = o;
     if (o.seq > 65535) refuse("--seq: " + str(o.seq) + " is more than the 65535 that the GPU's kernels take");
-    if (o.batch > 65535) refuse("--batch: " + str(o.batch) + " is more than the 65535 that the GPU's kernels take");
     if (c.C % 8 != 0 || c.C > 3072)
         refuse("--channels: " + str(c.C) + " is not a multiple of 8 up to 3072, as the GPU's kernels need it");
     for (int i = 0; i < LINEARS; i++) s.linear[i] = linear_shape(c, o, i);
@@ -3699,7 +3700,7 @@ static std::vector<OptionRow> option_table(Options& o) {
         {0, "context", "T", KIND_INT, &o.context, "the longest sequence that it can see (1024)", 0, WIDE},
         {0, "tokenizer", "FILE", KIND_TEXT, &o.tokenizer, "for text; else tokenizer.bin beside the data or the model"},
 
-        {'b', "batch", "B", KIND_INT, &o.batch, "micro batch, in sequences", 1, WIDE},
+        {'b', "batch", "B", KIND_INT, &o.batch, "micro batch, in sequences", 1, MOST_SEQUENCES},
         {'t', "seq", "T", KIND_INT, &o.seq, "sequence length (the model's context)", 0, WIDE},
         {'d', "total-batch", "N", KIND_INT, &o.total_batch, "tokens in an optimizer step, by accumulation (B * T)", 0, MANY},
         {'x', "steps", "N", KIND_INT, &o.steps, "optimizer steps (once through the data)", -1, MANY},
@@ -3923,7 +3924,7 @@ static void fit_memory(Options& o, const Config& c) {
         return model_plan(s, c, other).bytes();
     };
     auto most = [&](int level) {
-        int64_t fits = 0, above = (rows ? rows : (1 << 30) / o.seq) + 1;
+        int64_t fits = 0, above = std::min<int64_t>(rows ? rows : (1 << 30) / o.seq, MOST_SEQUENCES) + 1;
         while (above - fits > 1) (bytes(level, (fits + above) / 2) <= o.memory ? fits : above) = (fits + above) / 2;
         while (rows && fits > 0 && rows % fits != 0) fits--;
         return int(fits);
