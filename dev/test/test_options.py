@@ -40,7 +40,7 @@ OPTIONS = {
     "out": ("o", [""]),
     "tokenizer": ("", [""]),
     "prompt": ("", [""]),
-    "batch": ("b", COUNT + ["0"]),
+    "batch": ("b", COUNT + ["0", "65536"]),
     "seq": ("t", COUNT + ["33"]),  # 33: the tiny model's context is 32
     "total-batch": ("d", COUNT + ["63", "65", "32"]),  # no multiples of 2 * 32
     "steps": ("x", EVERY),
