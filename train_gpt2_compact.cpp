@@ -2943,8 +2943,10 @@ static void fit_memory(Options& o, const Config& c) {
 
 // Fills in what follows from the model, and looks for contradictions.
 static void settle_options(Options& o, const Config& c) {
-    if (o.generates) o.batch = 1, o.total_batch = 0, o.compress = 0, o.optimizer = ADAMW, o.offload = false;
-    if (o.generates) o.gelu = GELU_EXACT;
+    if (o.generates) {
+        o.batch = 1, o.total_batch = 0, o.compress = 0;
+        o.optimizer = ADAMW, o.offload = false, o.gelu = GELU_EXACT;
+    }
     if (o.seq == 0) o.seq = c.context;
     if (o.seq > c.context) refuse("--seq: " + str(o.seq) + " is more than the model's context of " + str(c.context));
     if (o.gelu == GELU_2BIT && o.recompute >= tape_rows[FCH].gone_from)
