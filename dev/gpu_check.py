@@ -369,7 +369,7 @@ def largest_batch(bytes_of, room, most=None):
     one = bytes_of(1)
     each = max(1, (bytes_of(some) - one) / (some - 1))
     batch = max(0, int((room - one) / each) + 1) if room >= one else 0
-    batch = min(batch, most or (1 << 30) // SEQ)  # the trainer takes no more tokens
+    batch = min(batch, most or min((1 << 30) // SEQ, 65535))  # the trainer takes no more tokens, and sequences
     while batch > 0 and bytes_of(batch) > room:  # sequences round up to whole tensors here and there
         batch -= 1
     return batch

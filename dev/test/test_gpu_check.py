@@ -32,7 +32,7 @@ spec.loader.exec_module(gpu_check)
 NVIDIA_SMI = """#!/bin/bash
 case "$*" in
     *-lms*) echo "500, 210, 70.00"; while sleep 0.1; do echo "2548, 1980, 600.50"; done ;;
-    *--query-gpu=name*driver_version*) echo "NVIDIA Test 9000, 580.1, 9.0, 90000, 80000, 500, 210, 1980, 3201, 700.00, 30" ;;
+    *--query-gpu=name*driver_version*) echo "NVIDIA Test 9000, 580.1, 9.0, 11000, 10000, 500, 210, 1980, 3201, 700.00, 30" ;;
     *--query-gpu=name*) echo "NVIDIA Test 9000" ;;
     *) echo "| NVIDIA-SMI 580.1    Driver Version: 580.1    CUDA Version: 13.0 |" ;;
 esac
