@@ -178,7 +178,7 @@ help: found
 	@echo "make -C dev/cuda      the kernels' numbered variants, each with its check and its benchmark"
 	@echo "make demo             trains a small GPT-2 on this project's sources, about two minutes on two cores"
 	@echo "make check            the quick tests, two minutes on two cores, before every commit"
-	@echo "make test             all tests, about 15 minutes on two cores; the last line counts them"
+	@echo "make test             all tests, about 35 minutes on two cores; the last line counts them"
 	@echo "                      check and test first bring what they lack, and say what (dev/setup.sh)"
 	@echo "make bench            ms per step of GPT-2 d12 at full rank and compressed; LLMC=dir compares with llm.c built there"
 	@echo "make clean            removes what was built"
