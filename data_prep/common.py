@@ -1,9 +1,12 @@
 """
-What the data tools share: one-line errors, opening inputs, the two tokenizers, token shards, downloads.
+What the data tools share: one-line errors, opening inputs, the two tokenizers,
+token shards, downloads.
 
 All files are little-endian; every header is 256 int32, unused ones zero.
-tokens     [0] = 20240520, [1] = 1, [2] = token count, [3] = vocabulary size; then a uint16 per token.
-tokenizer  [0] = 20240328, [1] = 2, [2] = vocabulary size, [3] = end-of-text id; then per token a length byte and its bytes.
+tokens     [0] = 20240520, [1] = 1, [2] = token count, [3] = vocabulary size;
+           then a uint16 per token.
+tokenizer  [0] = 20240328, [1] = 2, [2] = vocabulary size, [3] = end-of-text id;
+           then per token a length byte and its bytes.
 """
 
 import argparse
@@ -31,7 +34,8 @@ REQUIREMENTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "require
 
 
 def missing_package(name):
-    return f"the Python package {name} is missing: pip install -r {shlex.quote(os.path.relpath(REQUIREMENTS))}"
+    requirements = shlex.quote(os.path.relpath(REQUIREMENTS))
+    return f"the Python package {name} is missing: pip install -r {requirements}"
 
 
 try:
@@ -58,18 +62,21 @@ class Problem(Exception):
 
 class Parser(argparse.ArgumentParser):
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
+        super().__init__(description=description,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message):  # argparse would print the usage as well
         raise Problem(f"{message} (see --help)")
 
 
 def run(main):
-    """Runs a tool's main. Exit status: 0, 2 after a problem (one line on stderr), 130 and 143 after Ctrl-C and SIGTERM."""
-    # as an exception SIGTERM takes the same way out as Ctrl-C, past the code that removes unfinished files
+    """
+    Runs a tool's main. Exit status: 0; 2 after a problem, which is one line on stderr; 130 after
+    Ctrl-C; 143 after SIGTERM.
+    """
+    # as an exception, SIGTERM runs the code that removes unfinished files, as Ctrl-C does
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # a closed descriptor of these three would be the next file's
+    # if one of descriptors 0 to 2 is closed, the next file that is opened would get it
     while (unused := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(unused)
@@ -104,14 +111,18 @@ def whole_number(low, high):
 
 def add_tokenizer_options(parser):
     parser.add_argument("--tokenizer", choices=["gpt2", "bytes"], default="gpt2",
-                        help="gpt2: GPT-2's 50257 tokens; bytes: each byte is a token, 256 in all (default: %(default)s)")
+                        help="gpt2: GPT-2's 50257 tokens; bytes: each byte is a token, 256 in all "
+                        "(default: %(default)s)")
     parser.add_argument("--vocab-bpe", metavar="FILE",
-                        help="GPT-2's vocab.bpe on this machine (default: tiktoken downloads it, once)")
-    parser.add_argument("--encoder-json", metavar="FILE", help="GPT-2's encoder.json on this machine, with --vocab-bpe")
+                        help="GPT-2's vocab.bpe on this machine "
+                        "(default: tiktoken downloads it, once)")
+    parser.add_argument("--encoder-json", metavar="FILE",
+                        help="GPT-2's encoder.json on this machine, with --vocab-bpe")
 
 
 def add_shard_option(parser):
-    parser.add_argument("--shard-tokens", metavar="N", type=whole_number(1, MAX_SHARD_TOKENS), default=10**8,
+    parser.add_argument("--shard-tokens", metavar="N", type=whole_number(1, MAX_SHARD_TOKENS),
+                        default=10**8,
                         help="tokens in a shard; the last one has the rest (default: %(default)s)")
 
 
@@ -302,18 +313,19 @@ def header(*values):
 
 def write_tokenizer(path, tokenizer):
     with whole_file(path) as file:
-        file.write(header(TOKENIZER_MAGIC, TOKENIZER_VERSION, tokenizer.vocabulary, tokenizer.end_of_text))
+        file.write(header(TOKENIZER_MAGIC, TOKENIZER_VERSION, tokenizer.vocabulary,
+                          tokenizer.end_of_text))
         for token in tokenizer.table:
             file.write(bytes([len(token)]) + token)
 
 
 class ShardWriter:
     """
-    Writes train_000000.bin, train_000001.bin ..., val_000000.bin ... and tokenizer.bin into a folder.
+    Writes train_000000.bin, train_000001.bin ..., val_000000.bin ... and tokenizer.bin to a folder.
 
-    A shard is written under a temporary name; once complete it gets its token count and its own name. So it is whole or absent.
-    A run replaces all shards of an earlier run, not only those whose number comes up again, since the trainer takes train_*.bin;
-    they stay until the first new one is complete.
+    A shard is written under a temporary name. Once complete it gets its token count and its own
+    name, so it is whole or absent. A run removes all shards of an earlier run, since the trainer
+    takes whatever is named train_*.bin; they stay until the first new one is complete.
     """
 
     def __init__(self, folder, tokenizer, shard_tokens):
@@ -382,8 +394,9 @@ class ShardWriter:
 
     def remove_earlier(self):
         being_written = {os.path.basename(file.name) for file in self.open.values()}
+        shard = re.compile(r"(train|val)_\d{6,}\.bin(\.tmp)?")
         earlier = [name for name in os.listdir(self.folder)
-                   if re.fullmatch(r"(train|val)_\d{6,}\.bin(\.tmp)?", name) and name not in being_written]
+                   if shard.fullmatch(name) and name not in being_written]
         for name in earlier:
             os.remove(os.path.join(self.folder, name))
         if earlier:
@@ -407,9 +420,12 @@ class ShardWriter:
         print(f"train on it:\n  {command}")
 
 # ----------------------------------------------------------------------------
-# tokenizers: name, vocabulary size, end_of_text id, document_start (the tokens each document begins with), table (the bytes of
-# each token), encode (list of texts -> list of uint16 arrays), pieces (blocks of a document's bytes -> texts that encode takes)
-
+# tokenizers. Each has
+#   name, vocabulary (its size), end_of_text (an id),
+#   document_start    the tokens that each document begins with,
+#   table             the bytes of each token,
+#   encode            list of texts -> list of uint16 arrays,
+#   pieces            blocks of a document's bytes -> texts that encode takes
 
 # GPT-2's rule for cutting text into words, before byte pairs are merged within each.
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -422,7 +438,8 @@ def load_tokenizer(args):
     if args.tokenizer == "bytes":
         for option, path in local:
             if path is not None:
-                raise Problem(f"{option} belongs to --tokenizer gpt2; leave it out with --tokenizer bytes")
+                raise Problem(f"{option} belongs to --tokenizer gpt2; "
+                              "leave it out with --tokenizer bytes")
         return byte_tokenizer()
     for option, path in local:
         if path is None and (args.vocab_bpe or args.encoder_json):
@@ -433,16 +450,22 @@ def load_tokenizer(args):
 
 
 def byte_tokenizer():
-    """Each byte is a token. Nothing marks a document's begin; the newline, 10, stands in as the end-of-text id."""
+    """
+    Each byte is a token. Nothing marks where a document begins; the newline, 10, stands in as the
+    end-of-text id.
+    """
     return SimpleNamespace(
         name="bytes", vocabulary=256, end_of_text=10, document_start=np.zeros(0, dtype=np.uint16),
         table=[bytes([byte]) for byte in range(256)],
-        encode=lambda texts: [np.frombuffer(text, dtype=np.uint8).astype(np.uint16) for text in texts],
+        encode=lambda texts: [np.frombuffer(text, np.uint8).astype(np.uint16) for text in texts],
         pieces=lambda blocks: blocks)
 
 
 def gpt2_tokenizer(vocab_bpe=None, encoder_json=None):
-    """GPT-2's byte pairs, by tiktoken. Each document begins with end-of-text; that token's spelling in a text is plain text."""
+    """
+    GPT-2's byte pairs, by tiktoken. Each document begins with end-of-text; where a text spells that
+    token out, it is plain text.
+    """
     try:
         import tiktoken
         import tiktoken.load
@@ -452,25 +475,32 @@ def gpt2_tokenizer(vocab_bpe=None, encoder_json=None):
         try:
             encoding = tiktoken.get_encoding("gpt2")
         except Exception as error:  # of requests, mostly
-            raise Problem(f"cannot download GPT-2's vocabulary, {GPT2_FILES}vocab.bpe and {GPT2_FILES}encoder.json "
-                          f"({type(error).__name__}); get both by hand and give --vocab-bpe FILE --encoder-json FILE, "
-                          "or use --tokenizer bytes, which needs neither") from None
+            raise Problem("cannot download GPT-2's vocabulary, "
+                          f"{GPT2_FILES}vocab.bpe and {GPT2_FILES}encoder.json "
+                          f"({type(error).__name__}); get both by hand and give --vocab-bpe FILE "
+                          "--encoder-json FILE, or use --tokenizer bytes, which needs "
+                          "neither") from None
     else:
-        os.environ["TIKTOKEN_CACHE_DIR"] = ""  # tiktoken would keep a copy under the path and never look at the file again
+        # else tiktoken would keep a copy by the file's path, and never read the file again
+        os.environ["TIKTOKEN_CACHE_DIR"] = ""
         try:
             ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(vocab_bpe, encoder_json)
             if len(ranks) != 50256:
                 raise ValueError
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
-            raise Problem(f"--vocab-bpe {vocab_bpe}, --encoder-json {encoder_json}: not the two files of GPT-2's vocabulary; "
+            raise Problem(f"--vocab-bpe {vocab_bpe}, --encoder-json {encoder_json}: "
+                          "not the two files of GPT-2's vocabulary; "
                           f"they are {GPT2_FILES}vocab.bpe and {GPT2_FILES}encoder.json") from None
-        encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+        encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks,
+                                     special_tokens={"<|endoftext|>": 50256})
 
     def encode(texts):
-        return [np.array(tokens, dtype=np.uint16) for tokens in encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())]
+        batch = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        return [np.array(tokens, dtype=np.uint16) for tokens in batch]
 
     return SimpleNamespace(
-        name="gpt2", vocabulary=50257, end_of_text=50256, document_start=np.array([50256], dtype=np.uint16),
+        name="gpt2", vocabulary=50257, end_of_text=50256,
+        document_start=np.array([50256], dtype=np.uint16),
         table=[encoding.decode_single_token_bytes(token) for token in range(50257)],
         encode=encode, pieces=lambda blocks: cut_text(decode(blocks)))
 
@@ -504,18 +534,18 @@ def decode(blocks):
         yield text
 
 
-# The last place in a text where a word ends and whitespace follows. GPT-2's words end there whatever stands before and after,
-# so a text cut there has the tokens of the whole.
+# The last place in a text where a word ends and whitespace follows. GPT-2's words end there,
+# whatever stands before and after, so a text cut there has the tokens of the whole.
 LAST_WORD_END = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 
 
 def cut_text(texts):
     """
-    Cuts a document, given in texts of at most a block, anew: into pieces of at most two blocks that together have the tokens
-    of the whole.
+    Cuts a document, given in texts of at most a block, anew: into pieces of at most two blocks that
+    together have the tokens of the whole.
 
-    Only a word or a stretch of whitespace longer than a block is cut inside, and a token there may differ. That is as well:
-    tiktoken is slow on such words and gives up on such whitespace.
+    Only a word or a stretch of whitespace longer than a block is cut inside, and a token there may
+    differ. That is as well: tiktoken is slow on such words and gives up on such whitespace.
     """
     rest = ""
     for text in texts:
@@ -530,7 +560,7 @@ def cut_text(texts):
 
 
 def encode_all(tokenizer, pieces):
-    """Pairs (label, text) in, pairs (label, tokens) out, in the same order. Holds one batch at a time."""
+    """Pairs (label, text) to pairs (label, tokens), in the same order, one batch at a time."""
     labels, texts, size = [], [], 0
     for label, text in pieces:
         labels.append(label)
@@ -552,7 +582,8 @@ def download(url, path):
         return
 
     def failed(reason):
-        return Problem(f"cannot download {url}: {reason}; get it by hand and give it with --file FILE")
+        return Problem(f"cannot download {url}: {reason}; "
+                       "get it by hand and give it with --file FILE")
 
     try:
         response = urllib.request.urlopen(url, timeout=30)
@@ -562,8 +593,8 @@ def download(url, path):
     folder = os.path.dirname(path)
     with response, writing(folder):
         os.makedirs(folder, exist_ok=True)
-        with whole_file(path) as file, \
-                tqdm(total=size or None, unit="B", unit_scale=True, desc="downloading", disable=None) as bar:
+        with whole_file(path) as file, tqdm(total=size or None, unit="B", unit_scale=True,
+                                            desc="downloading", disable=None) as bar:
             while True:
                 try:
                     block = response.read(BLOCK)

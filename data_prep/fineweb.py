@@ -16,8 +16,9 @@ example: fineweb.py --max-tokens 1e9
 import json
 import logging
 
-from common import (BLOCK, Parser, Problem, ShardWriter, add_shard_option, add_tokenizer_options, check_file, encode_all,
-                    load_tokenizer, missing_package, read_lines, run, whole_number)
+from common import (BLOCK, Parser, Problem, ShardWriter, add_shard_option, add_tokenizer_options,
+                    check_file, encode_all, load_tokenizer, missing_package, read_lines, run,
+                    whole_number)
 from tqdm import tqdm
 
 DATASET, SAMPLE = "HuggingFaceFW/fineweb", "sample-10BT"
@@ -42,20 +43,24 @@ def read_hub():
     try:
         import datasets
     except ImportError:
-        raise Problem(missing_package("datasets") + '; or give a file of lines {"text": ...} with --jsonl FILE') from None
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # several lines for each retry, across the progress bar
-    print(f"opening {DATASET}, {SAMPLE}, on Hugging Face; a bad connection is tried for half a minute", flush=True)
+        raise Problem(missing_package("datasets") + '; or give a file of lines {"text": ...} '
+                      'with --jsonl FILE') from None
+    # it warns of each retry in several lines, across the progress bar
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    print(f"opening {DATASET}, {SAMPLE}, on Hugging Face; "
+          "a bad connection is tried for half a minute", flush=True)
     try:
         for row in datasets.load_dataset(DATASET, name=SAMPLE, split="train", streaming=True):
             yield row["text"]
     except Exception as error:  # whatever datasets and the packages below it raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise Problem(f"cannot download {DATASET}, {SAMPLE}: {reason}; complete shards stay; without a connection give a file "
+        raise Problem(f"cannot download {DATASET}, {SAMPLE}: {reason}; complete shards stay; "
+                      "without a connection give a file "
                       'of lines {"text": ...} with --jsonl FILE') from None
 
 
 def read_pieces(documents, tokenizer):
-    """The documents in pieces that the tokenizer takes: pairs (whether a document begins, piece)."""
+    """The documents in pieces that the tokenizer takes: pairs (whether one begins, piece)."""
     for text in documents:
         if tokenizer.name == "bytes":
             text += "\n"
@@ -69,9 +74,11 @@ def read_pieces(documents, tokenizer):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--out", metavar="DIR", default="data/fineweb",
-                        help="folder for the shards; shards of an earlier run in it are replaced (default: %(default)s)")
+                        help="folder for the shards; shards of an earlier run in it are replaced "
+                        "(default: %(default)s)")
     parser.add_argument("--jsonl", metavar="FILE",
-                        help='take the documents from this file of lines {"text": ...}; may be .gz, .bz2 or .xz (default: download)')
+                        help='take the documents from this file of lines {"text": ...}; '
+                        'may be .gz, .bz2 or .xz (default: download)')
     parser.add_argument("--max-tokens", metavar="N", type=whole_number(1, 10**13),
                         help="stop after so many tokens, validation included (default: all)")
     add_shard_option(parser)
@@ -79,8 +86,9 @@ def main():
     args = parser.parse_args()
 
     if args.max_tokens is not None and args.max_tokens <= args.shard_tokens:
-        raise Problem(f"--max-tokens {args.max_tokens} leaves nothing to train on, since the first shard, --shard-tokens "
-                      f"{args.shard_tokens}, is validation; make one larger or the other smaller")
+        raise Problem(f"--max-tokens {args.max_tokens} leaves nothing to train on, since the first "
+                      f"shard, --shard-tokens {args.shard_tokens}, is validation; "
+                      "make one larger or the other smaller")
     if args.jsonl is not None:
         check_file("--jsonl", args.jsonl)
     tokenizer = load_tokenizer(args)
@@ -107,8 +115,9 @@ def main():
             if written == args.max_tokens:
                 break
         if written <= args.shard_tokens:
-            raise Problem(f"{args.jsonl or DATASET}: {written} tokens in all, none left to train on after the first shard, which is "
-                          f"validation; give more text, or a --shard-tokens below {written}")
+            raise Problem(f"{args.jsonl or DATASET}: {written} tokens in all, none left to train "
+                          "on after the first shard, which is validation; give more text, "
+                          f"or a --shard-tokens below {written}")
     shards.report()
 
 

@@ -26,8 +26,8 @@ import os
 import shlex
 
 import numpy as np
-from common import (Parser, Problem, add_tokenizer_options, check_file, download, header, load_tokenizer, read_lines, run,
-                    whole_file, whole_number, writing)
+from common import (Parser, Problem, add_tokenizer_options, check_file, download, header,
+                    load_tokenizer, read_lines, run, whole_file, whole_number, writing)
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 MAGIC, VERSION = 20240522, 1
@@ -45,10 +45,14 @@ def read_json(line, activity):
 
 
 def read_six(lines, activity):
-    """An example from six lines. (In the file going round, WikiHow's [title] and [step] marks are removed, which JSON has.)"""
+    """
+    An example from six lines. (The file that goes round in this format lacks WikiHow's marks
+    [title] and [step], which the JSON has.)
+    """
     context, label, *endings = lines
     before, colon, after = context.partition(": ")
-    if colon and not activity and "." not in before:  # an activity has no full stop: "He sat. She said: go" has none in front
+    # an activity has no full stop, so "He sat. She said: go" begins with none
+    if colon and not activity and "." not in before:
         context = after
     return context, int(label), endings
 
@@ -72,10 +76,12 @@ def read_examples(path, activity):
         except (ValueError, KeyError, TypeError):
             good = False
         if not good:
-            raise Problem(f"{path}: line {number}: not an example of HellaSwag: neither JSON with ctx, label and four endings, "
-                          "nor the last of six lines: context, index of the right ending (0 to 3), four endings")
+            raise Problem(f"{path}: line {number}: not an example of HellaSwag: neither JSON with "
+                          "ctx, label and four endings, nor the last of six lines: context, "
+                          "index of the right ending (0 to 3), four endings")
         if size > LARGEST:
-            raise Problem(f"{path}: line {number}: an example of {size} characters, more than {LARGEST}, does not fit the format")
+            raise Problem(f"{path}: line {number}: an example of {size} characters, "
+                          f"more than {LARGEST}, does not fit the format")
         yield context, label, endings
     if lines:
         raise Problem(f"{path}: ends inside an example, after {len(lines)} of its six lines")
@@ -88,21 +94,24 @@ def encode_example(index, label, context, endings):
         parts += [[len(tokens)], tokens]
     stream = np.concatenate(parts).astype("<u4")
     if stream.size * 2 > LARGEST:
-        raise Problem(f"example {index}: {stream.size * 2} bytes, more than {LARGEST}, do not fit the format")
+        raise Problem(f"example {index}: {stream.size * 2} bytes, more than {LARGEST}, "
+                      "do not fit the format")
     stream[1] = stream.size * 2
     return stream.astype("<u2").tobytes()
 
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--file", metavar="FILE", help="the examples, if they are on this machine (default: download them)")
+    parser.add_argument("--file", metavar="FILE",
+                        help="the examples, if they are on this machine (default: download them)")
     parser.add_argument("--url", default=URL, help="where to download them (default: %(default)s)")
     parser.add_argument("--out", metavar="DIR", default="data/hellaswag",
                         help="folder for hellaswag_val.bin and the download (default: %(default)s)")
     parser.add_argument("--limit", metavar="N", type=whole_number(1, LARGEST), default=LARGEST,
                         help="take the first N examples only (default: all)")
     parser.add_argument("--activity", action="store_true",
-                        help="begin each context with its activity (default: the context alone, as llm.c does)")
+                        help="begin each context with its activity (default: the context alone, "
+                        "as llm.c does)")
     add_tokenizer_options(parser)
     args = parser.parse_args()
 
@@ -123,7 +132,8 @@ def main():
     if tokenizer.name == "bytes":
         texts = [text.encode(errors="replace") for text in texts]
     tokens = tokenizer.encode(texts)
-    encoded = [encode_example(i, label, tokens[5 * i], tokens[5 * i + 1:5 * i + 5]) for i, (_, label, _) in enumerate(examples)]
+    encoded = [encode_example(i, label, tokens[5 * i], tokens[5 * i + 1:5 * i + 5])
+               for i, (_, label, _) in enumerate(examples)]
 
     out = os.path.join(args.out, "hellaswag_val.bin")
     with writing(args.out):
@@ -132,7 +142,8 @@ def main():
             file.write(header(MAGIC, VERSION, len(encoded), max(map(len, encoded))))
             file.writelines(encoded)
     print(f"wrote {out}: {len(encoded):,} examples, {tokenizer.name}")
-    print(f"evaluate on it while training:\n  ./train_gpt2_compact --hellaswag {shlex.quote(out)} ...")
+    print("evaluate on it while training:\n"
+          f"  ./train_gpt2_compact --hellaswag {shlex.quote(out)} ...")
 
 
 if __name__ == "__main__":

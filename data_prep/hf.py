@@ -50,17 +50,20 @@ PAD_TO = 128
 GPT2_VOCABULARY, GPT2_END_OF_TEXT, GPT2_PADDED = 50257, 50256, 50304
 
 # The header's fields from [2] on: name here, name in config.json, range.
-FIELDS = [("context", "n_positions", 1, 1 << 20), ("vocabulary", "vocab_size", 1, 1 << 16), ("layers", "n_layer", 1, 1 << 10),
-          ("heads", "n_head", 1, 1 << 10), ("channels", "n_embd", 1, 1 << 16)]
+FIELDS = [("context", "n_positions", 1, 1 << 20), ("vocabulary", "vocab_size", 1, 1 << 16),
+          ("layers", "n_layer", 1, 1 << 10), ("heads", "n_head", 1, 1 << 10),
+          ("channels", "n_embd", 1, 1 << 16)]
 
 NANOGPT_FIELDS = ["block_size", "vocab_size", "n_layer", "n_head", "n_embd"]  # the same, there
 
-# What else of config.json changes the model, and the one value that the trainer's GPT-2 has. transformers takes it for granted
-# where nothing is said.
-FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-         "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+# What else of config.json changes the model, and the one value that the trainer's GPT-2 has, which
+# is also what transformers takes where the file says nothing.
+FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+         "tie_word_embeddings": True, "scale_attn_weights": True,
+         "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
-# Of a layer: name in transformers, shape here in channels, whether it is a Conv1D, whose weight is transposed there.
+# Of a layer: name in transformers, shape here in channels, and whether it is a Conv1D, whose weight
+# is transposed there.
 LAYER = {"ln_1.weight": ((1,), False), "ln_1.bias": ((1,), False),
          "attn.c_attn.weight": ((3, 1), True), "attn.c_attn.bias": ((3,), False),
          "attn.c_proj.weight": ((1, 1), True), "attn.c_proj.bias": ((1,), False),
@@ -73,7 +76,10 @@ MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constants that older 
 
 
 def tensors(shape):
-    """The tensors in the .bin's order: triples (name in transformers, shape in the .bin, whether that is transposed there)."""
+    """
+    The tensors in the .bin's order: triples (name in transformers, shape in the .bin, whether it is
+    transposed in transformers).
+    """
     C = shape.channels
     yield "wte.weight", (shape.padded, C), False
     yield "wpe.weight", (shape.context, C), False
@@ -90,11 +96,15 @@ def split_name(name):
 
 
 def check_shape(path, values):
-    """A model's shape from the header's fields, checked as the trainer does; `values` are pairs (name to say, value)."""
+    """
+    A model's shape from the header's fields, checked as the trainer does. `values` are pairs (name
+    for an error message, value).
+    """
     shape = SimpleNamespace()
     for (field, _, low, high), (name, value) in zip(FIELDS, values):
         if type(value) is not int or not low <= value <= high:
-            raise Problem(f"{path}: its {name} is {value!r}, not a whole number from {low} to {high}")
+            raise Problem(f"{path}: its {name} is {value!r}, not a whole number from {low} to "
+                          f"{high}")
         setattr(shape, field, value)
     if shape.channels % shape.heads:
         raise Problem(f"{path}: {shape.channels} channels do not divide into {shape.heads} heads")
@@ -112,21 +122,24 @@ def find_source(source):
         raise Problem(f"{source}: is no folder; give the folder with config.json and "
                       "model.safetensors, or nanoGPT's ckpt.pt")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
-        raise Problem(f"{source}: there is no such folder, and it is no name of a model on the Hub such as gpt2")
+        raise Problem(f"{source}: there is no such folder, "
+                      "and it is no name of a model on the Hub such as gpt2")
     try:
         import huggingface_hub
     except ImportError:
         raise Problem(f"{source}: there is no such folder, and to download a model of that name "
                       + missing_package("huggingface_hub")) from None
     try:
-        folder = huggingface_hub.snapshot_download(source, allow_patterns=[
-            "config.json", "model.safetensors", "tokenizer.json", "vocab.json"])
+        download = huggingface_hub.snapshot_download
+        folder = download(source, allow_patterns=["config.json", "model.safetensors",
+                                                  "tokenizer.json", "vocab.json"])
         if not os.path.exists(os.path.join(folder, "model.safetensors")):
-            folder = huggingface_hub.snapshot_download(source, allow_patterns=["config.json", "pytorch_model.bin"])
+            folder = download(source, allow_patterns=["config.json", "pytorch_model.bin"])
     except Exception as error:  # of the network, of the Hub, of the disk
         reason = (str(error).splitlines() or [""])[0]
-        raise Problem(f"{source}: there is no such folder, and no model of that name could be downloaded "
-                      f"({type(error).__name__}: {reason}); give a folder with config.json and model.safetensors") from None
+        raise Problem(f"{source}: there is no such folder, and no model of that name could be "
+                      f"downloaded ({type(error).__name__}: {reason}); "
+                      "give a folder with config.json and model.safetensors") from None
     return folder
 
 
@@ -142,7 +155,8 @@ def read_config(path):
             raise Problem(f"{path}: {name} is {get(name)!r}; the trainer's GPT-2 has {value!r}")
     shape = check_shape(path, [(name, get(name)) for _, name, _, _ in FIELDS])
     if get("n_inner") not in (None, 4 * shape.channels):
-        raise Problem(f"{path}: n_inner is {get('n_inner')!r}; the trainer's GPT-2 has four times n_embd")
+        raise Problem(f"{path}: n_inner is {get('n_inner')!r}; "
+                      "the trainer's GPT-2 has four times n_embd")
     shape.padded = -(-shape.vocabulary // PAD_TO) * PAD_TO
     return shape
 
@@ -217,14 +231,19 @@ def without_prefix(names):
 
 
 def open_weights(folder):
-    """Of a model's weights: the path, the tensors' names there by their names without prefix, and a function that reads one."""
-    for name, opener in ("model.safetensors", open_safetensors), ("pytorch_model.bin", open_pytorch):
+    """
+    Of a model's weights: the path, the names there by the names without prefix, and a function that
+    reads one tensor.
+    """
+    openers = {"model.safetensors": open_safetensors, "pytorch_model.bin": open_pytorch}
+    for name, opener in openers.items():
         path = os.path.join(folder, name)
         if os.path.exists(path):
             names, read = opener(path)
             return path, without_prefix(names), read
-    raise Problem(f"{folder}: has neither model.safetensors nor pytorch_model.bin; weights in several files are written as one "
-                  "by save_pretrained(folder, max_shard_size='50GB')")
+    raise Problem(f"{folder}: has neither model.safetensors nor pytorch_model.bin; "
+                  "weights in several files are written as one by save_pretrained(folder, "
+                  "max_shard_size='50GB')")
 
 
 def open_folder(folder):
@@ -290,12 +309,13 @@ def import_model(source, out, kind):
     unknown = set(names) - {name for name, _, _ in tensors(shape)} - {"lm_head.weight"}
     unknown = sorted(name for name in unknown if not MASKS.fullmatch(name))
     if unknown:
-        raise Problem(f"{path}: holds {unknown[0]}, which is no tensor of a GPT-2 of {shape.layers} layers with a language "
-                      "model's head")
+        raise Problem(f"{path}: holds {unknown[0]}, which is no tensor of a GPT-2 of "
+                      f"{shape.layers} layers with a language model's head")
     wte = get("wte.weight", (model.rows, shape.channels))
     if "lm_head.weight" in names and not np.array_equal(get("lm_head.weight", wte.shape), wte):
-        raise Problem(f"{path}: lm_head.weight is not wte.weight; the trainer's GPT-2 has one matrix for both")
-    wte = wte[:shape.vocabulary]
+        raise Problem(f"{path}: lm_head.weight is not wte.weight; "
+                      "the trainer's GPT-2 has one matrix for both")
+    wte = np.pad(wte[:shape.vocabulary], ((0, shape.padded - shape.vocabulary), (0, 0)))
 
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     with whole_file(out) as file:
@@ -303,7 +323,7 @@ def import_model(source, out, kind):
         file.write(header(MAGIC, BF16 if kind == "bf16" else FP32, *fields, shape.padded))
         for name, wanted, transposed in tensors(shape):
             if name == "wte.weight":
-                values = np.concatenate([wte, np.zeros((shape.padded - shape.vocabulary, shape.channels), "<f4")])
+                values = wte
             else:
                 transposed = transposed and model.conv1d
                 values = get(name, wanted[::-1] if transposed else wanted)
@@ -449,11 +469,13 @@ def open_model(path):
     shape = check_shape(path, [(field[0], value) for field, value in zip(FIELDS, fields[2:7])])
     shape.padded = fields[7]
     if not shape.vocabulary <= shape.padded <= 1 << 17:
-        raise Problem(f"{path}: its padded vocabulary is {shape.padded}, not {shape.vocabulary} to {1 << 17}")
+        raise Problem(f"{path}: its padded vocabulary is {shape.padded}, "
+                      f"not {shape.vocabulary} to {1 << 17}")
     numbers = sum(int(np.prod(wanted)) for _, wanted, _ in tensors(shape))
     bytes_each = 4 if fields[1] == FP32 else 2
     if size != HEADER_BYTES + numbers * bytes_each:
-        raise Problem(f"{path}: has {size:,} bytes; its header asks for {HEADER_BYTES + numbers * bytes_each:,}")
+        raise Problem(f"{path}: has {size:,} bytes; "
+                      f"its header asks for {HEADER_BYTES + numbers * bytes_each:,}")
     return shape, np.memmap(path, f"<{'f4' if fields[1] == FP32 else 'u2'}", "r", HEADER_BYTES)
 
 
@@ -486,9 +508,11 @@ def export_model(model, folder, tokenizer):
     if tokenizer and has_mark(tokenizer):
         end_of_text = tokenizer.end_of_text
     ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    config = {"architectures": ["GPT2LMHeadModel"], **FIXED, **{name: getattr(shape, field) for field, name, *_ in FIELDS},
+    config = {"architectures": ["GPT2LMHeadModel"], **FIXED,
+              **{name: getattr(shape, field) for field, name, *_ in FIELDS},
               "n_ctx": shape.context,  # as n_positions; converters read it
-              "n_inner": None, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "torch_dtype": "float32", **ends}
+              "n_inner": None, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+              "torch_dtype": "float32", **ends}
     files = {"generation_config.json": ends, **(tokenizer_files(tokenizer) if tokenizer else {}),
              "config.json": config}
 
@@ -598,9 +622,10 @@ def read_gguf_tensors(shape, numbers):
 
 
 def describe(shape):
-    numbers = sum(int(np.prod(wanted)) for _, wanted, _ in tensors(shape)) - (shape.padded - shape.vocabulary) * shape.channels
-    return (f"{shape.layers} layers, {shape.heads} heads, {shape.channels} channels, context {shape.context}, vocabulary "
-            f"{shape.vocabulary}: {numbers:,} parameters")
+    numbers = sum(int(np.prod(wanted)) for _, wanted, _ in tensors(shape))
+    numbers -= (shape.padded - shape.vocabulary) * shape.channels
+    return (f"{shape.layers} layers, {shape.heads} heads, {shape.channels} channels, "
+            f"context {shape.context}, vocabulary {shape.vocabulary}: {numbers:,} parameters")
 
 
 def main():

@@ -71,7 +71,7 @@ def check_regular(path):
 
 
 def examine(path, bar):
-    """Reads a file: its size in bytes (unpacked), whether it has a NUL byte, whether it is valid UTF-8."""
+    """Reads a file: its bytes (unpacked), whether there is a NUL, whether it is valid UTF-8."""
     size, has_nul, is_utf8 = 0, False, True
     decoder = codecs.getincrementaldecoder("utf-8")()
     with reading(path), open_input(path) as file:
@@ -89,7 +89,10 @@ def examine(path, bar):
 
 
 def find_documents(files, tokenizer):
-    """The documents among the files: pairs (path, size in bytes). Says what is left out and what is damaged."""
+    """
+    The documents among the files: pairs (path, size in bytes). Prints what is left out and what is
+    damaged.
+    """
     documents, skipped, not_utf8 = [], {}, []
     with tqdm(unit="B", unit_scale=True, desc="measuring", leave=False, disable=None) as bar:
         for path, in_folder in files:
@@ -104,7 +107,8 @@ def find_documents(files, tokenizer):
                 raise Problem(f"{path}: has NUL bytes, as tokens without a header have; give the "
                               "text itself, or --type uint16, or uint32, for such tokens")
             if has_nul and tokenizer.name != "bytes":
-                raise Problem(f"{path}: has a NUL byte, so it is not UTF-8 text; unpack or convert it, or use --tokenizer bytes")
+                raise Problem(f"{path}: has a NUL byte, so it is not UTF-8 text; "
+                              "unpack or convert it, or use --tokenizer bytes")
             if not is_utf8 and tokenizer.name != "bytes":
                 not_utf8.append(path)
             if size:
@@ -117,10 +121,14 @@ def find_documents(files, tokenizer):
 
 
 def split_documents(documents, val_fraction):
-    """Triples (path, bytes for training, bytes for validation): the last val_fraction of all bytes is for validation."""
+    """
+    Triples (path, bytes for training, bytes for validation): of all bytes, the last val_fraction is
+    for validation.
+    """
     total = sum(size for _, size in documents)
     val = round(total * val_fraction)
-    reach = min(BLOCK, val // 2, (total - val) // 2)  # how far from there a split is as good; it leaves something of either part
+    # how far from there a split is as good; it leaves something of either part
+    reach = min(BLOCK, val // 2, (total - val) // 2)
     train_left, parts = total - val, []
     for path, size in documents:
         train = max(0, min(size, train_left))
@@ -136,19 +144,21 @@ def split_documents(documents, val_fraction):
 
 def place_to_split(path, size, place, reach):
     """
-    The start of a line nearest to byte `place` of a document, so that validation begins with a whole line, or, where none is
-    within `reach` bytes, the next character. The document's begin and end count as starts of a line.
+    Of a document the start of a line nearest to byte `place`, so that validation begins with a
+    whole line; where none is within `reach` bytes, the next character. The document's begin and end
+    count as starts of a line.
     """
     first = max(0, place - reach - 1)
     with reading(path), open_input(path) as file:
-        for _ in read_blocks(path, file, first):  # read past, not seek, since the file may be packed
-            pass
+        for _ in read_blocks(path, file, first):
+            pass  # not seek, since the file may be packed
         near = b"".join(read_blocks(path, file, place + reach + 4 - first))
     starts = [0, size] + [first + i + 1 for i, byte in enumerate(near) if byte == ord("\n")]
     nearest = min(starts, key=lambda start: abs(start - place))
     if abs(nearest - place) <= reach:
         return nearest
-    for byte in near[place - first:place - first + 3]:  # at most three bytes go on with a character: 10xxxxxx in binary
+    # at most three bytes continue a character; they are 10xxxxxx in binary
+    for byte in near[place - first:place - first + 3]:
         if byte >> 6 != 0b10:
             break
         place += 1
@@ -156,12 +166,16 @@ def place_to_split(path, size, place, reach):
 
 
 def read_pieces(parts, tokenizer, bar):
-    """All the text in pieces that the tokenizer takes: pairs ((split, whether a document begins), piece)."""
+    """
+    All the text in pieces that the tokenizer takes: pairs ((split, whether a document begins),
+    piece).
+    """
     for path, train, val in parts:
         begins = True
         with reading(path), open_input(path) as file:
             for split, size in ("train", train), ("val", val):
-                for piece in tokenizer.pieces(track(path, read_blocks(path, file, size), size, bar)):
+                blocks = track(path, read_blocks(path, file, size), size, bar)
+                for piece in tokenizer.pieces(blocks):
                     yield (split, begins), piece
                     begins = False
 
@@ -177,16 +191,21 @@ def track(path, blocks, size, bar):
 
 
 def prepare(inputs, out, tokenizer, val_fraction, shard_tokens):
-    """Writes the token shards of all text in `inputs`, files and folders, to the folder `out`. Returns the finished ShardWriter."""
+    """
+    Writes the token shards of all text in `inputs`, files and folders, to the folder `out`. Returns
+    the finished ShardWriter.
+    """
     files = list(find_files(inputs))
     with ShardWriter(out, tokenizer, shard_tokens) as shards:
         documents = find_documents(files, tokenizer)
         if not documents:
-            raise Problem(f"{some(inputs)}: no text in there; give text files, or folders that hold some")
+            raise Problem(f"{some(inputs)}: no text in there; give text files, "
+                          "or folders that hold some")
         parts = split_documents(documents, val_fraction)
         total = sum(size for _, size in documents)
         with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=None) as bar:
-            for (split, begins), tokens in encode_all(tokenizer, read_pieces(parts, tokenizer, bar)):
+            pieces = read_pieces(parts, tokenizer, bar)
+            for (split, begins), tokens in encode_all(tokenizer, pieces):
                 if begins:
                     shards.write(split, tokenizer.document_start)
                 shards.write(split, tokens)
@@ -276,21 +295,25 @@ def fraction(text):
     except ValueError:
         value = -1.0
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up to, not including, 1, such as 0.1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up to, "
+                                         "not including, 1, such as 0.1")
     return value
 
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="text files and folders of text files")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the shards; made if need be, shards of an "
-                        "earlier run in it are replaced")
+    parser.add_argument("inputs", metavar="INPUT", nargs="+",
+                        help="text files and folders of text files")
+    parser.add_argument("--out", metavar="DIR", required=True,
+                        help="folder for the shards; made if need be, "
+                        "shards of an earlier run in it are replaced")
     parser.add_argument("--type", choices=["text", "uint16", "uint32"], default="text",
                         help="of the inputs: text, or token ids without a header "
                         "(default: %(default)s)")
     add_tokenizer_options(parser)
     parser.add_argument("--val-fraction", metavar="F", type=fraction, default=0.1,
-                        help="part of it, its end, kept for validation; 0: none (default: %(default)s)")
+                        help="part of it, its end, kept for validation; 0: none "
+                        "(default: %(default)s)")
     add_shard_option(parser)
     args = parser.parse_args()
     if args.type == "text":

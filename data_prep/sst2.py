@@ -59,7 +59,8 @@ def read_examples(path, answers):
                 raise Problem(f"{path}: line 1 is {line[:80]!r}, not the header sentence<TAB>label")
             continue
         if len(fields) != 2 or not fields[0].strip() or fields[1] not in map(str, range(answers)):
-            raise Problem(f"{path}: line {number} is not a sentence, a tab and a label from 0 to {answers - 1}")
+            raise Problem(f"{path}: line {number} is not a sentence, a tab and a label from 0 to "
+                          f"{answers - 1}")
         examples.append((fields[0].strip(), int(fields[1])))
     if not examples:
         raise Problem(f"{path}: no examples in there")
@@ -84,19 +85,23 @@ def lay_out(examples, answers, T, end_of_text):
 
 def write_shard(path, words, vocabulary, T):
     with whole_file(path) as file:
-        file.write(header(TOKENS_MAGIC, MASKED_VERSION, len(words), vocabulary, T) + words.tobytes())
+        file.write(header(TOKENS_MAGIC, MASKED_VERSION, len(words), vocabulary, T))
+        file.write(words.tobytes())
 
 
 def write_answers(path, examples, answers, end_of_text):
-    encoded = [hellaswag.encode_example(i & 65535, label, np.concatenate([[end_of_text], prompt]), answers)
-               for i, (prompt, label) in enumerate(examples)]
+    encoded = []
+    for i, (prompt, label) in enumerate(examples):
+        context = np.concatenate([[end_of_text], prompt])
+        encoded.append(hellaswag.encode_example(i & 65535, label, context, answers))
     with whole_file(path) as file:
         file.write(header(hellaswag.MAGIC, hellaswag.VERSION, len(encoded), max(map(len, encoded))))
         file.writelines(encoded)
 
 
 def prepare(paths, out, tokenizer, question, answers, T):
-    answers, end_of_text = encode(tokenizer, [" " + answer for answer in answers]), tokenizer.end_of_text
+    answers = encode(tokenizer, [" " + answer for answer in answers])
+    end_of_text = tokenizer.end_of_text
     examples, longest = {}, 0
     for split, path in zip(("train", "val"), paths):
         sentences, labels = zip(*read_examples(path, len(answers)))
@@ -105,24 +110,29 @@ def prepare(paths, out, tokenizer, question, answers, T):
         for number, (prompt, label) in enumerate(examples[split], 2):  # under the header line
             longest = max(longest, 1 + len(prompt) + len(answers[label]))
             if longest > (T or MOST):
-                raise Problem(f"{path}: line {number} takes {longest} tokens, more than --seq {T or MOST}")
+                raise Problem(f"{path}: line {number} takes {longest} tokens, "
+                              f"more than --seq {T or MOST}")
     T = T or -(-longest // ROUND_TO) * ROUND_TO
 
-    path = {name: os.path.join(out, name + ".bin") for name in ("train", "val", "answers", "tokenizer")}
+    path = {name: os.path.join(out, name + ".bin")
+            for name in ("train", "val", "answers", "tokenizer")}
     with writing(out), holding(out):
-        # which never stand beside those of this run
+        # so that files of an earlier run never stand beside those of this one
         for earlier in filter(os.path.exists, path.values()):
             os.remove(earlier)
         write_tokenizer(path["tokenizer"], tokenizer)
         write_answers(path["answers"], examples["val"], answers, end_of_text)
         for split in examples:
-            write_shard(path[split], lay_out(examples[split], answers, T, end_of_text), tokenizer.vocabulary, T)
+            write_shard(path[split], lay_out(examples[split], answers, T, end_of_text),
+                        tokenizer.vocabulary, T)
     print(f"wrote to {out}, {tokenizer.name}, sequences of {T} tokens:")
-    print(f"  train.bin: {len(examples['train']):,} examples; val.bin and answers.bin: {len(examples['val']):,}")
+    print(f"  train.bin: {len(examples['train']):,} examples; val.bin and answers.bin: "
+          f"{len(examples['val']):,}")
     files = [f"--{option} {shlex.quote(path[name])}" for option, name in
              (("train", "train"), ("val", "val"), ("hellaswag", "answers"))]
-    print(f"fine-tune with the CompAct paper's projection, rank, alpha and gap:\n  ./train_gpt2_compact -e gpt2.bin {' '.join(files)} "
-          f"-t {T} -b 16 -l 2e-5 --projection gaussian --rank 8 --alpha 2 --gap 500 -o runs/sst2")
+    print("fine-tune with the CompAct paper's projection, rank, alpha and gap:\n"
+          f"  ./train_gpt2_compact -e gpt2.bin {' '.join(files)} -t {T} -b 16 -l 2e-5 "
+          "--projection gaussian --rank 8 --alpha 2 --gap 500 -o runs/sst2")
 
 # ----------------------------------------------------------------------------
 # score
@@ -141,12 +151,13 @@ def read_run(folder):
 def score(folders):
     runs = [read_run(folder) for folder in folders]
     width = max(map(len, [*folders, "run"]))
-    print(f"{'run':{width}}  {'rank':>6} {'step':>8} {'accuracy':>9} {'best':>7} {'memory, MiB':>12} {'full rank':>12}")
+    print(f"{'run':{width}}  {'rank':>6} {'step':>8} {'accuracy':>9} {'best':>7} "
+          f"{'memory, MiB':>12} {'full rank':>12}")
     for folder, (options, plan, evaluations) in zip(folders, runs):
-        best = max(line["hellaswag"] for line in evaluations)
+        last, best = evaluations[-1], max(line["hellaswag"] for line in evaluations)
         memory, full = (plan[name] / 2**20 for name in ("total_bytes", "full_rank_total_bytes"))
-        print(f"{folder:{width}}  {options['rank']:6g} {evaluations[-1]['step']:8,} {evaluations[-1]['hellaswag']:9.4f} "
-              f"{best:7.4f} {memory:12,.1f} {full:12,.1f}")
+        print(f"{folder:{width}}  {options['rank']:6g} {last['step']:8,} "
+              f"{last['hellaswag']:9.4f} {best:7.4f} {memory:12,.1f} {full:12,.1f}")
 
 # ----------------------------------------------------------------------------
 
@@ -154,12 +165,16 @@ def score(folders):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("command", choices=["prepare", "score"])
-    parser.add_argument("paths", metavar="PATH", nargs="+", help="prepare: two .tsv, or .tsv.gz; score: folders of runs")
+    parser.add_argument("paths", metavar="PATH", nargs="+",
+                        help="prepare: two .tsv, or .tsv.gz; score: folders of runs")
     options = parser.add_argument_group("of prepare")
-    options.add_argument("--out", metavar="DIR", default="data/sst2", help="folder for the files (default: %(default)s)")
+    options.add_argument("--out", metavar="DIR", default="data/sst2",
+                         help="folder for the files (default: %(default)s)")
     options.add_argument("--seq", metavar="T", type=whole_number(2, MOST),
-                         help=f"tokens of a sequence (default: the longest example's, up to a multiple of {ROUND_TO})")
-    options.add_argument("--question", default="Sentiment:", help="what follows the sentence (default: %(default)s)")
+                         help="tokens of a sequence (default: the longest example's, "
+                         f"up to a multiple of {ROUND_TO})")
+    options.add_argument("--question", default="Sentiment:",
+                         help="what follows the sentence (default: %(default)s)")
     options.add_argument("--answers", metavar="A,B", default="negative,positive",
                          help="2 to 4 answers, to labels 0, 1 ... (default: %(default)s)")
     add_tokenizer_options(options)
@@ -169,9 +184,11 @@ def main():
         return
     answers = args.answers.split(",")
     if not 2 <= len(answers) <= 4 or not all(answers) or len(set(answers)) < len(answers):
-        raise Problem(f"--answers {args.answers}: give 2 to 4 different answers, with commas between")
+        raise Problem(f"--answers {args.answers}: give 2 to 4 different answers, "
+                      "with commas between")
     if len(args.paths) != 2:
-        raise Problem(f"prepare: {len(args.paths)} files; give two, for training and for validation")
+        raise Problem(f"prepare: {len(args.paths)} files; give two, for training and for "
+                      "validation")
     prepare(args.paths, args.out, load_tokenizer(args), args.question, answers, args.seq)
 
 

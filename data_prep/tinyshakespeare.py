@@ -9,7 +9,8 @@ example: tinyshakespeare.py
 
 import os
 
-from common import Parser, add_shard_option, add_tokenizer_options, check_file, download, load_tokenizer, run
+from common import (Parser, add_shard_option, add_tokenizer_options, check_file, download,
+                    load_tokenizer, run)
 from prepare import prepare
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -17,10 +18,11 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--file", metavar="FILE", help="the text, if it is on this machine (default: download it)")
+    parser.add_argument("--file", metavar="FILE",
+                        help="the text, if it is on this machine (default: download it)")
     parser.add_argument("--url", default=URL, help="where to download it (default: %(default)s)")
-    parser.add_argument("--out", metavar="DIR", default="data/tinyshakespeare", help="folder for the shards and the download "
-                        "(default: %(default)s)")
+    parser.add_argument("--out", metavar="DIR", default="data/tinyshakespeare",
+                        help="folder for the shards and the download (default: %(default)s)")
     add_tokenizer_options(parser)
     add_shard_option(parser)
     args = parser.parse_args()
