@@ -83,12 +83,12 @@ needs_cuda = @test -e $(CUDA_HOME)/include/cuda_bf16.h || { echo "$@ needs the h
 train_gpt2_compactcu: train_gpt2_compact.cu Makefile | found
 	$(needs_nvcc)
 	$(needs_card)
-	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublas
+	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublas -lcublasLt
 
 test_gpt2cu: test_gpt2.cu train_gpt2_compact.cu train_gpt2_compact.cpp Makefile | found
 	$(needs_nvcc)
 	$(needs_card)
-	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublas
+	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublas -lcublasLt
 
 .PRECIOUS: build/%.nogpu.cpp
 build/%.nogpu.cpp: %.cu train_gpt2_compact.cu dev/nogpu/translate.py | build

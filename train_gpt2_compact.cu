@@ -496,6 +496,7 @@ static Flops matrix_flops(const Config& c, const Options& o, const Linear* linea
 // device: errors, types, packs of 16 bytes, reductions, the tensor cores' instructions
 // ====================================================================================================================
 
+#include <cublasLt.h>
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -647,6 +648,7 @@ __device__ inline void cp_async_wait() {  // until at most N groups of this thre
 // ---- matrix products: cuBLAS, which thinks in columns: a row-major c = a b is its c^T = b^T a^T
 
 static cublasHandle_t cublas;
+enum { CUBLAS_BYTES = 32 << 20 };  // its workspace, ours: so that results do not depend on what else it serves
 
 // c (M, N) = alpha a b + beta c, all row-major; a is (M, K), or (K, M) when ta; b is (K, N), or (N, K) when tb. a and b have
 // one type, c its own; sums are fp32. With beta = 0, c is not read. lda and ldc: elements from row to row, 0 where rows are
@@ -667,6 +669,44 @@ static void matmul_batch(floatX* c, const floatX* a, bool ta, const floatX* b, b
     CUDA(cublasGemmStridedBatchedEx(cublas, tb ? CUBLAS_OP_T : CUBLAS_OP_N, ta ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, b,
                                     CUDA_X, tb ? K : N, int64_t(N) * K, a, CUDA_X, ta ? M : K, int64_t(M) * K, &beta, c, CUDA_X,
                                     N, int64_t(M) * N, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+// y (M, N) = x (M, K) w^T + bias, with w (N, K): the bias joins the fp32 sum, so y is written once and read not at all. This is
+// cublasLt, a part of cuBLAS that takes its handle. What it chooses follows from shapes and from alignment, that of the bias
+// and 16 bytes for all else: so whatever is computed again has the same bits.
+static void matmul_bias(floatX* y, const floatX* x, const floatX* w, const floatX* bias, int M, int N, int K, void* workspace) {
+    const int32_t transposed = CUBLAS_OP_T;
+    const uint32_t epilogue = CUBLASLT_EPILOGUE_BIAS, sums = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE, alignment = 16;
+    const uint64_t bytes = CUBLAS_BYTES;
+    const float one = 1, zero = 0;
+    cublasLtMatmulDescOpaque_t product;
+    cublasLtMatrixLayoutOpaque_t of_w, of_x, of_y;
+    cublasLtMatmulPreferenceOpaque_t preference;
+    cublasLtMatmulHeuristicResult_t chosen;
+    int found;
+    CUDA(cublasLtMatmulDescInit(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    auto set = [&](cublasLtMatmulDescAttributes_t what, const void* value, size_t size) {
+        CUDA(cublasLtMatmulDescSetAttribute(&product, what, value, size));
+    };
+    set(CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof(transposed));
+    set(CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue));
+    set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias));
+    CUDA(cublasLtMatrixLayoutInit(&of_w, CUDA_X, K, N, K));
+    CUDA(cublasLtMatrixLayoutInit(&of_x, CUDA_X, K, M, K));
+    CUDA(cublasLtMatrixLayoutInit(&of_y, CUDA_X, N, M, N));
+    CUDA(cublasLtMatmulPreferenceInit(&preference));
+    auto prefer = [&](cublasLtMatmulPreferenceAttributes_t what, const void* value, size_t size) {
+        CUDA(cublasLtMatmulPreferenceSetAttribute(&preference, what, value, size));
+    };
+    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof(bytes));
+    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &sums, sizeof(sums));
+    for (auto of : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+        prefer(of, &alignment, sizeof(alignment));
+    auto handle = (cublasLtHandle_t)cublas;
+    CUDA(cublasLtMatmulAlgoGetHeuristic(handle, &product, &of_w, &of_x, &of_y, &of_y, &preference, 1, &chosen, &found));
+    CUDA(cublasLtMatmul(handle, &product, &one, w, &of_w, x, &of_x, &zero, y, &of_y, y, &of_y, &chosen.algo, workspace,
+                        CUBLAS_BYTES, nullptr));
 }
 
 // ====================================================================================================================
@@ -1747,7 +1787,6 @@ struct Model {
 };
 
 enum { SPARE_BYTES = 256 << 20 };   // stay free for kernels, which are loaded when they are first called
-enum { CUBLAS_BYTES = 32 << 20 };   // its workspace, ours: so that results do not depend on what else it serves
 enum { CHUNK = 1024 };  // tokens whose logits have a buffer of their own where `wide` has no room for as many
 enum { NO_CACHE = -1 };  // for `past`: attention is among the tokens at hand
 
@@ -2075,12 +2114,6 @@ static void make_z(Model& s, int which, int layer, floatX* z, const floatX* x, i
     matmul(z, CUDA_X, x, false, projection_now(s, which, layer), false, CUDA_X, N, l.r, l.n, 1.0f, 0.0f);
 }
 
-// grid N, block 256: y (N, m) = b
-__global__ void bias_kernel(floatX* y, const floatX* b, int m) {
-    for (int j = threadIdx.x * PACK; j < m; j += blockDim.x * PACK)
-        store_pack(y + size_t(blockIdx.x) * m + j, load_pack(b + j));
-}
-
 static floatX* tape_z(const Model& s, int which, int layer, int N) {
     return at_layer(s.z[which], layer % s.slots, int64_t(N) * s.linear[which].r);
 }
@@ -2095,12 +2128,11 @@ static Fold fold_now(Model& s, int which, int layer) {
 static void linear_forward(Model& s, int which, int layer, floatX* y, const floatX* x, int N, bool with_bias, bool training) {
     const Linear& l = s.linear[which];
     int w = weight_of(which);
-    if (with_bias) {
-        bias_kernel<<<N, 256>>>(y, s.params[w + 1] + param_offset(s, w + 1, layer), l.m);
-        LAUNCHED();
-    }
-    matmul(y, CUDA_X, x, false, s.params[w] + param_offset(s, w, layer), true, CUDA_X, N, l.m, l.n, 1.0f,
-           with_bias ? 1.0f : 0.0f);
+    const floatX *weight = s.params[w] + param_offset(s, w, layer), *b = s.params[w + 1] + param_offset(s, w + 1, layer);
+    if (with_bias)
+        matmul_bias(y, x, weight, b, N, l.m, l.n, s.products_workspace);
+    else
+        matmul(y, CUDA_X, x, false, weight, true, CUDA_X, N, l.m, l.n, 1.0f, 0.0f);
     if (training && s.z[which] && s.options.projection != SPARSE) make_z(s, which, layer, tape_z(s, which, layer, N), x, N);
 }
 

@@ -135,11 +135,9 @@ class Step(Launches):
     def layernorm(self, which, delta, wanted):
         self.add("layernorm_kernel", self.NC * (2 + 2 * delta) + 8 * self.s.N + self.fold(which, wanted))
 
-    def linear_forward(self, which, bias, training):
+    def linear_forward(self, which, training):
         m, n, _, _ = self.s.linear(which)
-        if bias:
-            self.add("bias_kernel", X * self.s.N * m)
-        self.product(f"{which} forward", self.s.N, m, n, beta=bias)
+        self.product(f"{which} forward", self.s.N, m, n)
         if training and self.s.on_tape(which) and not self.sparse:
             self.make_z(which)
 
@@ -168,11 +166,11 @@ class Step(Launches):
 
     def attention_half(self, delta, training):
         self.layernorm("qkv", delta, training and self.s.on_tape("qkv"))
-        self.linear_forward("qkv", True, training)
+        self.linear_forward("qkv", training)
         self.attention(backward=False)
         if training:
             self.tape("quantize_kernel", {"residual": 1, "qkv": 3, "atty": 1})
-        self.linear_forward("attproj", False, training)
+        self.linear_forward("attproj", training)
         self.layernorm("fc", True, training and self.s.on_tape("fc"))
         if training:
             self.tape("quantize_kernel", {"residual2": 1})
@@ -181,10 +179,10 @@ class Step(Launches):
         self.add("embedding_forward_kernel", 2 * self.NC)
         for layer in range(self.s.L):
             self.attention_half(layer > 0, True)
-            self.linear_forward("fc", True, True)
+            self.linear_forward("fc", True)
             bits = self.s.kept.get("fch") == "2bit"
             self.add("gelu_forward_kernel", 8 * self.NC + bits * self.s.N * self.s.C + self.fold("fcproj", self.s.on_tape("fcproj")))
-            self.linear_forward("fcproj", False, True)
+            self.linear_forward("fcproj", True)
         self.layernorm(None, True, False)
 
     def classifier(self):
@@ -223,7 +221,7 @@ class Step(Launches):
         elif "fch" not in kept:
             self.layernorm("fc", False, False)
         if "fch" not in kept:
-            self.linear_forward("fc", True, False)
+            self.linear_forward("fc", False)
         again = {row: row not in kept for row in ("fch_gelu", "ln2", "ln1")}
         if again["fch_gelu"]:
             self.add("gelu_forward_kernel", 8 * self.NC + self.fold("fcproj", now["fcproj"]))
@@ -238,7 +236,7 @@ class Step(Launches):
         if again["ln1"]:
             self.layernorm("qkv", False, now["qkv"])
         if "qkv" not in kept and "atty" in kept:
-            self.linear_forward("qkv", True, False)
+            self.linear_forward("qkv", False)
         self.attention(backward=True)
         self.sum_columns("column_sums", 3 * self.NC, 64 * 3 * s.C)
         self.linear_backward("qkv", again["ln1"] and now["qkv"])

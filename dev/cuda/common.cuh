@@ -42,6 +42,7 @@
 #include <omp.h>
 #endif
 
+#include <cublasLt.h>
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>

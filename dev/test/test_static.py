@@ -37,7 +37,7 @@ FLASH = ["attention_flash_forward", "attention_flash_dq", "attention_flash_dkv"]
 # rows, which read nothing.
 WIDE = ["layernorm_kernel", "layernorm_backward_kernel", "gelu_forward_kernel", "gelu_backward_kernel",
         "embedding_forward_kernel", "word_backward_kernel", "position_backward_kernel",
-        "column_sums", "cross_entropy_kernel", "bias_kernel", "squares_kernel", "adam_kernel", "direction_kernel",
+        "column_sums", "cross_entropy_kernel", "squares_kernel", "adam_kernel", "direction_kernel",
         "round_kernel", "sparse_update_kernel"]
 
 # A multiprocessor's limits, from the CUDA programming guide's table of compute capabilities: warps, blocks, KiB of shared memory.
@@ -232,7 +232,10 @@ def test_loads_of_16_bytes(sass):
 
 # Every name of CUDA's host libraries that the trainer uses. Each stands in the headers of CUDA 12.0, the oldest toolkit that is
 # supported: look a new one up there before it is added.
-CUDA_12_0 = """cublasCreate cublasGemmEx cublasGemmStridedBatchedEx cublasHandle_t cublasStatus_t cublasSetWorkspace cublasSetStream cublasSetMathMode cublasMath_t cudaErrorUnsupportedPtxVersion
+CUDA_12_0 = """cublasCreate cublasGemmEx cublasGemmStridedBatchedEx
+    cublasLtHandle_t cublasLtMatmul cublasLtMatmulAlgoGetHeuristic cublasLtMatmulDescAttributes_t cublasLtMatmulDescInit cublasLtMatmulDescOpaque_t
+    cublasLtMatmulDescSetAttribute cublasLtMatmulHeuristicResult_t cublasLtMatmulPreferenceAttributes_t cublasLtMatmulPreferenceInit
+    cublasLtMatmulPreferenceOpaque_t cublasLtMatmulPreferenceSetAttribute cublasLtMatrixLayoutInit cublasLtMatrixLayoutOpaque_t cublasHandle_t cublasStatus_t cublasSetWorkspace cublasSetStream cublasSetMathMode cublasMath_t cudaErrorUnsupportedPtxVersion
     cudaDataType_t cudaDeviceProp cudaDeviceSynchronize cudaError_t cudaErrorInsufficientDriver cudaErrorMemoryAllocation
     cudaErrorNoDevice cudaErrorNoKernelImageForDevice cudaEventCreate cudaEventCreateWithFlags cudaEventDisableTiming
     cudaEventElapsedTime cudaEventRecord cudaEventSynchronize cudaEvent_t cudaFree cudaFreeHost cudaGetDevice

@@ -19,6 +19,7 @@ struct Product {
     void* c;
     cudaDataType c_type;
     int ldc;
+    const void* bias;       // of C's type, one for each of its rows; or null
 };
 
 NOGPU_RAW inline float load(const void* p, cudaDataType type, size_t i)
@@ -110,6 +111,7 @@ NOGPU_RAW inline void product_block(const Product& p, int i0, int j0, float* buf
             size_t at = (size_t)(j0 + j) * p.ldc + i0 + i;
             float v = p.alpha * sums[(j / TILE_N * (BLOCK_M / TILE_M) + i / TILE_M) * TILE_M * TILE_N + j % TILE_N * TILE_M + i % TILE_M];
             if (p.beta != 0.0f) v += p.beta * load(p.c, p.c_type, at);
+            if (p.bias) v += load(p.bias, p.c_type, i0 + i);
             store(p.c, p.c_type, at, v);
         }
 }
@@ -139,7 +141,7 @@ inline void check_matrix(const char* call, const char* name, const void* data, c
 inline cublasStatus_t products(const char* call, cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
                                const void* alpha, const void* a, cudaDataType a_type, int lda, long long stride_a, const void* b,
                                cudaDataType b_type, int ldb, long long stride_b, const void* beta, void* c, cudaDataType c_type, int ldc,
-                               long long stride_c, int count)
+                               long long stride_c, int count, const void* bias = nullptr)
 {
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
     if (ta < CUBLAS_OP_N || ta > CUBLAS_OP_C || tb < CUBLAS_OP_N || tb > CUBLAS_OP_C) return CUBLAS_STATUS_INVALID_VALUE;
@@ -162,12 +164,13 @@ inline cublasStatus_t products(const char* call, cublasHandle_t handle, cublasOp
         Product& p = list[i];
         p = {m, n, k, factor_a, factor_c, {(const char*)a + i * stride_a * (long long)element, a_type, lda, ta != CUBLAS_OP_N},
              {(const char*)b + i * stride_b * (long long)element, b_type, ldb, tb != CUBLAS_OP_N},
-             (char*)c + i * stride_c * (long long)element_c, c_type, ldc};
+             (char*)c + i * stride_c * (long long)element_c, c_type, ldc, bias};
         if (factor_a != 0.0f && k) {
             check_matrix(call, "A", p.a.data, a_type, ta == CUBLAS_OP_N ? m : k, ta == CUBLAS_OP_N ? k : m, lda);
             check_matrix(call, "B", p.b.data, b_type, tb == CUBLAS_OP_N ? k : n, tb == CUBLAS_OP_N ? n : k, ldb);
         }
         check_matrix(call, "C", p.c, c_type, m, n, ldc);
+        if (bias) check_matrix(call, "bias", bias, c_type, m, 1, m);
     }
     TileFunction tile_function = choose_tile();
     int rows = (m + BLOCK_M - 1) / BLOCK_M, columns = (n + BLOCK_N - 1) / BLOCK_N;

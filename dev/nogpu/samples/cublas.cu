@@ -1,4 +1,5 @@
 // cuBLAS's products against plain loops: transposes, leading dimensions, strides, types, alpha and beta, and what the calls refuse.
+#include <cublasLt.h>
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cstring>
@@ -27,7 +28,37 @@ template <class T> Stored<T> make(Numbers& numbers, int rows, int columns, int e
     return s;
 }
 
-enum Call { SGEMM, GEMM_EX, STRIDED_BATCHED };
+// As the trainer calls it: C = alpha op(A) op(B) + beta C + bias, all pointers on `alignment` bytes.
+static cublasStatus_t biased(cublasHandle_t cublas, int ta, int tb, int m, int n, int k, const float* alpha, const void* a, const void* b,
+                             cudaDataType ab_type, int lda, int ldb, const float* beta, void* c, cudaDataType c_type, int ldc, const void* bias,
+                             uint32_t alignment)
+{
+    auto handle = (cublasLtHandle_t)cublas;
+    uint32_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+    cublasLtMatmulDescOpaque_t product;
+    cublasLtMatrixLayoutOpaque_t of_a, of_b, of_c;
+    cublasLtMatmulPreferenceOpaque_t preference;
+    cublasLtMatmulHeuristicResult_t chosen;
+    int found = 0;
+    cublasLtMatmulDescInit(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_TRANSA, &ta, sizeof(ta));
+    cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_TRANSB, &tb, sizeof(tb));
+    cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue));
+    cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias));
+    cublasLtMatrixLayoutInit(&of_a, ab_type, ta ? k : m, ta ? m : k, lda);
+    cublasLtMatrixLayoutInit(&of_b, ab_type, tb ? n : k, tb ? k : n, ldb);
+    cublasLtMatrixLayoutInit(&of_c, c_type, m, n, ldc);
+    cublasLtMatmulPreferenceInit(&preference);
+    for (auto of : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+        cublasLtMatmulPreferenceSetAttribute(&preference, of, &alignment, sizeof(alignment));
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle, &product, &of_a, &of_b, &of_c, &of_c, &preference, 1, &chosen, &found);
+    if (status != CUBLAS_STATUS_SUCCESS) return status;
+    CHECK(found == 1);
+    return cublasLtMatmul(handle, &product, alpha, a, &of_a, b, &of_b, beta, c, &of_c, c, &of_c, &chosen.algo, nullptr, 0, nullptr);
+}
+
+enum Call { SGEMM, GEMM_EX, STRIDED_BATCHED, BIASED };
 
 template <class AB, class C> static void test(cublasHandle_t handle, Call call, bool ta, bool tb, int m, int n, int k, float alpha, float beta, int extra)
 {
@@ -39,6 +70,9 @@ template <class AB, class C> static void test(cublasHandle_t handle, Call call, 
     auto c = make<C>(numbers, m, n, extra, count);
     if (beta == 0.0f)
         for (C& x : c.data) set(x, NAN);            // must not be read
+    std::vector<C> bias(m);
+    for (C& x : bias) set(x, call == BIASED ? numbers.uniform() : 0.0f);
+    C* dbias = to_device(bias);
     AB *da = to_device(a.data), *db = to_device(b.data);
     C* dc = to_device(c.data);
     cublasOperation_t opa = ta ? CUBLAS_OP_T : CUBLAS_OP_N, opb = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -49,6 +83,8 @@ template <class AB, class C> static void test(cublasHandle_t handle, Call call, 
     else if (call == GEMM_EX)
         status = cublasGemmEx(handle, opa, opb, m, n, k, &alpha, da, ab_type, a.ld, db, ab_type, b.ld, &beta, dc, c_type, c.ld,
                               CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+    else if (call == BIASED)
+        status = biased(handle, ta, tb, m, n, k, &alpha, da, db, ab_type, a.ld, b.ld, &beta, dc, c_type, c.ld, dbias, 16);
     else
         status = cublasGemmStridedBatchedEx(handle, opa, opb, m, n, k, &alpha, da, ab_type, a.ld, a.stride, db, ab_type, b.ld, b.stride, &beta,
                                             dc, c_type, c.ld, c.stride, count, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
@@ -70,8 +106,9 @@ template <class AB, class C> static void test(cublasHandle_t handle, Call call, 
                 part[at] = true;
                 double want = alpha * sum, before = as_float(c.data[at]);
                 if (beta != 0.0f) want += beta * before;
-                // k + 2 roundings in fp32 of at most `size`, then one to C's type
-                double bound = (k + 3) * 6e-8 * (fabs(alpha) * size + fabs(beta == 0.0f ? 0.0 : beta * before)) + 1e-30;
+                want += as_float(bias[row]);
+                // k + 3 roundings in fp32 of at most `size`, then one to C's type
+                double bound = (k + 4) * 6e-8 * (fabs(alpha) * size + fabs(beta == 0.0f ? 0.0 : beta * before) + fabs(as_float(bias[row]))) + 1e-30;
                 if (c_type == CUDA_R_16BF) bound += fabs(want) / 256;
                 wrong += !(fabs(as_float(got[at]) - want) <= bound);
             }
@@ -81,7 +118,7 @@ template <class AB, class C> static void test(cublasHandle_t handle, Call call, 
         printf("call %d, types %d %d, transposed %d %d, m %d n %d k %d, alpha %g, beta %g, extra %d: %d wrong\n", call, ab_type, c_type, ta, tb,
                m, n, k, alpha, beta, extra, wrong);
     failures += wrong;
-    CUDA(cudaFree(da)); CUDA(cudaFree(db)); CUDA(cudaFree(dc));
+    CUDA(cudaFree(da)); CUDA(cudaFree(db)); CUDA(cudaFree(dc)); CUDA(cudaFree(dbias));
 }
 
 static void test_refusals(cublasHandle_t h)
@@ -104,6 +141,12 @@ static void test_refusals(cublasHandle_t h)
                        CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_NOT_SUPPORTED);
     CHECK(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 2, 2, 2, &one, d, CUDA_R_32F, 2, d, CUDA_R_32F, 2, &zero, d + 50, CUDA_R_16BF, 2,
                        CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_NOT_SUPPORTED);
+    auto aligned = [&](const float* a, const void* bias) {
+        return biased(h, 0, 0, 4, 3, 4, &one, a, d, CUDA_R_32F, 4, 4, &zero, d + 60, CUDA_R_32F, 4, bias, 16);
+    };
+    CHECK(aligned(d, d + 1) == CUBLAS_STATUS_SUCCESS);
+    CHECK(aligned(d + 1, d + 1) == CUBLAS_STATUS_INVALID_VALUE);   // the choice was told 16 bytes
+    CHECK(aligned(d, nullptr) == CUBLAS_STATUS_NOT_SUPPORTED);
     CHECK(cublasSgemm(nullptr, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 1, &one, d, 1, d, 1, &zero, d, 1) == CUBLAS_STATUS_NOT_INITIALIZED);
     CUDA(cudaFree(d));
 }
@@ -131,6 +174,8 @@ int main()
                     test<float, float>(handle, SGEMM, ta, tb, s[0], s[1], s[2], f[0], f[1], extra);
                     test<__nv_bfloat16, float>(handle, GEMM_EX, ta, tb, s[0], s[1], s[2], f[0], f[1], extra);
                     test<__nv_bfloat16, __nv_bfloat16>(handle, GEMM_EX, ta, tb, s[0], s[1], s[2], f[0], f[1], extra);
+                    if (s[2]) test<float, float>(handle, BIASED, ta, tb, s[0], s[1], s[2], f[0], f[1], extra);
+                    if (s[2]) test<__nv_bfloat16, __nv_bfloat16>(handle, BIASED, ta, tb, s[0], s[1], s[2], f[0], f[1], extra);
                     if (s[0] < 100) test<__nv_bfloat16, __nv_bfloat16>(handle, STRIDED_BATCHED, ta, tb, s[0], s[1], s[2], f[0], f[1], extra);
                     if (s[0] < 20) test<float, float>(handle, STRIDED_BATCHED, ta, tb, s[0], s[1], s[2], f[0], f[1], extra);
                 }
