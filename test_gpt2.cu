@@ -322,7 +322,7 @@ struct Gpu {
             }
         }
         for (int i = 0; i < gpu::PARAMS && !gpu::IS_BF16; i++) s.master[i] = (float*)s.params[i];
-        for (void* data : {(void*)s.inputs, (void*)s.targets, (void*)s.losses}) pinned.push_back(data);
+        for (void* data : {(void*)s.inputs, (void*)s.targets, (void*)s.sorted, (void*)s.losses}) pinned.push_back(data);
     }
     Gpu(const Gpu&) = delete;
     ~Gpu() {
@@ -410,6 +410,7 @@ static void set_tokens(Model& s, const Setup& u, uint64_t number, int N) {
 // ---- one optimizer step against the CPU's, tensor by tensor, and ten of them
 
 static void compare_losses(const Gpu& g, const Cpu& c, const std::string& what, int N, double bound = bounds.activation / 2) {
+    gpu::model_wait();
     expect_close(what, Floats(g.s.losses, g.s.losses + N), c.s.losses, 1, bound);
 }
 
@@ -597,8 +598,9 @@ static Floats train(Gpu& g, const Setup& u, int first, int last, bool evaluation
         for (int micro = 0; micro < u.micros; micro++) {
             set_tokens(g.s, u, step * u.micros + micro, u.B * u.T);
             gpu::model_accumulate(g.s, u.B, u.T, micro == 0, 1.0f / (u.micros * u.B * u.T));
+            gpu::model_wait();
             losses.insert(losses.end(), g.s.losses, g.s.losses + u.B * u.T);
-            if (evaluations) set_tokens(g.s, u, 99, u.T), gpu::model_evaluate(g.s, 1, u.T);
+            if (evaluations) set_tokens(g.s, u, 99, u.T), gpu::model_evaluate(g.s, 1, u.T), gpu::model_wait();
         }
         if (u.steps == 0) gpu::model_update(g.s, g.plan, step, g.s.options.lr);
     }

@@ -1589,6 +1589,8 @@ static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
     embedding_backward(s.grads[WTE], s.grads[WPE], s.dresidual, s.inputs, B, T, c.C);
 }
 
+static void model_wait() {}  // a GPU would still be at work
+
 // Before optimizer step `step` (from 0): the projections' epoch advances every --gap steps, for all layers together.
 static void model_begin_step(Model& s, int64_t step) {
     const Options& o = s.options;
@@ -2142,7 +2144,9 @@ struct Data {
     int64_t sequences, tokens, seed;
     std::string hash;  // of the files, a quick one
     bool shuffled;
-    Input input;  // the shard that was read last
+    Input input;             // the shard that was read last
+    std::vector<int> ahead;  // inputs and targets of the batch at ahead_place
+    int64_t ahead_place;
 };
 
 // A file's size and 16 pieces of it, the first and the last among them; together they are all of a small one.
@@ -2264,8 +2268,18 @@ static void read_sequence(Data& data, int64_t place, int* inputs, int* targets) 
     }
 }
 
+// A batch that will be wanted, while the device works on the one before.
+static void read_ahead(Data& data, int64_t place, int64_t B) {
+    data.ahead.resize(2 * B * data.T);
+    for (int64_t b = 0; b < B; b++) read_sequence(data, place + b, &data.ahead[b * data.T], &data.ahead[(B + b) * data.T]);
+    data.ahead_place = place;
+}
+
 static void read_batch(Data& data, int64_t place, int B, Model& s) {
-    for (int64_t b = 0; b < B; b++) read_sequence(data, place + b, s.inputs + b * data.T, s.targets + b * data.T);
+    int64_t N = int64_t(B) * data.T;
+    if (data.ahead_place != place || int64_t(data.ahead.size()) != 2 * N) read_ahead(data, place, B);
+    std::copy_n(data.ahead.begin(), N, s.inputs);
+    std::copy_n(data.ahead.begin() + N, N, s.targets);
 }
 
 // How many tokens the sequences from a place on predict: the loss is their mean.
@@ -2301,6 +2315,7 @@ struct Losses {
     double sum = 0;
     int64_t count = 0;
     void add(const Model& s, int64_t first, int64_t tokens) {
+        model_wait();
         for (int64_t i = first; i < first + tokens; i++) sum += s.losses[i], count += s.targets[i] >= 0;
     }
     double mean() const { return sum / std::max<int64_t>(count, 1); }
@@ -3303,6 +3318,8 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
             for (int64_t micro = 0; micro < micros; micro++) {
                 read_batch(train, place + micro * o.batch, o.batch, s);
                 model_accumulate(s, o.batch, o.seq, micro == 0, 1.0f / predicted);
+                if (!o.overfit && (micro + 1 < micros || step < steps))
+                    read_ahead(train, place + (micro + 1) * o.batch, o.batch);
                 losses.add(s, 0, int64_t(o.batch) * o.seq);
             }
             double loss = losses.mean();

@@ -1781,8 +1781,9 @@ struct Model {
     int *d_inputs, *d_targets;              // (N)
     float* d_losses;                        // (N)
     int *word_order, *word_starts, *words;  // (N), (N + 1), (N): the tokens sorted by word, for the embedding's gradient
-    // on the host
+    // on the host, in pinned memory, so that no copy waits
     int *inputs, *targets;  // (N)
+    int* sorted;            // (3N + 1) word_order, word_starts, words
     float* losses;          // (N)
 };
 
@@ -1988,6 +1989,7 @@ static void model_allocate(Model& s, const Plan& plan) {
     size_t N = rows_of(s.options);
     CUDA(cudaMallocHost((void**)&s.inputs, N * sizeof(int)));
     CUDA(cudaMallocHost((void**)&s.targets, N * sizeof(int)));
+    CUDA(cudaMallocHost((void**)&s.sorted, (3 * N + 1) * sizeof(int)));
     CUDA(cudaMallocHost((void**)&s.losses, N * sizeof(float)));
 }
 
@@ -2490,7 +2492,6 @@ static void classifier(Model& s, int N, bool training, float scale, float beta) 
                ld);
     }
     CUDA(cudaMemcpyAsync(s.losses, s.d_losses, N * sizeof(float), cudaMemcpyDeviceToHost));
-    if (!training) CUDA(cudaDeviceSynchronize());
 }
 
 // Logits (rows, V) of tokens first, first+1, ..., straight after a forward pass, to the host. Padded words have none.
@@ -2505,27 +2506,28 @@ static void model_logits(const Model& s, float* logits, int first, int rows) {
     }
 }
 
-// Losses of s.inputs against s.targets (B, T), into s.losses.
+// Losses of s.inputs against s.targets (B, T), into s.losses: there after model_wait.
 static void model_evaluate(Model& s, int B, int T) {
     model_forward(s, B, T, NO_CACHE, false);
     classifier(s, B * T, false, 0.0f, 0.0f);
 }
 
-// The embedding's gradient: the host sorts the tokens by word (a counting sort would touch all words), and each word's rows are
-// summed in order.
+// The embedding's gradient: the host sorts the tokens by word (a counting sort would touch all words), while the device is
+// still at the layers above, and each word's rows are summed in order.
 static void embedding_backward(Model& s, int B, int T) {
     int N = B * T, C = s.config.C;
-    std::vector<int> order(N), starts, words;
+    int *order = s.sorted, *starts = order + N, *words = starts + N + 1, count = 0;
     for (int i = 0; i < N; i++) order[i] = i;
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return s.inputs[a] < s.inputs[b]; });
+    std::stable_sort(order, order + N, [&](int a, int b) { return s.inputs[a] < s.inputs[b]; });
     for (int i = 0; i < N; i++) {
-        if (i == 0 || s.inputs[order[i]] != words.back()) starts.push_back(i), words.push_back(s.inputs[order[i]]);
+        int word = s.inputs[order[i]];
+        if (i == 0 || word != words[count - 1]) starts[count] = i, words[count++] = word;
     }
-    starts.push_back(N);
-    model_set(s.word_order, order.data(), N * sizeof(int));
-    model_set(s.word_starts, starts.data(), starts.size() * sizeof(int));
-    model_set(s.words, words.data(), words.size() * sizeof(int));
-    word_backward_kernel<<<int(words.size()), 256>>>(s.grads[WTE], s.dresidual, s.word_order, s.word_starts, s.words, C);
+    starts[count] = N;
+    CUDA(cudaMemcpyAsync(s.word_order, order, N * sizeof(int), cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpyAsync(s.word_starts, starts, (count + 1) * sizeof(int), cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpyAsync(s.words, words, count * sizeof(int), cudaMemcpyHostToDevice));
+    word_backward_kernel<<<count, 256>>>(s.grads[WTE], s.dresidual, s.word_order, s.word_starts, s.words, C);
     LAUNCHED();
     position_backward_kernel<<<T, 256>>>(s.grads[WPE], s.dresidual, B, T, C);
     LAUNCHED();
@@ -2578,7 +2580,7 @@ static void block_backward(Model& s, int layer, int B, int T, float beta) {
                        layer > 0 ? bias_grad(s, FCPROJB, layer - 1) : nullptr, N, true);
 }
 
-// Forward and backward pass of one micro batch: losses, and gradients times scale, added to those of the step's earlier
+// Forward and backward pass of one micro batch, which the device has still to do: losses, and gradients times scale, added to those of the step's earlier
 // micro batches unless this is the first. The gradient of the residual stream flows down in s.dresidual.
 static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
     const Config& c = s.config;
@@ -2597,8 +2599,10 @@ static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
         copy_tape(s, layer - s.slots, true);
     }
     embedding_backward(s, B, T);
-    CUDA(cudaDeviceSynchronize());
 }
+
+// Until the device has done all that it was given: then s.losses are there, and s.inputs and s.targets are free.
+static void model_wait() { CUDA(cudaDeviceSynchronize()); }
 
 // Before optimizer step `step` (from 0): the projections' epoch advances every --gap steps, for all layers together.
 static void model_begin_step(Model& s, int64_t step) {
@@ -3175,7 +3179,9 @@ struct Data {
     int64_t sequences, tokens, seed;
     std::string hash;  // of the files, a quick one
     bool shuffled;
-    Input input;  // the shard that was read last
+    Input input;             // the shard that was read last
+    std::vector<int> ahead;  // inputs and targets of the batch at ahead_place
+    int64_t ahead_place;
 };
 
 // A file's size and 16 pieces of it, the first and the last among them; together they are all of a small one.
@@ -3297,8 +3303,18 @@ static void read_sequence(Data& data, int64_t place, int* inputs, int* targets) 
     }
 }
 
+// A batch that will be wanted, while the device works on the one before.
+static void read_ahead(Data& data, int64_t place, int64_t B) {
+    data.ahead.resize(2 * B * data.T);
+    for (int64_t b = 0; b < B; b++) read_sequence(data, place + b, &data.ahead[b * data.T], &data.ahead[(B + b) * data.T]);
+    data.ahead_place = place;
+}
+
 static void read_batch(Data& data, int64_t place, int B, Model& s) {
-    for (int64_t b = 0; b < B; b++) read_sequence(data, place + b, s.inputs + b * data.T, s.targets + b * data.T);
+    int64_t N = int64_t(B) * data.T;
+    if (data.ahead_place != place || int64_t(data.ahead.size()) != 2 * N) read_ahead(data, place, B);
+    std::copy_n(data.ahead.begin(), N, s.inputs);
+    std::copy_n(data.ahead.begin() + N, N, s.targets);
 }
 
 // How many tokens the sequences from a place on predict: the loss is their mean.
@@ -3334,6 +3350,7 @@ struct Losses {
     double sum = 0;
     int64_t count = 0;
     void add(const Model& s, int64_t first, int64_t tokens) {
+        model_wait();
         for (int64_t i = first; i < first + tokens; i++) sum += s.losses[i], count += s.targets[i] >= 0;
     }
     double mean() const { return sum / std::max<int64_t>(count, 1); }
@@ -4336,6 +4353,8 @@ static void train_model(Model& s, const Plans& plans, Options& o, Data& train, D
             for (int64_t micro = 0; micro < micros; micro++) {
                 read_batch(train, place + micro * o.batch, o.batch, s);
                 model_accumulate(s, o.batch, o.seq, micro == 0, 1.0f / predicted);
+                if (!o.overfit && (micro + 1 < micros || step < steps))
+                    read_ahead(train, place + (micro + 1) * o.batch, o.batch);
                 losses.add(s, 0, int64_t(o.batch) * o.seq);
             }
             double loss = losses.mean();
