@@ -55,7 +55,7 @@ from common import Parser, Problem, whole_number
 import numpy as np
 from tqdm import tqdm
 
-FIRST_STEPS = 5  # they also pay for touching memory and for clocks to settle: their speed does not count
+FIRST_STEPS = 5  # whose speed does not count: they touch memory first, and clocks settle
 LAST_STEPS = 20  # whose mean is the final training loss: that of one step is noisy
 MOST_ERRORS = 3  # standard errors by which means must differ to count; see RULE
 COMPRESSION = {"projection": "projections", "gap": "gaps", "alpha": "alphas", "moments": "moments",
@@ -65,11 +65,12 @@ NOT_TAKEN, TAKEN, AT_EDGE = "not taken", "taken", "taken, at the edge of the lis
 BLOCK, BLOCKS = 1 << 20, 64  # bytes that are read at once for a file's hash; how many are, at most
 SHARED = ["out", "seeds", "jobs", "binary", "also"]  # what --also cannot change
 
-# ---------------------------------------------------------------------------- the command line
+# ----------------------------------------------------------------------------
+# the command line
 
 
 def meaning(text):
-    """What a value is compared by: 0.5 and 5e-1 are one number, fc,qkv and qkv,fc one set of layers."""
+    """What a value is compared by: 0.5 and 5e-1 are one number, fc,qkv and qkv,fc one set."""
     try:
         return float(text)
     except ValueError:
@@ -81,7 +82,8 @@ def listed(kind=str, separator=","):
     def parse(text):
         values = [value.strip() for value in text.split(separator)]
         if not all(values):
-            raise argparse.ArgumentTypeError(f"{text!r} is empty, or has an empty place; values separated by {separator} are wanted")
+            raise argparse.ArgumentTypeError(f"{text!r} is empty, or has an empty place; "
+                                             f"values separated by {separator} are wanted")
         kept = {}
         for value in map(kind, values):
             kept.setdefault(meaning(value), value)
@@ -118,7 +120,8 @@ def decay(text):
 def parse_options(words):
     """The options; .groups holds one for the command line and one for each --also."""
     parser = Parser(__doc__)
-    parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where results and runs go")
+    parser.add_argument("-o", "--out", metavar="DIR", required=True,
+                        help="where results and runs go")
     parser.add_argument("--ratios", metavar="LIST", type=listed(rank),
                         default=["1", "0.5", "0.25", "0.125"],
                         help="rank ratios (1,1/2,1/4,1/8); above 1: whole ranks, the same columns "
@@ -137,9 +140,12 @@ def parse_options(words):
                         help="weight decays, likewise")
     parser.add_argument("--also", metavar="OPTIONS", action="append", default=[],
                         help="further combinations: this line, and these options after it")
-    parser.add_argument("--jobs", metavar="N", type=whole_number(1, 1024), default=1, help="runs at once (default: %(default)s)")
-    parser.add_argument("--binary", metavar="FILE", help="the trainer (default: train_gpt2_compactcu where it is built and there is a GPU, "
-                        "else train_gpt2_compact, which make builds if it is missing)")
+    parser.add_argument("--jobs", metavar="N", type=whole_number(1, 1024), default=1,
+                        help="runs at once (default: %(default)s)")
+    parser.add_argument("--binary", metavar="FILE",
+                        help="the trainer (default: train_gpt2_compactcu where it is built and "
+                        "there is a GPU, else train_gpt2_compact, which make builds if it is "
+                        "missing)")
     args, _ = parser.parse_known_args(words)
     args.groups = []
     for more in ["", *args.also]:
@@ -159,7 +165,8 @@ def parse_options(words):
 def choose_binary(given):
     if given:
         return os.path.abspath(given)
-    cuda, cpu = (os.path.join(plot.ROOT, name) for name in ("train_gpt2_compactcu", "train_gpt2_compact"))
+    cpu = os.path.join(plot.ROOT, "train_gpt2_compact")
+    cuda = cpu + "cu"
     try:
         gpus = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
         has_gpu = gpus.returncode == 0 and gpus.stdout.startswith("GPU")
@@ -168,12 +175,16 @@ def choose_binary(given):
     if has_gpu and os.path.exists(cuda):
         return cuda
     if has_gpu:
-        print("there is a GPU, but no train_gpt2_compactcu: make train_gpt2_compactcu", file=sys.stderr)
-    if not os.path.exists(cpu) and subprocess.run(["make", "-C", plot.ROOT, os.path.basename(cpu)], stdout=sys.stderr).returncode != 0:
-        raise Problem(f"{os.path.basename(cpu)} is missing, and make, see above, could not build it")
+        print("there is a GPU, but no train_gpt2_compactcu: make train_gpt2_compactcu",
+              file=sys.stderr)
+    if not os.path.exists(cpu):
+        make = ["make", "-C", plot.ROOT, "train_gpt2_compact"]
+        if subprocess.run(make, stdout=sys.stderr).returncode != 0:
+            raise Problem("train_gpt2_compact is missing, and make, see above, could not build it")
     return cpu
 
-# ---------------------------------------------------------------------------- what to run
+# ----------------------------------------------------------------------------
+# what to run
 
 
 def list_methods(args):
@@ -186,11 +197,11 @@ def list_methods(args):
         full_rank = {"rank": "1", "recompute": level, "optimizer": optimizer}
         method = dict(full_rank, rank=rank, **dict(zip(COMPRESSION, values)))
         if rank == "1" or method["compress"] == "none":
-            methods.append(full_rank)
-        else:
+            method = full_rank
+        method = {name: value for name, value in method.items() if value is not None}
+        if method not in methods:
             methods.append(method)
-    methods = [{name: value for name, value in method.items() if value is not None} for method in methods]
-    return [method for i, method in enumerate(methods) if method not in methods[:i]]
+    return methods
 
 
 def rank_of(run):
@@ -219,9 +230,10 @@ def environment(jobs):
 
 
 def ask_plan(args, flags):
-    """A run's options and plan. What the trainer does not like it says itself, and that is the end."""
+    """A run's options and plan. Of bad flags the trainer itself says so, and that is the end."""
     try:
-        done = subprocess.run([args.binary, "--plan=json", *flags], capture_output=True, text=True, errors="replace", env=environment(args.jobs))
+        done = subprocess.run([args.binary, "--plan=json", *flags], capture_output=True, text=True,
+                              errors="replace", env=environment(args.jobs))
     except OSError as error:
         raise Problem(f"--binary: {args.binary} cannot be run: {error.strerror}") from None
     if done.returncode != 0:
@@ -231,7 +243,8 @@ def ask_plan(args, flags):
         plan = json.loads(done.stdout)
         return plan.pop("options"), plan
     except (ValueError, KeyError, AttributeError):
-        raise Problem(f"--binary: {args.binary} printed no plan; is it the trainer, and no --plan or --help among its flags?") from None
+        raise Problem(f"--binary: {args.binary} printed no plan; is it the trainer, "
+                      "and no --plan or --help among its flags?") from None
 
 
 def data_files(flags):
@@ -276,20 +289,25 @@ def plan_run(args, group, method, seed, lr, decay):
     options, plan = ask_plan(args, flags)
     for name, value in chosen.items():
         settled, wanted = meaning(str(options[name])), meaning(value)
-        if settled != wanted and not (isinstance(settled, float) and isinstance(wanted, float) and math.isclose(settled, wanted, rel_tol=1e-6)):
-            raise Problem(f"--{name}: is {value} by what is listed, and {options[name]} by the flags for the trainer; drop one of the two")
+        numbers = isinstance(settled, float) and isinstance(wanted, float)
+        if settled != wanted and not (numbers and math.isclose(settled, wanted, rel_tol=1e-6)):
+            raise Problem(f"--{name}: is {value} by what is listed, and {options[name]} by the "
+                          "flags for the trainer; drop one of the two")
     if not options["train"]:
         raise Problem("--train: is missing; give it token shards or any text file")
     if options["steps"] < 1:
         raise Problem("--steps: is missing; a sweep compares runs of the same number of steps")
-    # What makes it this run and no other. The bytes of the parameters tell a trainer for bf16 from one for fp32.
+    # What makes it this run and no other. The bytes of the parameters tell a trainer for bf16 from
+    # one for fp32.
     data = data_of(group.trainer)
     known = {name: value for name, value in options.items()
              if name not in [*plot.NO_MATTER, *data, "checkpoint-every"]
              and plot.has_meaning(options, name)}
     known.update(data=data, trainer=os.path.basename(args.binary),
                  parameters=plan["categories"]["parameters"])
-    words = ["full"] if plot.is_full_rank(options) else [f"{options['rank']:g}", options["projection"]]
+    words = [f"{options['rank']:g}", options["projection"]]
+    if plot.is_full_rank(options):
+        words = ["full"]
     words += [name for name in [options.get("optimizer", "adamw")] if name != "adamw"]
     words += [f"r{options['recompute']}", f"lr{options['lr']:g}"]
     words += [f"c{decay}"] * (decay is not None) + [f"s{options['seed']}"]
@@ -332,7 +350,8 @@ def plan_other_seeds(args, runs):
         found[-1].method, found[-1].choice = run.method, run.choice
     return found
 
-# ---------------------------------------------------------------------------- running
+# ----------------------------------------------------------------------------
+# running
 
 
 def take_log(run, folder):
@@ -348,8 +367,10 @@ def take_log(run, folder):
 
 
 def train(run, args, bar, begin):
-    """One run of the trainer, in a folder that gets its name when all is done. begin(command, ...) starts a process, or, when
-    all are to stop, does not."""
+    """
+    One run of the trainer, in a folder that gets its name when all is done. begin(command, ...)
+    starts a process, or, when all are to stop, does not.
+    """
     def changed():
         if data_of(run.group.trainer) != run.data:
             run.status = "failed, the data are not those with which the sweep began; start it again"
@@ -363,9 +384,11 @@ def train(run, args, bar, begin):
     bar.set_description(run.name)
     last = ""
     with open(os.path.join(unfinished, "output.txt"), "w", encoding="utf-8") as output:
-        # Both outputs come through one pipe: should this program be killed, the trainer ends as well, at its next line.
-        process = begin([args.binary, "--out", unfinished, *run.flags], env=environment(args.jobs), text=True, errors="replace",
-                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        # Both outputs come through one pipe: should this program be killed, the trainer ends too,
+        # at its next line.
+        process = begin([args.binary, "--out", unfinished, *run.flags], env=environment(args.jobs),
+                        text=True, errors="replace", stdin=subprocess.DEVNULL,
+                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         if process is None:
             return
         for line in process.stdout:
@@ -382,13 +405,18 @@ def train(run, args, bar, begin):
     if status == 0 and take_log(run, unfinished):
         shutil.rmtree(run.folder, ignore_errors=True)
         os.rename(unfinished, run.folder)
-    else:
-        how = f"ended by signal {-status}" if status < 0 else f"status {status}" if status else "ended without its last step"
-        run.status = f"failed, {how}: {last}"
+        return
+    how = "ended without its last step"
+    if status != 0:
+        how = f"ended by signal {-status}" if status < 0 else f"status {status}"
+    run.status = f"failed, {how}: {last}"
 
 
 def train_all(runs, args, finished):
-    """Trains runs, some at once, and calls finished(run) after each. Whatever ends this early ends the trainers too."""
+    """
+    Trains runs, some at once, and calls finished(run) after each. Whatever ends this early ends the
+    trainers too.
+    """
     processes, stopped, lock, bars = {}, threading.Event(), threading.Lock(), queue.Queue()
     for i in range(min(args.jobs, len(runs))):
         bars.put(tqdm(total=1, position=i + 1, leave=False, unit="step", disable=None))
@@ -452,7 +480,8 @@ def stands(run):
 def counts(run):
     return run.log is not None and stands(run)
 
-# ---------------------------------------------------------------------------- results
+# ----------------------------------------------------------------------------
+# results
 
 
 def speed(log):
@@ -480,10 +509,13 @@ def row_of(run, baseline):
                steps=run.options["steps"])
     row.update(dict.fromkeys(["final_train_loss", "final_val_loss", "perplexity", "bits_per_byte",
                               "best_val_loss", "perplexity_above_full_rank_percent"]))
-    row.update(plan_bytes=run.plan["total_bytes"], full_rank_bytes=run.plan["full_rank_total_bytes"],
-               flops_per_token=run.plan["flops_per_token"]["total"], tokens_per_second=None, seconds=None, status=run.status)
+    row.update(plan_bytes=run.plan["total_bytes"],
+               full_rank_bytes=run.plan["full_rank_total_bytes"],
+               flops_per_token=run.plan["flops_per_token"]["total"], tokens_per_second=None,
+               seconds=None, status=run.status)
     if run.log:
-        row.update(final_train_loss=float(run.log.losses[-LAST_STEPS:].mean()), tokens_per_second=speed(run.log), seconds=run.log.ms.sum() / 1e3)
+        row.update(final_train_loss=float(run.log.losses[-LAST_STEPS:].mean()),
+                   tokens_per_second=speed(run.log), seconds=run.log.ms.sum() / 1e3)
     if val_loss(run) is not None:
         base = baseline.get(row["seed"])
         row.update(final_val_loss=val_loss(run), perplexity=perplexity(val_loss(run)),
@@ -562,7 +594,8 @@ def keep_earlier(args, runs):
 
 def table(head, rows):
     lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n"
+                   for line in lines)
 
 
 def shown(column, value):
@@ -583,7 +616,9 @@ def shown(column, value):
         return f"{value / 1e6:,.2f} M"
     if column == "tokens_per_second":
         return f"{value:,.0f}"
-    return f"{value:.1f}" if column == "seconds" else f"{value:g}" if isinstance(value, float) else str(value)
+    if column == "seconds":
+        return f"{value:.1f}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def over_seeds(column, rows):
@@ -600,8 +635,10 @@ def over_seeds(column, rows):
 def markdown(args, runs, rows, pictures):
     text = "# Sweep\n\n"
     logs = [run.log for run in runs if run.log]
-    text += "".join(f"- {what}: {'; '.join(dict.fromkeys(values))}\n" for what, values in
-                    (("device", [log.device for log in logs]), ("trainer's revision", [log.revision for log in logs])) if values)
+    if logs:
+        text += f"- device: {'; '.join(dict.fromkeys(log.device for log in logs))}\n"
+        revisions = dict.fromkeys(log.revision for log in logs)
+        text += f"- trainer's revision: {'; '.join(revisions)}\n"
     text += f"- command: `{shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}`\n"
     if args.jobs > 1:
         text += f"- {args.jobs} runs at once: their speeds are lower than that of one alone\n"
@@ -635,22 +672,28 @@ def markdown(args, runs, rows, pictures):
         if not any(line[head.index("bits per byte")] for line in lines):
             for line in [head, *lines]:
                 del line[7]
-        text += "\n## Methods\n\nMean ± standard deviation over seeds. The memory is all that a run "
-        text += "takes, by its plan; the speed is the median of all steps but the first "
+        text += "\n## Methods\n\nMean ± standard deviation over seeds. The memory is all that a "
+        text += "run takes, by its plan; the speed is the median of all steps but the first "
         text += f"{FIRST_STEPS}.\n\n"
         text += table(head, lines) + (RULE if base is not None else "")
         if any(run.choice == AT_EDGE for run in those):
             text += "\n**(edge): best at the edge of the list of learning rates or weight decays; "
             text += "a wider one may have better.**\n"
-    text += "".join(f"\n![{os.path.basename(path)}]({os.path.basename(path)})\n" for path in pictures)
+    text += "".join(f"\n![{os.path.basename(path)}]({os.path.basename(path)})\n"
+                    for path in pictures)
 
-    differing = [column for column in rows[0] if len({str(row[column]) for row in rows if row[column] is not None}) > 1]
-    alike = {column: next((row[column] for row in rows if row[column] is not None), "") for column in rows[0] if column not in differing}
-    alike = [f"{column} {shown(column, value)}" for column, value in alike.items() if value != ""]
+    differing, alike = [], []
+    for column in rows[0]:
+        values = [row[column] for row in rows if row[column] is not None]
+        if len(set(map(str, values))) > 1:
+            differing.append(column)
+        elif values and values[0] != "":
+            alike.append(f"{column} {shown(column, values[0])}")
     text += f"\n## Runs\n\nThe training loss is the mean of the last {LAST_STEPS} steps. The "
     text += "seconds are those of the training steps alone. Alike in all runs that have it: "
     text += ", ".join(alike) + ".\n\n"
-    text += table([column.replace("_", " ") for column in differing], [[shown(column, row[column]) for column in differing] for row in rows])
+    text += table([column.replace("_", " ") for column in differing],
+                  [[shown(column, row[column]) for column in differing] for row in rows])
     return text
 
 
@@ -678,7 +721,8 @@ def draw(args, runs):
              for run, name in zip(those, labels(those, "rank", "seed", "lr", "weight-decay"))}
     compressed = [run for run in those if not plot.is_full_rank(run.options)]
     # the lowest ratio has all lines, in the order of the lists; ratio 1 has not
-    numbers = {line: 1 + i for i, line in enumerate(dict.fromkeys(lines[run.method] for run in sorted(compressed, key=ratio_of)))}
+    order = dict.fromkeys(lines[run.method] for run in sorted(compressed, key=ratio_of))
+    numbers = {line: number for number, line in enumerate(order, 1)}
     ranks = sorted({rank_of(run) for run in compressed}, key=lambda rank: (rank > 1, -rank))
     markers = dict(zip(ranks, itertools.cycle(plot.MARKERS)))
     full = list(dict.fromkeys(run.method for run in those if plot.is_full_rank(run.options)))
@@ -688,7 +732,8 @@ def draw(args, runs):
             return dict(plot.look(0), color=str(0.35 * full.index(run.method) % 1), marker="*",
                         markersize=10, linestyle="none")
         number = numbers[lines[run.method]]
-        return plot.look(number, number - 1 if len(numbers) <= 6 else None)  # as long as they last, each colour has its own dashes
+        # as long as they last, each colour has its own dashes
+        return plot.look(number, number - 1 if len(numbers) <= 6 else None)
 
     def look_of_method(run):
         if plot.is_full_rank(run.options):
@@ -733,21 +778,28 @@ def draw(args, runs):
         paths.append(os.path.join(args.out, name))
         return paths[-1]
 
-    unit, size = ("GiB", 2**30) if any(run.plan["total_bytes"] >= 2**30 for run in those) else ("MiB", 2**20)
+    unit, size = "MiB", 2**20
+    if any(run.plan["total_bytes"] >= 2**30 for run in those):
+        unit, size = "GiB", 2**30
     loss, plan = "final validation loss (nats per token)", f"memory of a run ({unit})"
     told = {marker: f"rank {plot.rank_text(rank)}" for rank, marker in markers.items()}
     if those:
         names = [name or run.name for run, name in zip(those, labels(those, "seed"))]
-        plot.draw_curves([run.log for run in those], names, [look_of_method(run) for run in those], path("curves.png"))
+        plot.draw_curves([run.log for run in those], names, [look_of_method(run) for run in those],
+                         path("curves.png"))
     if any(val_loss(run) is not None for run in those):
         ticks = {ratio_of(run): plot.rank_text(ratio_of(run)) for run in those}
-        plot.draw_series(series(ratio_of, val_loss), path("loss_ratio.png"), "Loss against rank ratio", "rank ratio", loss, ticks)
-        plot.draw_series(series(memory, val_loss, True), path("loss_memory.png"), "Loss against memory", plan, loss, markers=told, frontier=True)
-        plot.draw_series(series(flops, val_loss, True), path("loss_flops.png"), "Loss against matrix FLOPs",
-                         "FLOPs of matrix products per token (millions)", loss, markers=told, frontier=True)
+        plot.draw_series(series(ratio_of, val_loss), path("loss_ratio.png"),
+                         "Loss against rank ratio", "rank ratio", loss, ticks)
+        plot.draw_series(series(memory, val_loss, True), path("loss_memory.png"),
+                         "Loss against memory", plan, loss, markers=told, frontier=True)
+        plot.draw_series(series(flops, val_loss, True), path("loss_flops.png"),
+                         "Loss against matrix FLOPs",
+                         "FLOPs of matrix products per token (millions)", loss, markers=told,
+                         frontier=True)
     if those:
-        plot.draw_series(series(memory, lambda run: speed(run.log), True), path("speed_memory.png"), "Speed against memory", plan,
-                         "speed (tokens per second)", markers=told)
+        plot.draw_series(series(memory, lambda run: speed(run.log), True), path("speed_memory.png"),
+                         "Speed against memory", plan, "speed (tokens per second)", markers=told)
     swept = [run for run in runs if run.choice and run.log and run.method in methods
              and run.options["seed"] == runs[0].options["seed"]]
     if len({run.options["lr"] for run in swept}) > 1:
@@ -764,10 +816,12 @@ def draw(args, runs):
             points = [(run.options["lr"], [val_loss(run)], look["marker"]) for run in same]
             found.append(SimpleNamespace(label=name or "all", look=look, points=points, start=None))
         ticks = {lr: f"{lr:g}" for lr in sorted({run.options["lr"] for run in swept})}
-        plot.draw_series(found, path("loss_lr.png"), "Loss against learning rate", "highest learning rate", loss, ticks)
+        plot.draw_series(found, path("loss_lr.png"), "Loss against learning rate",
+                         "highest learning rate", loss, ticks)
     return paths
 
-# ---------------------------------------------------------------------------- the program
+# ----------------------------------------------------------------------------
+# the program
 
 
 def main():
@@ -790,8 +844,8 @@ def sweep(args, first):
     overall = tqdm(total=total, unit="run", disable=None)
 
     def finished(run):
-        figures = f"val {run.log.val_losses[-1]:.4f}" if run.log and len(run.log.val_losses) else run.status
-        overall.write(f"{run.name}: {figures}")
+        loss = val_loss(run)
+        overall.write(f"{run.name}: {run.status if loss is None else f'val {loss:.4f}'}")
         overall.update(1)
         write_tables(args, runs)
 
@@ -817,7 +871,8 @@ def sweep(args, first):
         if run.choice == AT_EDGE and run in first:
             print(f"{run.name}: its learning rate or weight decay is the best of the list, and at "
                   "its edge: a wider list may have a better one", file=sys.stderr)
-    print(f"{len(runs) - len(failed)} of {len(runs)} runs are done: {os.path.join(args.out, 'results.md')}")
+    print(f"{len(runs) - len(failed)} of {len(runs)} runs are done: "
+          f"{os.path.join(args.out, 'results.md')}")
     sys.exit(1 if failed else 0)
 
 

@@ -1,9 +1,14 @@
 #!/usr/bin/env python3
-"""Milliseconds per step of GPT-2 d12 (B=4, T=64, fp32) on this machine's CPU: full rank, compressed, and llm.c.
-
-The variants take turns, round after round, so that a machine whose speed drifts slows all of them alike; the figure is
-the median over all rounds. Needs nothing but the built trainer; --llmc names a folder in which llm.c's train_gpt2 stands.
 """
+Milliseconds a step of GPT-2 d12 (B=4, T=64, fp32) takes on this machine's CPU: full rank,
+compressed, and llm.c.
+
+The variants take turns, round after round, so that a machine whose speed drifts slows all of them
+alike; the figure is the median over all rounds. Needs nothing but the built trainer. The trainer
+without BLAS takes its turn too, if build/train_no_blas is there; so does llm.c's train_gpt2, if
+--llmc names its folder.
+"""
+
 import argparse
 import array
 import json
@@ -16,6 +21,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +46,7 @@ def trainer_steps(binary, folder, steps, flags):
 
 
 def llmc_steps(binary, folder, steps):
-    """Runs llm.c's program where it finds random weights and the same tokens; stops it after enough steps."""
+    """Runs llm.c's program where it finds random weights and the same tokens, for some steps."""
     process = subprocess.Popen([str(binary)], cwd=folder, stdout=subprocess.PIPE, text=True)
     times = []
     for line in process.stdout:
@@ -56,8 +62,10 @@ def llmc_steps(binary, folder, steps):
 
 def prepare_llmc(folder):
     """The files that llm.c's train_gpt2 opens, in the places where it looks for them."""
-    subprocess.run([str(ROOT / "train_gpt2_compact"), "--train", str(folder / "train.bin"), "-b", "1", "-t", "64", "-x", "0", "-v", "0",
-                    "-n", "-1", "-o", str(folder / "weights"), "--compress", "none"], check=True, stdout=subprocess.DEVNULL)
+    command = [str(ROOT / "train_gpt2_compact"), "--train", str(folder / "train.bin"), "-b", "1",
+               "-t", "64", "-x", "0", "-v", "0", "-n", "-1", "-o", str(folder / "weights"),
+               "--compress", "none"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     (folder / "weights/model_00000000.bin").rename(folder / "gpt2_124M.bin")
     shutil.rmtree(folder / "weights")
     data = folder / "dev/data/tinyshakespeare"
@@ -67,38 +75,49 @@ def prepare_llmc(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llmc", type=Path, metavar="DIR", help="folder with llm.c's train_gpt2, built by its own Makefile")
-    parser.add_argument("--steps", type=int, default=2, help="steps of a variant in a round (default 2)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds (default 5: medians of 10 steps)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llmc", type=Path, metavar="DIR",
+                        help="folder with llm.c's train_gpt2, built by its own Makefile")
+    parser.add_argument("--steps", type=int, default=2,
+                        help="steps of a variant in a round (default 2)")
+    parser.add_argument("--rounds", type=int, default=5,
+                        help="rounds (default 5: medians of 10 steps)")
     args = parser.parse_args()
     own, plain = ROOT / "train_gpt2_compact", ROOT / "build/train_no_blas"
     if not own.exists():
         sys.exit("bench_cpu.py: ./train_gpt2_compact is not built: make")
     if args.llmc and not (args.llmc / "train_gpt2").exists():
-        sys.exit(f"bench_cpu.py: --llmc: {args.llmc} has no train_gpt2; build it there with `make train_gpt2`")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of all alike: where other work runs, spinning threads slow everything
+        sys.exit(f"bench_cpu.py: --llmc: {args.llmc} has no train_gpt2; "
+                 "build it there with `make train_gpt2`")
+    # of all alike: where other work runs, threads that spin while they wait slow everything
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tokens(folder / "train.bin", 64 * 1024, 1)
-        variants = {
-            "full rank": lambda: trainer_steps(own, folder, args.steps, ["--rank", "1", "--optimizer", "adamw"]),
-            "rank 1/4, sparse": lambda: trainer_steps(own, folder, args.steps, ["--rank", "0.25", "--optimizer", "adamw", "--projection", "sparse"]),
-            "rank 1/4, sparse, muon": lambda: trainer_steps(own, folder, args.steps, ["--rank", "0.25", "--projection", "sparse"]),
-            "rank 1/4, gaussian": lambda: trainer_steps(own, folder, args.steps, ["--rank", "0.25", "--optimizer", "adamw", "--projection", "gaussian"]),
-        }
+        full, quarter = ["--rank", "1", "--optimizer", "adamw"], ["--rank", "0.25"]
+        flags = {"full rank": full,
+                 "rank 1/4, sparse": [*quarter, "--optimizer", "adamw", "--projection", "sparse"],
+                 "rank 1/4, sparse, muon": [*quarter, "--projection", "sparse"],
+                 "rank 1/4, gaussian": [*quarter, "--optimizer", "adamw",
+                                        "--projection", "gaussian"]}
+        variants = {name: partial(trainer_steps, own, folder, args.steps, chosen)
+                    for name, chosen in flags.items()}
         if plain.exists():
-            variants["full rank, no BLAS"] = lambda: trainer_steps(plain, folder, args.steps, ["--rank", "1", "--optimizer", "adamw"])
+            variants["full rank, no BLAS"] = partial(trainer_steps, plain, folder, args.steps, full)
         if args.llmc:
             prepare_llmc(folder)
-            variants["llm.c"] = lambda: llmc_steps(args.llmc.resolve() / "train_gpt2", folder, args.steps)
+            llmc = args.llmc.resolve() / "train_gpt2"
+            variants["llm.c"] = partial(llmc_steps, llmc, folder, args.steps)
         times = {variant: [] for variant in variants}
         for round_number in range(args.rounds):
             for variant, run in variants.items():
                 times[variant] += run()
-                print(f"round {round_number + 1}: {variant}: {statistics.median(times[variant]):.0f} ms", file=sys.stderr)
+                print(f"round {round_number + 1}: {variant}: "
+                      f"{statistics.median(times[variant]):.0f} ms", file=sys.stderr)
     base = statistics.median(times["full rank"])
-    print(f"| GPT-2 d12, B=4, T=64, fp32 | median of {args.steps * args.rounds}, ms a step | speed, full rank = 1 |\n|---|---|---|")
+    print(f"| GPT-2 d12, B=4, T=64, fp32 | median of {args.steps * args.rounds}, "
+          "ms a step | speed, full rank = 1 |\n|---|---|---|")
     for variant, values in times.items():
         median = statistics.median(values)
         print(f"| {variant} | {median:.0f} | {base / median:.2f} |")

@@ -1,21 +1,29 @@
-"""The last line of a report on any of the tests: N passed, N failed, and where some were skipped, how many and why."""
+"""
+The last lines of a report on any of the tests: which were skipped and why; then N passed, N failed,
+N skipped.
+"""
 
 import signal
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so would the programs under test
+# a job in the background ignores Ctrl-C, and so would the programs under test
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 outcomes, skips = {}, []
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: not for `make check`")
-    config.addinivalue_line("markers", "xdist_group: what one of pytest-xdist's workers does alone, since the tests share something that takes long to make")
+    config.addinivalue_line("markers",
+                            "xdist_group: what one of pytest-xdist's workers does alone, "
+                            "since the tests share something that takes long to make")
 
 
 def note(report, outcome):
     if report.skipped:
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(getattr(report, "wasxfail", ""))
-        skips.append(f"skipped {report.nodeid}: {reason.removeprefix('Skipped: ')}")
+        reason = str(getattr(report, "wasxfail", ""))
+        if isinstance(report.longrepr, tuple):
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+        skips.append(f"skipped {report.nodeid}: {reason}")
         outcome = "skipped"
     elif report.failed:
         outcome = "failed"
@@ -34,8 +42,8 @@ def pytest_collectreport(report):
 
 
 def pytest_unconfigure(config):
-    if hasattr(config, "workerinput"):  # one of pytest-xdist's workers; its results go to the process that started it
-        return
+    if hasattr(config, "workerinput"):
+        return  # one of pytest-xdist's workers: the process that started it reports
     counts = {kind: list(outcomes.values()).count(kind) for kind in ("passed", "failed", "skipped")}
     line = f"{counts['passed']} passed, {counts['failed']} failed"
     if counts["skipped"]:

@@ -43,11 +43,11 @@ def map_file(path):
 
 def read(path):
     """
-    The records of a --dump file: a dict from names to float32 arrays, in the file's order. They are maps of the file, which
-    may be larger than memory.
+    The records of a --dump file: a dict from names to float32 arrays, in the file's order. They are
+    maps of the file, which may be larger than memory.
 
-    A record is an int32, the length of its name; the name; an int32, the number of dimensions; an int64 for each; its values as
-    float32. All is little-endian.
+    A record is an int32, the length of its name; the name; an int32, the number of dimensions; an
+    int64 for each; its values as float32. All is little-endian.
     """
     data, records, at, start = np.asarray(map_file(path)), {}, 0, 0
 
@@ -75,9 +75,9 @@ def read(path):
 
 def lift(records, name):
     """
-    The gradient of a linear layer's weight, such as "fcw.0", in the weight's own shape (m, n). Of a compressed layer that is
-    G P^T, from G (m, r) and P (n, r): an unbiased estimate of the full gradient;
-    at full rank it is the gradient itself.
+    The gradient of a linear layer's weight, such as "fcw.0", in the weight's own shape (m, n). Of a
+    compressed layer that is G P^T, from G (m, r) and P (n, r): an unbiased estimate of the full
+    gradient; at full rank it is the gradient itself.
     """
     gradient = records["grad." + name]
     return gradient @ records["proj." + name].T if "proj." + name in records else gradient
@@ -88,8 +88,10 @@ def print_list(records):
     print(f"{'name':{width}}  {'shape':>20} {'min':>12} {'max':>12} {'rms':>12}")
     for name, values in records.items():
         shape = " x ".join(map(str, values.shape))
-        # a NaN shows in each of the three; an empty tensor has none of them
-        numbers = [values.min(), values.max(), math.sqrt(np.mean(np.square(values, dtype=np.float64)))] if values.size else []
+        numbers = []  # an empty tensor has none; a NaN shows in each of the three
+        if values.size:
+            rms = math.sqrt(np.mean(np.square(values, dtype=np.float64)))
+            numbers = [values.min(), values.max(), rms]
         print(f"{name:{width}}  {shape:>20} " + " ".join(f"{number:12.5g}" for number in numbers))
 
 
@@ -105,16 +107,19 @@ def write_npz(path, records):
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
     parser.add_argument("file", metavar="FILE", help="what the trainer's --dump wrote")
     parser.add_argument("name", metavar="NAME", nargs="?", help="print this tensor's values")
-    parser.add_argument("--npz", metavar="OUT", help="write the tensors to this file instead of printing")
+    parser.add_argument("--npz", metavar="OUT",
+                        help="write the tensors to this file instead of printing")
     args = parser.parse_args()
 
     records = read(args.file)
     if args.name is not None:
         if args.name not in records:
-            raise Problem(f"{args.file}: has no tensor {args.name}; dump.py {args.file} lists what there is")
+            raise Problem(f"{args.file}: has no tensor {args.name}; "
+                          f"dump.py {args.file} lists what there is")
         records = {args.name: records[args.name]}
     if args.npz is not None:
         write_npz(args.npz, records)

@@ -33,9 +33,11 @@ def box(label, shape, height, width, kind, x, middle):
     top = middle - height / 2
     name = label if width > 30 and height > 20 else ""
     beside = "" if name else f'<text x="{x + width / 2}" y="{top - 6}">{label}</text>'
-    return width, (f'<rect x="{x}" y="{top}" width="{width}" height="{height}" rx="3" fill="{COLORS[kind]}" fill-opacity="0.55" '
-                   f'stroke="{COLORS[kind]}"/><text x="{x + width / 2}" y="{middle + 5}">{name}</text>{beside}'
-                   f'<text class="small" x="{x + width / 2}" y="{top + height + 15}">{shape}</text>')
+    return width, (
+        f'<rect x="{x}" y="{top}" width="{width}" height="{height}" rx="3" '
+        f'fill="{COLORS[kind]}" fill-opacity="0.55" stroke="{COLORS[kind]}"/>'
+        f'<text x="{x + width / 2}" y="{middle + 5}">{name}</text>{beside}'
+        f'<text class="small" x="{x + width / 2}" y="{top + height + 15}">{shape}</text>')
 
 
 def row(parts, title, top):
@@ -46,7 +48,8 @@ def row(parts, title, top):
         for word in words:
             if "|" in word:
                 label, shape, height, width, *kind = word.split("|")
-                advance, drawn = box(label, shape, height, width, kind[0] if kind else label.strip("ᵀ"), x, middle)
+                kind = kind[0] if kind else label.strip("ᵀ")
+                advance, drawn = box(label, shape, height, width, kind, x, middle)
                 found.append(drawn)
             else:
                 advance = 9 * len(word)
@@ -55,18 +58,29 @@ def row(parts, title, top):
     return "\n".join(found)
 
 
+SVG = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1230 {height}" font-family="sans-serif">
+<style>text {{ font-size: 15px; fill: #222; text-anchor: middle }}
+.small {{ font-size: 11px; fill: #555 }}
+.head {{ font-size: 13px; fill: #555; text-anchor: start }}
+.title {{ font-weight: bold; text-anchor: start }}</style>
+<rect width="100%" height="100%" rx="8" fill="#fcfcfc"/>
+<text class="title" x="20" y="28">{title}</text>
+{full}
+{compressed}
+</svg>
+"""
+
+
 def main():
+    full = row(FULL, "Full rank", TOP)
+    compressed = row(COMPRESSED, "Compressed (r = n / 4). The output y, and the gradient "
+                     "dx = dy W for the layer below, stay exact", TOP + ROW)
+    title = "One linear layer y = x Wᵀ + b: N tokens, n inputs, m outputs, r kept columns"
     out = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "linear_layer.svg")
     with open(out, "w", encoding="utf-8") as file:
-        file.write(f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1230 {TOP + 2 * ROW - 22}" font-family="sans-serif">
-<style>text {{ font-size: 15px; fill: #222; text-anchor: middle }} .small {{ font-size: 11px; fill: #555 }}
-.head {{ font-size: 13px; fill: #555; text-anchor: start }} .title {{ font-weight: bold; text-anchor: start }}</style>
-<rect width="100%" height="100%" rx="8" fill="#fcfcfc"/>
-<text class="title" x="20" y="28">One linear layer y = x Wᵀ + b: N tokens, n inputs, m outputs, r kept columns</text>
-{row(FULL, "Full rank", TOP)}
-{row(COMPRESSED, "Compressed (r = n / 4). The output y, and the gradient dx = dy W for the layer below, stay exact", TOP + ROW)}
-</svg>
-""")
+        file.write(SVG.format(height=TOP + 2 * ROW - 22, title=title, full=full,
+                              compressed=compressed))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ The trainer beside the methods that people would take instead, each from its own
 GPT-2 from the same initial weights, the same tokens in the same order, the same number of steps.
 Every method is run at each of its learning rates with the first seed, and the best --best of them
 at their best rate with the other seeds; then each is timed for some steps, in turn and several
-times, so that a noisy machine treats all alike. Writes results.csv, results.md and loss_memory.png into
---out. Started again, it goes on: what is done is not done again.
+times, so that a noisy machine treats all alike. Writes results.csv, results.md and loss_memory.png
+into --out. Started again, it goes on: what is done is not done again.
 
   adamw       full rank, PyTorch's AdamW: the baseline
   checkpoint  the same, with PyTorch's gradient checkpointing of each block
@@ -60,7 +60,8 @@ COMPRESSED = ["qkv", "fc", "fcproj"]  # as the trainer's default
 PARTS = {"wte": "wte", "wpe": "wpe", "ln_f": "lnf", "ln_1": "ln1", "attn.c_attn": "qkv",
          "attn.c_proj": "attproj", "ln_2": "ln2", "mlp.c_fc": "fc", "mlp.c_proj": "fcproj"}
 
-# ---------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------
+# data
 
 
 def permute(i, n, seed, stream):
@@ -140,7 +141,8 @@ def bytes_per_token(val, sequences, folder):
         lengths[tokenizer.end_of_text] = 0
     return float(np.mean([lengths[val.sequence(i)[1:]].mean() for i in range(sequences)]))
 
-# ---------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------
+# memory
 
 
 def storage(tensor):
@@ -192,7 +194,8 @@ def state_bytes(thing, seen):
         return sum(state_bytes(value, seen) for value in thing)
     return state_bytes(vars(thing), seen) if "project" in type(thing).__module__ else 0
 
-# ---------------------------------------------------------------------------- methods
+# ----------------------------------------------------------------------------
+# methods
 # Each makes a model ready and gives update(loss, lr), which does the backward pass and a step, and
 # the optimizers, whose state counts.
 
@@ -409,7 +412,8 @@ METHODS = {
     "ours5": ("this trainer, default, -r 5", ["-r", "5"], [3e-3, 6e-3, 1e-2], []),
 }
 
-# ---------------------------------------------------------------------------- one run
+# ----------------------------------------------------------------------------
+# one run
 
 
 def load_model(path, device):
@@ -532,7 +536,8 @@ def run_job(text):
     with common.whole_file(job.result) as file:
         file.write(json.dumps(result).encode())
 
-# ---------------------------------------------------------------------------- all runs
+# ----------------------------------------------------------------------------
+# all runs
 
 
 def plan_runs(args, seed, pairs, **change):
@@ -604,7 +609,8 @@ def choose(runs):
             best.append(taken)
     return sorted(best, key=lambda run: run.found["val_loss"])
 
-# ---------------------------------------------------------------------------- results
+# ----------------------------------------------------------------------------
+# results
 
 
 def memory(run):
@@ -720,7 +726,8 @@ def write_results(args, runs):
                          if args.device == "cpu" else "memory at its peak (MiB)",
                          "final validation loss (nats per token)", frontier=True)
 
-# ---------------------------------------------------------------------------- the program
+# ----------------------------------------------------------------------------
+# the program
 
 
 def list_of(kind, wanted):
@@ -738,9 +745,12 @@ def list_of(kind, wanted):
 
 def ratio(text):
     try:
-        return float(ablate.rank(text)) if 0 < float(ablate.rank(text)) <= 1 else 1 / 0
-    except (ZeroDivisionError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no ratio in (0, 1], such as 1/4") from None
+        value = float(ablate.rank(text))
+    except argparse.ArgumentTypeError:
+        value = math.inf
+    if value > 1:  # a whole rank
+        raise argparse.ArgumentTypeError(f"{text!r} is no ratio in (0, 1], such as 1/4")
+    return value
 
 
 def parse_options():

@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
-"""Milliseconds a step of a plain GPT-2 in PyTorch, for comparison with the CUDA trainer; prints one JSON object as its last line.
-
-The usual fast recipe: fp32 weights, gradients and moments, the products in bf16 by autocast (so fp32 is the master copy), attention by
-scaled_dot_product_attention, the head tied to the embedding, fused AdamW, gradients clipped to a norm of 1, torch.compile. Random
-tokens; shapes, padded vocabulary, weight decay and the loss read at each step are the CUDA trainer's.
-Where a batch does not fit, half of it is taken twice: the tokens of a step stay the same.
 """
+Milliseconds that a step of a plain GPT-2 takes in PyTorch, for comparison with the CUDA trainer.
+The last line printed is one JSON object.
+
+It is the usual fast recipe: fp32 weights, gradients and moments, the products in bf16 by autocast
+(so fp32 is the master copy), attention by scaled_dot_product_attention, the head tied to the
+embedding, fused AdamW, gradients clipped to a norm of 1, torch.compile. The tokens are random; the
+shapes, the padded vocabulary, the weight decay and the loss read at each step are the CUDA
+trainer's. Where a batch does not fit, half of it is taken twice, so a step has the same tokens.
+"""
+
 import argparse
 import json
 import sys
@@ -19,7 +23,8 @@ except ImportError:
     print("torch_gpt2.py: PyTorch is not here", file=sys.stderr)
     sys.exit(3)
 
-WIDTHS = {"d12": (12, 768), "d24": (24, 1024), "d36": (36, 1280), "d48": (48, 1600)}  # layers, channels
+# layers, channels
+WIDTHS = {"d12": (12, 768), "d24": (24, 1024), "d36": (36, 1280), "d48": (48, 1600)}
 VOCABULARY, PADDED, HEAD = 50257, 50304, 64
 
 
@@ -33,7 +38,8 @@ class Block(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.heads, HEAD).transpose(1, 2) for part in self.qkv(self.ln1(x)).split(C, dim=2))
+        q, k, v = (part.view(B, T, self.heads, HEAD).transpose(1, 2)
+                   for part in self.qkv(self.ln1(x)).split(C, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attproj(y.transpose(1, 2).reshape(B, T, C))
         return x + self.fcproj(F.gelu(self.fc(self.ln2(x)), approximate="tanh"))
@@ -68,11 +74,13 @@ def train(options, micro, device):
     layers, channels = WIDTHS[options.model]
     layers, channels = options.layers or layers, options.channels or channels
     vocabulary = min(options.vocabulary, VOCABULARY)
-    model = GPT(layers, channels, options.seq, PADDED if vocabulary == VOCABULARY else vocabulary).to(device)
+    padded = PADDED if vocabulary == VOCABULARY else vocabulary
+    model = GPT(layers, channels, options.seq, padded).to(device)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, fused=device == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), eps=1e-8,
+                                  fused=device == "cuda")
     compute = model
     if options.compile == "model":
         compute = torch.compile(model)
@@ -82,7 +90,8 @@ def train(options, micro, device):
         model.head = torch.compile(model.head)
     times, losses = [], []
     for _ in range(options.steps):
-        batch = torch.randint(vocabulary, (options.batch, options.seq + 1))  # as a loader would bring it, from the host
+        # on the host, from where a loader would bring it
+        batch = torch.randint(vocabulary, (options.batch, options.seq + 1))
         if device == "cuda":
             torch.cuda.synchronize()
         began, total = time.perf_counter(), 0.0
@@ -104,7 +113,8 @@ def train(options, micro, device):
 
 
 def parse_options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(WIDTHS), default="d12")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seq", type=int, default=1024)
@@ -112,7 +122,9 @@ def parse_options():
     parser.add_argument("--compile", choices=["model", "block", "none"], default="model",
                         help="the whole model at once, or block by block, which compiles faster")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--layers", type=int, help="override the model's shape, as --channels does, to try this where there is no GPU")
+    parser.add_argument("--layers", type=int,
+                        help="override the model's shape, as --channels does, "
+                        "to try this where there is no GPU")
     parser.add_argument("--channels", type=int)
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     return parser.parse_args()
@@ -136,11 +148,13 @@ def main():
         micro = (micro + 1) // 2  # out here nothing holds the tensors of the try any more
         torch._dynamo.reset()  # neither do compiled graphs
         torch.cuda.empty_cache()
-    how = {"model": "torch.compile of the whole model", "block": "torch.compile block by block, and of the head with the loss",
+    how = {"model": "torch.compile of the whole model",
+           "block": "torch.compile block by block, and of the head with the loss",
            "none": "not compiled"}[options.compile]
-    print(json.dumps({"torch": torch.__version__, "how": how + "; bf16 autocast over fp32 weights, fused AdamW, scaled_dot_product_attention",
-                      "micro_batch": micro, "ms": times, "losses": losses,
-                      "allocated_bytes": torch.cuda.max_memory_allocated() if options.device == "cuda" else 0}))
+    how += "; bf16 autocast over fp32 weights, fused AdamW, scaled_dot_product_attention"
+    allocated = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
+    print(json.dumps({"torch": torch.__version__, "how": how, "micro_batch": micro, "ms": times,
+                      "losses": losses, "allocated_bytes": allocated}))
     return 0
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """
-Prints the trainers' tables of Unicode letters and numbers: where their runs begin and end, as distances in base 32, the last digit
-of each from '(' on, those before it from ']' on. Python's unicodedata must be of the version that the table is to have
-(Python 3.14 has Unicode 16).
+Prints the trainers' tables of Unicode letters and numbers: where their runs begin and end, as
+distances in base 32. The last digit of each is a character from '(' on, those before it from ']'
+on. The tables are of the Unicode version that Python's unicodedata has (Python 3.14: 16).
 """
 
 import unicodedata

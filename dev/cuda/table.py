@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Rewrites the table in README.md: what each variant is predicted to move and compute, by `--predict` of every binary, and how
-long it was measured to take, where dev/results/variants_*.json has lines of `--json` about it.
+"""
+Rewrites the table in README.md: what each variant is predicted to move and compute, by `--predict`
+of every binary, and how long it was measured to take, where dev/results/variants_*.json has lines
+of `--json` about it.
 
-Usage: python3 dev/cuda/table.py [--check]     after `make -C dev/cuda nogpu` (or `make -C dev/cuda`)
+Usage: python3 dev/cuda/table.py [--check]   after `make -C dev/cuda nogpu` (or `make -C dev/cuda`)
 --check writes nothing and ends with status 1 if the table is out of date.
 """
 
@@ -26,8 +28,10 @@ def predictions():
     """{layer: its lines}, of either binary: they predict the same."""
     layers = {}
     for source in sorted(HERE.glob("*.cu")):
-        binary = next((b for b in (ROOT / "build/cuda" / (source.stem + end) for end in ("_nogpu", "")) if b.exists()), None)
-        if not binary:
+        binary = ROOT / "build/cuda" / f"{source.stem}_nogpu"
+        if not binary.exists():
+            binary = ROOT / "build/cuda" / source.stem
+        if not binary.exists():
             fail(f"build/cuda/{source.stem}_nogpu is not there: make -C dev/cuda nogpu")
         said = subprocess.run([binary, "--predict"], capture_output=True, text=True)
         if said.returncode != 0:
@@ -37,7 +41,7 @@ def predictions():
 
 
 def measurements():
-    """{device and precision: {(layer, variant): line}}; of several lines about one variant the last counts."""
+    """{device and precision: {(layer, variant): line}}; of several lines the last counts."""
     devices = {}
     for path in sorted(ROOT.glob("dev/results/variants_*.json")):
         for line in path.read_text().splitlines():
@@ -61,10 +65,13 @@ def table(layers, devices):
         size = ", ".join(f"{name} = {n}" for name, n in variants[0]["size"].items())
         text += f"\n**{layer}**, {size}, {variants[0]['precision']}\n\n"
         measured = "".join(f" {name}: us (of the floor) |" for name in devices)
-        text += f"| | variant | MB | floor, MB | GFLOP |{measured}\n|---|---|---|---|---|" + "---|" * len(devices) + "\n"
+        text += f"| | variant | MB | floor, MB | GFLOP |{measured}\n"
+        text += "|---|---|---|---|---|" + "---|" * len(devices) + "\n"
         for v in variants:
-            cells = [str(v["variant"]), v["idea"], f"{v['bytes'] / 1e6:,.1f}", f"{v['floor_bytes'] / 1e6:,.1f}", f"{v['flops'] / 1e9:,.3f}"]
-            text += "| " + " | ".join(cells + [cell(lines, v) for lines in devices.values()]) + " |\n"
+            cells = [str(v["variant"]), v["idea"], f"{v['bytes'] / 1e6:,.1f}",
+                     f"{v['floor_bytes'] / 1e6:,.1f}", f"{v['flops'] / 1e9:,.3f}"]
+            cells += [cell(lines, v) for lines in devices.values()]
+            text += "| " + " | ".join(cells) + " |\n"
     return text + "\n"
 
 
@@ -79,7 +86,8 @@ def main():
     if len(sys.argv) == 1:
         README.write_text(new)
     elif new != text:
-        print("table.py: the table in dev/cuda/README.md is out of date: python3 dev/cuda/table.py", file=sys.stderr)
+        print("table.py: the table in dev/cuda/README.md is out of date: python3 dev/cuda/table.py",
+              file=sys.stderr)
         return 1
     return 0
 
