@@ -6,9 +6,11 @@ REVISION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 CXXFLAGS ?= -O3 -fno-math-errno -fno-trapping-math
 override CXXFLAGS += -std=c++17 -Wall -Wextra $(EXTRA)
 
-# What the compiler and the machine offer. `compiles` answers yes when a program builds with some flags.
-compiles = $(shell echo 'int main() { return 0; }' | $(CXX) -x c++ $(1) - -o /dev/null >/dev/null 2>&1 && echo yes)
-NATIVE := $(if $(call compiles,-march=native),-march=native,$(if $(call compiles,-mcpu=native),-mcpu=native))
+# What the compiler and the machine offer. `compiles` says yes where a program builds with a flag.
+compiles = $(shell echo 'int main() { return 0; }' | \
+  $(CXX) -x c++ $(1) - -o /dev/null >/dev/null 2>&1 && echo yes)
+NATIVE := $(firstword $(foreach flag,-march=native -mcpu=native,\
+  $(if $(call compiles,$(flag)),$(flag))))
 
 MAC := $(filter Darwin,$(shell uname))
 ifndef NO_OPENMP
@@ -16,11 +18,13 @@ ifndef NO_OPENMP
     OPENMP := -fopenmp
   else
     # Apple's compiler lacks the library, and Homebrew puts it where no compiler looks.
-    LIBOMP := -Xclang -fopenmp $(patsubst %,-I%/include -L%/lib,$(firstword $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp))) -lomp
+    LIBOMP_AT := $(firstword $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp))
+    LIBOMP := -Xclang -fopenmp $(LIBOMP_AT:%=-I%/include) $(LIBOMP_AT:%=-L%/lib) -lomp
     OPENMP := $(if $(call compiles,$(LIBOMP)),$(LIBOMP))
   endif
 endif
-NO_THREADS := no OpenMP: one thread$(if $(NO_OPENMP),,$(if $(MAC), ('brew install libomp' brings it)))
+BREW := $(if $(MAC), ('brew install libomp' brings it))
+NO_THREADS := no OpenMP: one thread$(if $(NO_OPENMP),,$(BREW))
 ifndef NO_BLAS
   ifeq ($(shell pkg-config --exists openblas 2>/dev/null && echo yes),yes)
     BLAS := OpenBLAS
@@ -33,52 +37,75 @@ ifndef NO_BLAS
   endif
 endif
 
-# The CUDA toolkit. Where there is none, dev/setup.sh brings headers and a compiler under build/: enough for the tests, not to link with cuBLAS.
+# The CUDA toolkit. Where there is none, dev/setup.sh brings headers and a compiler under build/:
+# enough for the tests, not to link with cuBLAS.
 NVCC := $(shell command -v nvcc || ls '$(or $(CUDA_HOME),/usr/local/cuda)/bin/nvcc' 2>/dev/null)
-CUDA_HOME ?= $(or $(patsubst %/bin/nvcc,%,$(realpath $(NVCC))),$(firstword $(wildcard build/venv/lib/python3*/site-packages/nvidia/cu13)))
+BROUGHT := $(firstword $(wildcard build/venv/lib/python3*/site-packages/nvidia/cu13))
+CUDA_HOME ?= $(or $(patsubst %/bin/nvcc,%,$(realpath $(NVCC))),$(BROUGHT))
 PRECISION ?= BF16
 ifeq ($(filter BF16 FP32,$(PRECISION)),)
   $(error PRECISION is $(PRECISION), not BF16 or FP32)
 endif
 
-# The cards, and their compute capabilities as 90 for 9.0: nvidia-smi may answer with an error's text instead. CUDA_VISIBLE_DEVICES may hide all cards;
-# where it hides some, it counts in an order that need not be nvidia-smi's, so each card that is new enough is built for, as the newest that the
+# The cards, and their compute capabilities, 90 for 9.0: nvidia-smi may answer with an error's text
+# instead. CUDA_VISIBLE_DEVICES may hide all cards. Where it hides some, it counts in an order that
+# need not be nvidia-smi's; so each card that is new enough is built for, as the newest that the
 # toolkit knows. Where there is none, the code is for 8.0. PTX beside it serves newer ones.
 # The oldest that will do has bf16 and cp.async; in fp32, 7.5 will.
 OLDEST := $(if $(filter FP32,$(PRECISION)),75,80)
-ask_cards = $(shell test "$${CUDA_VISIBLE_DEVICES-0}" && test "$${CUDA_VISIBLE_DEVICES-0}" != -1 && nvidia-smi --query-gpu=$(1) --format=csv,noheader 2>/dev/null $(2))
+ask_cards = $(shell test "$${CUDA_VISIBLE_DEVICES-0}" && \
+  test "$${CUDA_VISIBLE_DEVICES-0}" != -1 && \
+  nvidia-smi --query-gpu=$(1) --format=csv,noheader 2>/dev/null $(2))
 CARDS := $(call ask_cards,compute_cap,| grep -xE '[0-9]+\.[0-9]' | tr -d . | sort -nu)
 GPU := $(if $(CARDS),$(call ask_cards,name,| sort -u | paste -sd / -))
 USABLE := $(shell for card in $(CARDS); do test $$card -lt $(OLDEST) || echo $$card; done)
-as_toolkit_knows = $(shell $(NVCC) --list-gpu-arch | sed -n 's/^compute_//p' | awk '$$1 <= $(1) && $$1 > known { known = $$1 } END { print known ? known : $(1) }')
-GPU_COMPUTE_CAPABILITY ?= $(or $(if $(NVCC),$(sort $(foreach card,$(USABLE),$(call as_toolkit_knows,$(card))))),$(CARDS),80)
+as_toolkit_knows = $(shell $(NVCC) --list-gpu-arch | sed -n 's/^compute_//p' | \
+  awk '$$1 <= $(1) && $$1 > known { known = $$1 } END { print known ? known : $(1) }')
+KNOWN := $(if $(NVCC),$(sort $(foreach card,$(USABLE),$(call as_toolkit_knows,$(card)))))
+GPU_COMPUTE_CAPABILITY ?= $(or $(KNOWN),$(CARDS),80)
 CC_GPU := $(subst .,,$(GPU_COMPUTE_CAPABILITY))
 TOO_OLD := $(shell for cc in $(CC_GPU); do test $$cc -ge $(OLDEST) 2>/dev/null || echo $$cc; done)
 ON_GPU := $(if $(TOO_OLD),,$(and $(CARDS),$(NVCC)))
 
 FLAGS = $(CXXFLAGS) $(NATIVE) $(or $(OPENMP),-Wno-unknown-pragmas) $(BLAS_FLAGS)
-NVCC_FLAGS = -std=c++17 -O3 -DPRECISION_$(PRECISION) -DREVISION='"$(REVISION)"' -Xcompiler -Wall,-Wextra,-fopenmp,-Wno-unknown-pragmas \
-  $(foreach cc,$(CC_GPU),-gencode arch=compute_$(cc),code=sm_$(cc) -gencode arch=compute_$(cc),code=compute_$(cc)) $(if $(filter -Werror,$(EXTRA)),-Werror all-warnings)
-NOGPU = $(CXX) -std=c++17 -fopenmp -Wall -Wextra $(EXTRA) -D__NOGPU__ -Idev/nogpu/include -isystem $(CUDA_HOME)/include
+NVCC_FLAGS = -std=c++17 -O3 -DPRECISION_$(PRECISION) -DREVISION='"$(REVISION)"' \
+  -Xcompiler -Wall,-Wextra,-fopenmp,-Wno-unknown-pragmas \
+  $(foreach cc,$(CC_GPU),-gencode arch=compute_$(cc),code=sm_$(cc) \
+    -gencode arch=compute_$(cc),code=compute_$(cc)) \
+  $(if $(filter -Werror,$(EXTRA)),-Werror all-warnings)
+NOGPU = $(CXX) -std=c++17 -fopenmp -Wall -Wextra $(EXTRA) -D__NOGPU__ -Idev/nogpu/include \
+  -isystem $(CUDA_HOME)/include
+NOGPU_HEADERS := $(wildcard dev/nogpu/include/*)
 SANITIZE = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+
+TARGETS = $(if $(TOO_OLD),; compute capability $(call dotted,$(TOO_OLD)) is too old,$(if \
+  $(NVCC),; building for $(CC_GPU:%=sm_%) and PTX))
 
 .PHONY: all found demo setup check checked test tested bench clean help
 all: train_gpt2_compact
 
 found:
-	@echo "compiler $(CXX); $(or $(OPENMP),$(NO_THREADS)); $(or $(BLAS),no BLAS: the trainer's own matrix product); $(or $(NATIVE),no native instructions)"
-	@echo "CUDA $(if $(NVCC),$(CUDA_HOME),toolkit: none); device: $(or $(GPU),none)$(if $(TOO_OLD),; compute capability $(call dotted,$(TOO_OLD)) is too old,$(if $(NVCC),; building for $(CC_GPU:%=sm_%) and PTX))"
+	@echo "compiler $(CXX); $(or $(OPENMP),$(NO_THREADS));" \
+	  "$(or $(BLAS),no BLAS: the trainer's own matrix product);" \
+	  "$(or $(NATIVE),no native instructions)"
+	@echo "CUDA $(if $(NVCC),$(CUDA_HOME),toolkit: none); device: $(or $(GPU),none)$(TARGETS)"
 
 train_gpt2_compact: train_gpt2_compact.cpp Makefile | found
 	$(CXX) $(FLAGS) -DREVISION='"$(REVISION)"' $< -o $@ $(BLAS_LIBS)
 
 # ---- the CUDA trainer, and its tests: for a GPU, and under dev/nogpu for a CPU
 
-needs_nvcc = @$(if $(NVCC),true,echo "$@ needs the CUDA toolkit, 12 or 13: nvcc was not found"; exit 2)
+needs_nvcc = @$(if $(NVCC),true,echo "$@ needs the CUDA toolkit, 12 or 13: nvcc was not found"; \
+  exit 2)
 dotted = $(shell echo $(1) | sed 's/[0-9]\>/.&/g')
-whose = $(if $(filter file,$(origin GPU_COMPUTE_CAPABILITY)),$(GPU) has $(call dotted,$(CARDS)); GPU_COMPUTE_CAPABILITY=$(OLDEST) builds for another machine's,GPU_COMPUTE_CAPABILITY is $(GPU_COMPUTE_CAPABILITY))
-needs_card = @$(if $(TOO_OLD),echo "$@ needs a card of compute capability $(call dotted,$(OLDEST)) or newer$(if $(filter BF16,$(PRECISION)), (7.5 with PRECISION=FP32)): $(whose)"; exit 2,true)
-needs_cuda = @test -e $(CUDA_HOME)/include/cuda_bf16.h || { echo "$@ needs the headers of the CUDA toolkit, 12 or 13: set CUDA_HOME"; exit 2; }
+other_card = GPU_COMPUTE_CAPABILITY=$(OLDEST) builds for another machine's
+whose = $(if $(filter file,$(origin GPU_COMPUTE_CAPABILITY)),$(GPU) has $(call dotted,$(CARDS)); \
+  $(other_card),GPU_COMPUTE_CAPABILITY is $(GPU_COMPUTE_CAPABILITY))
+or_newer = or newer$(if $(filter BF16,$(PRECISION)), (7.5 with PRECISION=FP32))
+needs_card = @$(if $(TOO_OLD),echo "$@ needs a card of compute capability" \
+  "$(call dotted,$(OLDEST)) $(or_newer): $(whose)"; exit 2,true)
+needs_cuda = @test -e $(CUDA_HOME)/include/cuda_bf16.h || \
+  { echo "$@ needs the headers of the CUDA toolkit, 12 or 13: set CUDA_HOME"; exit 2; }
 
 train_gpt2_compactcu: train_gpt2_compact.cu Makefile | found
 	$(needs_nvcc)
@@ -94,11 +121,11 @@ test_gpt2cu: test_gpt2.cu train_gpt2_compact.cu train_gpt2_compact.cpp Makefile 
 build/%.nogpu.cpp: %.cu train_gpt2_compact.cu dev/nogpu/translate.py | build
 	$(PYTHON) dev/nogpu/translate.py $< > $@ || { rm -f $@; exit 1; }
 
-train_gpt2_compact_nogpu: build/train_gpt2_compact.nogpu.cpp $(wildcard dev/nogpu/include/*) Makefile
+train_gpt2_compact_nogpu: build/train_gpt2_compact.nogpu.cpp $(NOGPU_HEADERS) Makefile
 	$(needs_cuda)
 	$(NOGPU) -O2 -DPRECISION_$(PRECISION) $< -lboost_context -o $@
 
-test_gpt2_nogpu: build/test_gpt2.nogpu.cpp train_gpt2_compact.cpp $(wildcard dev/nogpu/include/*) Makefile
+test_gpt2_nogpu: build/test_gpt2.nogpu.cpp train_gpt2_compact.cpp $(NOGPU_HEADERS) Makefile
 	$(needs_cuda)
 	$(NOGPU) $(SANITIZE) -DPRECISION_$(PRECISION) $< -lboost_context -o $@
 
@@ -108,30 +135,34 @@ DEMO_TEXT = $(wildcard *.cpp *.md Makefile data_prep/*.py dev/*.py dev/test/*.py
 DEMO_TRAINER = $(if $(ON_GPU),train_gpt2_compactcu,train_gpt2_compact)
 demo: $(DEMO_TRAINER) | build
 	@rm -rf build/demo; cat $(DEMO_TEXT) > build/demo.txt
-	@set -o pipefail; ./$(DEMO_TRAINER) --train build/demo.txt -e d4 --channels 128 --context 128 --batch 16 --steps 800 \
-	  --lr 4e-3 --warmup 40 --projection sparse --val-every 200 --sample-every -1 --sample-tokens 400 --out build/demo \
+	@set -o pipefail; ./$(DEMO_TRAINER) --train build/demo.txt -e d4 --channels 128 --context 128 \
+	  --batch 16 --steps 800 --lr 4e-3 --warmup 40 --projection sparse --val-every 200 \
+	  --sample-every -1 --sample-tokens 400 --out build/demo \
 	  | awk '!/^step/ || /val/ || ++n % 50 == 1 { print; fflush() }'
 
-# ---- tests: `check` before a commit, `test` for all; both first bring what they need, so that what is found is looked for by a make of its own
+# ---- tests: `check` before a commit, `test` for all. Both first bring what they need; a make of
+# its own then finds it.
 
 setup:
 	@CXX='$(CXX)' PYTHON='$(PYTHON)' NVCC='$(NVCC)' dev/setup.sh
 
-PYTEST = OMP_WAIT_POLICY=passive PATH="$$PATH:$$(realpath $(or $(CUDA_HOME),/)/bin)" build/venv/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup
+PYTEST = OMP_WAIT_POLICY=passive PATH="$$PATH:$$(realpath $(or $(CUDA_HOME),/)/bin)" \
+  build/venv/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup
 check test: setup
 	@$(MAKE) --no-print-directory $@ed
 
+TEST_LIBS = $(BLAS_LIBS) $$(pkg-config --cflags --libs gtest)
 ifneq ($(wildcard $(CUDA_HOME)/include/curand_kernel.h),)
 CURAND_TEST := build/test_curand
 endif
 build/test_curand: dev/test/test_curand.cpp train_gpt2_compact.cpp Makefile | build
-	$(CXX) $(FLAGS) -Wno-unused-function $< -o $@ -isystem $(CUDA_HOME)/include $(BLAS_LIBS) $$(pkg-config --cflags --libs gtest)
+	$(CXX) $(FLAGS) -Wno-unused-function $< -o $@ -isystem $(CUDA_HOME)/include $(TEST_LIBS)
 
 build/test_cpu: dev/test/test_cpu.cpp train_gpt2_compact.cpp Makefile | build
-	$(CXX) $(FLAGS) -Wno-unused-function $< -o $@ $(BLAS_LIBS) $$(pkg-config --cflags --libs gtest)
+	$(CXX) $(FLAGS) -Wno-unused-function $< -o $@ $(TEST_LIBS)
 
 build/test_cpu_sanitized: dev/test/test_cpu.cpp train_gpt2_compact.cpp Makefile | build
-	$(CXX) $(FLAGS) $(SANITIZE) -Wno-unused-function $< -o $@ $(BLAS_LIBS) $$(pkg-config --cflags --libs gtest)
+	$(CXX) $(FLAGS) $(SANITIZE) -Wno-unused-function $< -o $@ $(TEST_LIBS)
 
 build/train_sanitized: train_gpt2_compact.cpp Makefile | build
 	$(CXX) $(FLAGS) $(SANITIZE) $< -o $@ $(BLAS_LIBS)
@@ -139,14 +170,17 @@ build/train_sanitized: train_gpt2_compact.cpp Makefile | build
 build/train_no_blas: train_gpt2_compact.cpp Makefile | build
 	$(CXX) $(CXXFLAGS) $(NATIVE) $(or $(OPENMP),-Wno-unknown-pragmas) $< -o $@
 
-# The CUDA sources on a CPU, in both precisions: the comparison with the CPU trainer under the sanitizers, the trainer itself without.
-ifneq ($(and $(wildcard $(CUDA_HOME)/include/cuda_bf16.h),$(call compiles,-include boost/context/fiber.hpp -lboost_context)),)
+# The CUDA sources on a CPU, in both precisions: the comparison with the CPU trainer under the
+# sanitizers, the trainer itself without.
+BOOST := $(call compiles,-include boost/context/fiber.hpp -lboost_context)
+ifneq ($(and $(wildcard $(CUDA_HOME)/include/cuda_bf16.h),$(BOOST)),)
 NOGPU_TESTS := $(foreach p,bf16 fp32,build/test_gpt2_$(p)_sanitized build/train_nogpu_$(p))
 endif
-build/test_gpt2_%_sanitized: build/test_gpt2.nogpu.cpp train_gpt2_compact.cpp $(wildcard dev/nogpu/include/*) Makefile
+build/test_gpt2_%_sanitized: build/test_gpt2.nogpu.cpp train_gpt2_compact.cpp $(NOGPU_HEADERS) \
+  Makefile
 	$(NOGPU) $(SANITIZE) -DPRECISION_$(shell echo $* | tr a-z A-Z) -I. $< -lboost_context -o $@
 
-build/train_nogpu_%: build/train_gpt2_compact.nogpu.cpp $(wildcard dev/nogpu/include/*) Makefile
+build/train_nogpu_%: build/train_gpt2_compact.nogpu.cpp $(NOGPU_HEADERS) Makefile
 	$(NOGPU) -O2 -DPRECISION_$(shell echo $* | tr a-z A-Z) $< -lboost_context -o $@
 
 # ---- the numbered variants of the kernels
@@ -156,7 +190,8 @@ GTEST := $(shell pkg-config --exists gtest 2>/dev/null && echo yes)
 checked: train_gpt2_compact $(if $(GTEST),build/test_cpu)
 	@$(PYTEST) -m 'not slow' dev
 
-tested: train_gpt2_compact build/train_sanitized build/train_no_blas $(if $(GTEST),build/test_cpu build/test_cpu_sanitized $(CURAND_TEST)) \
+tested: train_gpt2_compact build/train_sanitized build/train_no_blas \
+  $(if $(GTEST),build/test_cpu build/test_cpu_sanitized $(CURAND_TEST)) \
   $(NOGPU_TESTS) $(if $(NOGPU_TESTS),variants_nogpu) $(if $(ON_GPU),test_gpt2cu)
 	@$(PYTEST) dev
 
@@ -168,18 +203,26 @@ build:
 
 clean:
 	find dev/cuda -type l -delete
-	rm -rf build train_gpt2_compact train_gpt2_compactcu test_gpt2cu train_gpt2_compact_nogpu test_gpt2_nogpu
+	rm -rf build train_gpt2_compact train_gpt2_compactcu test_gpt2cu train_gpt2_compact_nogpu \
+	  test_gpt2_nogpu
+
+define HELP
+make                  the CPU trainer, ./train_gpt2_compact
+make train_gpt2_compactcu      the CUDA trainer; PRECISION=BF16|FP32, GPU_COMPUTE_CAPABILITY=90
+make test_gpt2cu               its test against the CPU trainer, on a GPU
+make train_gpt2_compact_nogpu  the CUDA trainer's sources on a CPU, for tests
+make test_gpt2_nogpu           likewise, test_gpt2cu's
+make -C dev/cuda      the kernels' numbered variants, each with its check and its benchmark
+make demo             a small GPT-2 learns this project's sources: about two minutes on two cores
+make check            the quick tests, two minutes on two cores, before every commit
+make test             all tests, about 35 minutes on two cores; the last line counts them
+                      check and test first bring what they lack, and say what (dev/setup.sh)
+make bench            ms a step of GPT-2 d12 at full rank and compressed
+                      LLMC=dir compares with the llm.c that is built there
+make clean            removes what was built
+settings: CXX=clang++ NATIVE= (code for any machine of this kind) NO_BLAS=1 NO_OPENMP=1
+          EXTRA=-Werror PYTHON=python3
+endef
 
 help: found
-	@echo "make                  the CPU trainer, ./train_gpt2_compact"
-	@echo "make train_gpt2_compactcu      the CUDA trainer; PRECISION=BF16|FP32, GPU_COMPUTE_CAPABILITY=90"
-	@echo "make test_gpt2cu               its test against the CPU trainer, on a GPU"
-	@echo "make train_gpt2_compact_nogpu  the CUDA trainer's sources on a CPU, for tests; likewise test_gpt2_nogpu"
-	@echo "make -C dev/cuda      the kernels' numbered variants, each with its check and its benchmark"
-	@echo "make demo             trains a small GPT-2 on this project's sources, about two minutes on two cores"
-	@echo "make check            the quick tests, two minutes on two cores, before every commit"
-	@echo "make test             all tests, about 35 minutes on two cores; the last line counts them"
-	@echo "                      check and test first bring what they lack, and say what (dev/setup.sh)"
-	@echo "make bench            ms per step of GPT-2 d12 at full rank and compressed; LLMC=dir compares with llm.c built there"
-	@echo "make clean            removes what was built"
-	@echo "settings: CXX=clang++ NATIVE= (code for any machine of this kind) NO_BLAS=1 NO_OPENMP=1 EXTRA=-Werror PYTHON=python3"
+	@: $(info $(HELP))
