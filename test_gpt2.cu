@@ -35,6 +35,7 @@
 #include <memory>
 #include <new>
 #include <set>
+#include <sstream>
 #include <string>
 #include <tuple>
 #include <unordered_map>
@@ -456,7 +457,7 @@ static void compare_projections(Gpu& g, Cpu& c, const std::string& when) {
                 worst_one = std::max(worst_one, (fabs(got[i] - exact) - free) / unit);
                 if (std::isnan(got[i])) worst_one = NAN;
             }
-            expect(when + gpu::param_rows[gpu::weight_of(which)].name + "." + gpu::str(layer), worst_one,
+            expect(when + gpu::param_rows[gpu::weight_of(which)].name + "." + gpu::join(layer), worst_one,
                    gaussian ? bounds.normal : 0);
         }
     }
@@ -473,7 +474,7 @@ static void tensors(const Setup& u) {
     std::vector<Floats> start;
     for (const gpu::Tensor& t : gpu::weights_of(g.plan)) start.push_back(fetch(t));
     for (int step = 0; step < u.steps; step++) {
-        std::string when = "step " + gpu::str(step) + " ";
+        std::string when = "step " + gpu::join(step) + " ";
         gpu::model_begin_step(g.s, step);
         cpu::model_begin_step(c.s, step);
         for (int micro = 0; micro < u.micros; micro++) {
@@ -617,8 +618,8 @@ static void levels(Setup u) {
         start_gpu(g, u);
         Floats now = train(g, u, 0, 1);
         if (u.recompute == 0) losses = now, gradients = fetch_all(g.plan, {"gradients"});
-        expect_equal("losses at level " + gpu::str(u.recompute), now, losses);
-        expect_equal("gradients at level " + gpu::str(u.recompute), fetch_all(g.plan, {"gradients"}), gradients);
+        expect_equal("losses at level " + gpu::join(u.recompute), now, losses);
+        expect_equal("gradients at level " + gpu::join(u.recompute), fetch_all(g.plan, {"gradients"}), gradients);
     }
 }
 
@@ -639,7 +640,7 @@ static void offload(int layers) {
             gradients[away] = fetch_all(g.plan, {"gradients"});
         }
         std::string what =
-            "level " + gpu::str(u.recompute) + (codes & INT8 ? ", int8" : "") + (codes & TWO_BITS ? ", 2bit" : "");
+            "level " + gpu::join(u.recompute) + (codes & INT8 ? ", int8" : "") + (codes & TWO_BITS ? ", 2bit" : "");
         expect_equal(what + ", losses", losses[1], losses[0]);
         expect_equal(what + ", gradients", gradients[1], gradients[0]);
     }
@@ -674,7 +675,7 @@ static void evaluate(const Setup& u) {
         set_tokens(c.s, u, 5, T);
         gpu::model_evaluate(g.s, 1, T);
         cpu::model_evaluate(c.s, 1, T);
-        compare_losses(g, c, "losses of " + gpu::str(T) + " tokens", T);
+        compare_losses(g, c, "losses of " + gpu::join(T) + " tokens", T);
     }
     train(g, once, 0, 1);
     expect_equal("gradients after an evaluation", fetch_all(g.plan, {"gradients"}), before);
@@ -775,7 +776,7 @@ static void kernel_int8() {
         LAUNCHED();
         gpu::dequantize_kernel<<<gpu::blocks_for(groups, 4), 128>>>(got_back.data, got.data, got_scales.data, groups, width);
         LAUNCHED();
-        std::string what = "groups of " + gpu::str(width) + ": ";
+        std::string what = "groups of " + gpu::join(width) + ": ";
         expect_equal(what + "scales", got_scales.get(), scales);
         expect_equal(what + "codes", got.get(), Floats(codes.begin(), codes.end()));
         expect_equal(what + "numbers", got_back.get(), back);
@@ -806,7 +807,7 @@ static void kernel_round() {
         Floats got = to.get(), want(first + count);
         std::copy(exact.begin(), exact.end(), want.begin() + first);
         cpu::round_stochastically(want.data(), first + count, SEED, stream);
-        expect_equal("stream " + gpu::str(stream), got, Floats(want.begin() + first, want.end()));
+        expect_equal("stream " + gpu::join(stream), got, Floats(want.begin() + first, want.end()));
         for (int i = 0; i < count; i++) {
             uint32_t down = cpu::bits_of_float(exact[i]) & 0xFFFF0000u, bits = cpu::bits_of_float(got[i]);
             bool on_the_spot = cpu::bits_of_float(exact[i]) == down;
@@ -844,7 +845,7 @@ struct Folder {
 // A run that is saved, in the middle of an epoch or at its end, and goes on in a new process's memory.
 static void resume(const Setup& u) {
     Folder folder;
-    const gpu::Identity identity = {{"--seed", gpu::str(SEED)}};
+    const gpu::Identity identity = {{"--seed", gpu::join(SEED)}};
     const int last = 3;
     Floats whole;
     for (int stop : {0, 1, 2}) {
@@ -861,7 +862,7 @@ static void resume(const Setup& u) {
         train(g, u, stop, last);
         Floats end = fetch_all(g.plan, {"parameters", "master", "moments"});
         if (stop == 0) whole = end;
-        expect_equal("weights and moments, saved after " + gpu::str(stop), end, whole);
+        expect_equal("weights and moments, saved after " + gpu::join(stop), end, whole);
     }
 }
 
@@ -931,7 +932,7 @@ static void generating() {
             gpu::model_logits(g.s, got.data(), 0, n);
             cpu::model_logits(c.s, want.data(), past, n);
             past += n;
-            expect_close("logits of " + gpu::str(pieces.size()) + " pieces", got, want.data(), u.V, bounds.activation);
+            expect_close("logits of " + gpu::join(pieces.size()) + " pieces", got, want.data(), u.V, bounds.activation);
         }
     }
 }
@@ -1113,7 +1114,7 @@ static std::vector<Case> all_cases() {
     cases.push_back({"too-large", [] { too_large(); }});
     cases.push_back({"curve-full-rank", [] { curve(1.0, gpu::GAUSSIAN); }});
     cases.push_back({"curve-gaussian", [] { curve(1.0 / 4, gpu::GAUSSIAN); }});
-    for (int layers : {1, 2, 3, 5}) cases.push_back({"offload-" + gpu::str(layers), [layers] { offload(layers); }});
+    for (int layers : {1, 2, 3, 5}) cases.push_back({"offload-" + gpu::join(layers), [layers] { offload(layers); }});
     return cases;
 }
 

@@ -32,6 +32,7 @@
 #include <memory>
 #include <new>
 #include <set>
+#include <sstream>
 #include <string>
 #include <tuple>
 #include <unordered_map>
@@ -358,7 +359,7 @@ int run_harness(const Layer& layer, int argc, char** argv) {
             if (i + 1 == argc || !*argv[i + 1]) refuse("--json: a file's name is missing");
             json = argv[++i];
         } else if (end == argv[i] || *end || number < 1 || number > count) {
-            refuse(argument + ": is neither a variant, 1 to " + str(count) + ", nor one of --check, --predict, --json FILE");
+            refuse(argument + ": is neither a variant, 1 to " + join(count) + ", nor one of --check, --predict, --json FILE");
         } else if (first == last && count > 1) {
             refuse(argument + ": one variant or all of them");
         } else {

@@ -1,12 +1,16 @@
-// test_cpu.cpp: unit tests of the CPU trainer, function by function. test_cpu.py runs them one by one under pytest.
+// test_cpu.cpp: unit tests of the CPU trainer, function by function. test_cpu.py runs them one by
+// one under pytest.
 //
-//   g++ -std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -Wno-unused-function
-//       -DUSE_OPENBLAS dev/test/test_cpu.cpp -o build/test_cpu $(pkg-config --cflags --libs openblas gtest)
+//   g++ -std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra
+//       -Wno-unused-function -DUSE_OPENBLAS dev/test/test_cpu.cpp -o build/test_cpu
+//       $(pkg-config --cflags --libs openblas gtest)
 //
-// or without BLAS, or with -O1 -g -fsanitize=address,undefined, which is how the loaders' mutants say most.
+// or without BLAS, or with -O1 -g -fsanitize=address,undefined, which is how the loaders' mutants
+// say most.
 //
-// What a layer must compute is written here once more, naively and in double precision; its gradient must be the slope of
-// that. Random inputs come from fixed seeds: a test passes always or never, and a statistic's bound is chosen once.
+// What a layer must compute is written here once more, naively and in double precision; its
+// gradient must be the slope of that. Random inputs come from fixed seeds: a test passes always or
+// never, and a statistic's bound is chosen once.
 
 #define TESTING
 #include "../../train_gpt2_compact.cpp"
@@ -24,14 +28,17 @@
 #define ASAN_POISON_MEMORY_REGION(memory, bytes)
 #define ASAN_UNPOISON_MEMORY_REGION(memory, bytes)
 #endif
-extern "C" size_t __sanitizer_get_allocated_size(const volatile void*);  // there where a sanitizer is
+// There where a sanitizer is.
+extern "C" size_t __sanitizer_get_allocated_size(const volatile void*);
 
 typedef std::vector<float> Floats;
 typedef std::vector<double> Doubles;
 
-static const double ROUND = 1.0 / (1 << 24);  // the relative error of one operation in float32, at most
+// The relative error of one operation in float32, at most.
+static const double ROUND = 1.0 / (1 << 24);
 
-// SplitMix64 (Steele et al., OOPSLA'14): the same numbers on any machine, and none of the trainer's own.
+// SplitMix64 (Steele et al., OOPSLA'14): the same numbers on any machine, and none of the trainer's
+// own.
 struct Random {
     uint64_t state;
     explicit Random(uint64_t seed) : state(seed) {}
@@ -48,7 +55,8 @@ struct Random {
         for (float& value : x) value = middle + scale * real();
         return x;
     }
-    Floats wholes(size_t n) {  // in -4..4: sums of a few thousand of their products are exact in float32
+    Floats wholes(
+        size_t n) {  // in -4..4: sums of a few thousand of their products are exact in float32
         Floats x(n);
         for (float& value : x) value = float(below(9) - 4);
         return x;
@@ -63,8 +71,10 @@ static double greatest(const Doubles& x) {
     return most;
 }
 
-// got and want differ nowhere by more than tolerance, in units of `unit`, or of want's greatest element. NaN fails.
-static void expect_close(const std::string& name, const float* got, const Doubles& want, double tolerance, double unit = 0) {
+// got and want differ nowhere by more than tolerance, in units of `unit`, or of want's greatest
+// element. NaN fails.
+static void expect_close(const std::string& name, const float* got, const Doubles& want,
+                         double tolerance, double unit = 0) {
     if (unit == 0) unit = greatest(want);
     size_t worst = 0;
     double most = -1;
@@ -74,8 +84,9 @@ static void expect_close(const std::string& name, const float* got, const Double
         worst = i, most = error;
         if (std::isnan(error)) break;
     }
-    EXPECT_TRUE(most <= tolerance * unit) << name << "[" << worst << "] is " << got[worst] << ", must be " << want[worst]
-                                          << ": off by " << most / unit << " units, " << tolerance << " allowed";
+    EXPECT_TRUE(most <= tolerance * unit)
+        << name << "[" << worst << "] is " << got[worst] << ", must be " << want[worst]
+        << ": off by " << most / unit << " units, " << tolerance << " allowed";
 }
 
 static void expect_same(const std::string& name, const float* got, const float* want, size_t n) {
@@ -84,8 +95,8 @@ static void expect_same(const std::string& name, const float* got, const float* 
     EXPECT_EQ(i, n) << name << "[" << i << "] is " << got[i] << ", must be " << want[i];
 }
 
-// The slope of f at x[i], by central differences. f reads x. With x and f of size 1 and h = 1e-5, f's curvature costs
-// about 1e-10 and double precision about 1e-11: nothing beside float32.
+// The slope of f at x[i], by central differences. f reads x. With x and f of size 1 and h = 1e-5,
+// f's curvature costs about 1e-10 and double precision about 1e-11: nothing beside float32.
 static double slope(Doubles& x, size_t i, const std::function<double()>& f) {
     const double h = 1e-5, was = x[i];
     x[i] = was + h;
@@ -109,12 +120,14 @@ static double dot(const Doubles& a, const Doubles& b) {
 }
 
 // c (M, N) = a b, where a and b may be transposed as in the trainer's matmul
-static Doubles naive_product(const Doubles& a, bool ta, const Doubles& b, bool tb, int M, int N, int K) {
+static Doubles naive_product(const Doubles& a, bool ta, const Doubles& b, bool tb, int M, int N,
+                             int K) {
     Doubles c(size_t(M) * N);
     for (int i = 0; i < M; i++) {
         for (int k = 0; k < K; k++) {
             double left = ta ? a[size_t(k) * M + i] : a[size_t(i) * K + k];
-            for (int j = 0; j < N; j++) c[size_t(i) * N + j] += left * (tb ? b[size_t(j) * K + k] : b[size_t(k) * N + j]);
+            for (int j = 0; j < N; j++)
+                c[size_t(i) * N + j] += left * (tb ? b[size_t(j) * K + k] : b[size_t(k) * N + j]);
         }
     }
     return c;
@@ -133,7 +146,9 @@ struct Tiny {
         for (const std::string& category : plan.categories()) {
             for (const Tensor& t : plan.tensors) {
                 if (t.category != category) continue;
-                free(*(void**)t.home);  // a category's first tensor stands at the beginning of its memory
+                free(
+                    *(void**)t
+                         .home);  // a category's first tensor stands at the beginning of its memory
                 break;
             }
         }
@@ -164,8 +179,10 @@ static Options odd_options(int projection, double rank) {
     return o;
 }
 
-// P (n, r) written out in full, after the design's words: input k goes to column (k + shift[k div r]) mod r with its sign.
-static Doubles written_out(const Linear& l, int projection, const Floats& p, const std::vector<int>& shift) {
+// P (n, r) written out in full, after the design's words: input k goes to column (k + shift[k div
+// r]) mod r with its sign.
+static Doubles written_out(const Linear& l, int projection, const Floats& p,
+                           const std::vector<int>& shift) {
     if (projection != SPARSE) return doubles(p);
     Doubles full(size_t(l.n) * l.r);
     for (int k = 0; k < l.n; k++) full[size_t(k) * l.r + (k + shift[k / l.r]) % l.r] = p[k];
@@ -190,12 +207,14 @@ static Drawn draw(const Linear& l, int projection, uint64_t seed, uint64_t strea
 // ---- random numbers
 
 TEST(Philox, KnownAnswers) {  // Random123's kat_vectors, "philox4x32 10": counter, key, result
-    const uint32_t rows[][10] = {{0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
-                                 {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
-                                 {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09,
-                                  0x94fdcceb, 0x5001e420, 0x24126ea1}};
+    const uint32_t rows[][10] = {
+        {0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
+        {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
+        {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09,
+         0x94fdcceb, 0x5001e420, 0x24126ea1}};
     for (auto& r : rows) {
-        Words w = philox(uint64_t(r[5]) << 32 | r[4], uint64_t(r[3]) << 32 | r[2], uint64_t(r[1]) << 32 | r[0]);
+        Words w = philox(uint64_t(r[5]) << 32 | r[4], uint64_t(r[3]) << 32 | r[2],
+                         uint64_t(r[1]) << 32 | r[0]);
         EXPECT_EQ(w.x, r[6]);
         EXPECT_EQ(w.y, r[7]);
         EXPECT_EQ(w.z, r[8]);
@@ -216,24 +235,27 @@ TEST(Philox, StreamsDiffer) {
 }
 
 TEST(Elementary, ExpLogSinCos) {
-    // In ulps of the true value. Each polynomial is good to less than 1 and is then rounded about once: 0.99 for exp, 0.83
-    // for log and 1.5 for sin and cos were the greatest found.
+    // In ulps of the true value. Each polynomial is good to less than 1 and is then rounded about
+    // once: 0.99 for exp, 0.83 for log and 1.5 for sin and cos were the greatest found.
     auto ulps = [](float got, double want) {
         int exponent;
         frexp(want, &exponent);
         return fabs(got - want) / ldexp(1.0, exponent - 24);
     };
     double worst_exp = 0, worst_log = 0, worst_sin = 0;
-    for (uint32_t bits = 0x00800000; bits < 0x7F800000; bits += 97) {  // every 97th positive normal float
+    for (uint32_t bits = 0x00800000; bits < 0x7F800000;
+         bits += 97) {  // every 97th positive normal float
         float x = float_of_bits(bits), s, c;
         worst_log = std::max(worst_log, ulps(log_simd(x), log(double(x))));
         if (x <= 88.3f) worst_exp = std::max(worst_exp, ulps(exp_simd(x), exp(double(x))));
         if (x <= 87.3f) worst_exp = std::max(worst_exp, ulps(exp_simd(-x), exp(-double(x))));
         if (x > 6.2831855f) continue;
         sincos_simd(x, &s, &c);
-        // Near a multiple of pi/2 what counts is how many digits of pi/2 are taken off x: some 46 bits are, so 2e-14.
+        // Near a multiple of pi/2 what counts is how many digits of pi/2 are taken off x: some 46
+        // bits are, so 2e-14.
         for (auto& pair : {std::make_pair(s, sin(double(x))), std::make_pair(c, cos(double(x)))}) {
-            if (fabs(pair.first - pair.second) > 2e-14) worst_sin = std::max(worst_sin, ulps(pair.first, pair.second));
+            if (fabs(pair.first - pair.second) > 2e-14)
+                worst_sin = std::max(worst_sin, ulps(pair.first, pair.second));
         }
     }
     EXPECT_LE(worst_exp, 1.5);
@@ -264,13 +286,14 @@ TEST(Normals, AreBoxMullerOfTheWords) {
     for (int i = 0; i < n; i++) {
         Words w = philox(99, 5, i / 4);
         uint32_t u = i & 2 ? w.z : w.x, v = i & 2 ? w.w : w.y;
-        const float uniform = ldexpf(float(u) + 0.5f, -32);  // its rounding is part of the definition, for near 1 it is great
+        // Its rounding is part of the definition, for near 1 it is great.
+        const float uniform = ldexpf(float(u) + 0.5f, -32);
         const double angle = (double(float(v)) + 0.5) * ldexp(double(6.2831855f), -32),
                      length = 3 * sqrt(-2 * log(double(uniform)));
         want[i] = length * (i & 1 ? cos(angle) : sin(angle));
     }
-    // The angle is up to 2 pi, and rounded once or twice, by 2^-22 at most; the greatest length is 3 * 5; and a little more
-    // for the rounding of the number itself.
+    // The angle is up to 2 pi, and rounded once or twice, by 2^-22 at most; the greatest length is
+    // 3 * 5; and a little more for the rounding of the number itself.
     expect_close("normals", x.data(), want, 8e-6, 1.0);
 }
 
@@ -295,10 +318,13 @@ TEST(Normals, Moments) {
         std::vector<int> bins(64);
         for (int64_t i = 0; i < n; i++) {
             double v = x[i], vv = v * v;
-            sum += v, squares += vv, cubes += v * vv, fourths += vv * vv, neighbours += v * x[(i + 1) % n];
-            bins[std::min(63, int(64 * 0.5 * erfc(-v / sqrt(2.0))))]++;  // 64 ranges of equal probability
+            sum += v, squares += vv, cubes += v * vv, fourths += vv * vv,
+                neighbours += v * x[(i + 1) % n];
+            // 64 ranges of equal probability.
+            bins[std::min(63, int(64 * 0.5 * erfc(-v / sqrt(2.0))))]++;
         }
-        // In standard errors. Of a normal's powers 1 to 4 the variances are 1, 2, 15 and 96. Beyond 4: one time in 16,000.
+        // In standard errors. Of a normal's powers 1 to 4 the variances are 1, 2, 15 and 96. Beyond
+        // 4: one time in 16,000.
         double root = sqrt(double(n));
         EXPECT_LE(fabs(sum) / root, 4);
         EXPECT_LE(fabs(squares - n) / root / sqrt(2.0), 4);
@@ -307,7 +333,8 @@ TEST(Normals, Moments) {
         EXPECT_LE(fabs(neighbours) / root, 4);
         double chi = 0;
         for (int count : bins) chi += (count - n / 64.0) * (count - n / 64.0) / (n / 64.0);
-        EXPECT_LE(chi, 63 + 4 * sqrt(2.0 * 63));  // chi-square's mean, and 4 of its standard deviations
+        // Chi-square's mean, and 4 of its standard deviations.
+        EXPECT_LE(chi, 63 + 4 * sqrt(2.0 * 63));
     }
 }
 
@@ -334,19 +361,22 @@ TEST(Signs, AreBalanced) {
             sum += x[128 * i + bit];
             follower += x[128 * i + bit] * x[128 * i + (bit + 1) % 128];
         }
-        EXPECT_LE(fabs(sum) / sqrt(double(blocks)), 4.5) << bit;  // one of 256 beyond 4.5: one time in 600
+        EXPECT_LE(fabs(sum) / sqrt(double(blocks)), 4.5)
+            << bit;  // one of 256 beyond 4.5: one time in 600
         EXPECT_LE(fabs(follower) / sqrt(double(blocks)), 4.5) << bit;
         total += sum, spread += sum * sum / blocks;
     }
     EXPECT_LE(fabs(total) / sqrt(128.0 * blocks), 4);
-    EXPECT_NEAR(spread / 128, 1, 4 * sqrt(2.0 / 128));  // as uneven as chance makes them, not more even
+    // As uneven as chance makes them, not more even.
+    EXPECT_NEAR(spread / 128, 1, 4 * sqrt(2.0 / 128));
 }
 
 // ---- matrix product
 
 TEST(Matmul, ShapesTransposesScalesThreads) {
-    const int shapes[][3] = {{1, 1, 1},  {1, 97, 1},   {97, 1, 1},   {5, 33, 7},     {257, 31, 769}, {31, 257, 300},
-                             {3, 64, 1}, {2, 40, 257}, {6, 32, 256}, {13, 300, 130}, {64, 64, 513},  {4, 40, 0}};
+    const int shapes[][3] = {{1, 1, 1},      {1, 97, 1},     {97, 1, 1},    {5, 33, 7},
+                             {257, 31, 769}, {31, 257, 300}, {3, 64, 1},    {2, 40, 257},
+                             {6, 32, 256},   {13, 300, 130}, {64, 64, 513}, {4, 40, 0}};
     const float scales[][2] = {{1, 0}, {-0.7f, 0}, {1, 1}, {1.3f, 0.5f}};
     const int threads_were = omp_get_max_threads();
     Random random(1);
@@ -369,13 +399,17 @@ TEST(Matmul, ShapesTransposesScalesThreads) {
                     matmul(c.data(), a.data(), ta, b.data(), tb, M, N, K, alpha, beta);
                     size_t wrong = 0;
                     for (size_t i = 0; i < c.size(); i++) {
-                        double old = beta == 0 ? 0.0 : double(beta) * before[i], want = alpha * product[i] + old;
-                        // K products summed in any order, times alpha, plus beta c: (K + 3) roundings of at most the
-                        // sum of the terms' sizes (Higham, Accuracy and Stability, 3.1). This cannot be exceeded.
-                        wrong += !(fabs(c[i] - want) <= (K + 3) * ROUND * (fabs(alpha) * sizes[i] + fabs(old)));
+                        double old = beta == 0 ? 0.0 : double(beta) * before[i],
+                               want = alpha * product[i] + old;
+                        // K products summed in any order, times alpha, plus beta c: (K + 3)
+                        // roundings of at most the sum of the terms' sizes (Higham, Accuracy and
+                        // Stability, 3.1). This cannot be exceeded.
+                        wrong += !(fabs(c[i] - want) <=
+                                   (K + 3) * ROUND * (fabs(alpha) * sizes[i] + fabs(old)));
                     }
-                    EXPECT_EQ(wrong, 0u) << M << " x " << N << " x " << K << (ta ? " ta" : "") << (tb ? " tb" : "") << " alpha "
-                                         << alpha << " beta " << beta << ", " << threads << " threads";
+                    EXPECT_EQ(wrong, 0u)
+                        << M << " x " << N << " x " << K << (ta ? " ta" : "") << (tb ? " tb" : "")
+                        << " alpha " << alpha << " beta " << beta << ", " << threads << " threads";
                 }
             }
         }
@@ -401,7 +435,8 @@ struct NaiveNorm {
     Doubles y, mean, rstd;
 };
 
-static NaiveNorm naive_layernorm(const Doubles& x, const Doubles& w, const Doubles& b, int N, int C) {
+static NaiveNorm naive_layernorm(const Doubles& x, const Doubles& w, const Doubles& b, int N,
+                                 int C) {
     NaiveNorm out = {Doubles(x.size()), Doubles(N), Doubles(N)};
     for (int i = 0; i < N; i++) {
         double sum = 0, squares = 0;
@@ -409,7 +444,8 @@ static NaiveNorm naive_layernorm(const Doubles& x, const Doubles& w, const Doubl
         out.mean[i] = sum / C;
         for (int j = 0; j < C; j++) squares += pow(x[i * C + j] - out.mean[i], 2);
         out.rstd[i] = 1 / sqrt(squares / C + 1e-5);
-        for (int j = 0; j < C; j++) out.y[i * C + j] = (x[i * C + j] - out.mean[i]) * out.rstd[i] * w[j] + b[j];
+        for (int j = 0; j < C; j++)
+            out.y[i * C + j] = (x[i * C + j] - out.mean[i]) * out.rstd[i] * w[j] + b[j];
     }
     return out;
 }
@@ -418,44 +454,50 @@ TEST(LayerNorm, ForwardAndBackward) {
     Random random(3);
     for (int C : {1, 2, 7, 64, 65, 200}) {
         const int N = 5;
-        const Floats x = random.reals(N * C), w = random.reals(C), b = random.reals(C), dy = random.reals(N * C);
-        Floats y(N * C, NAN), mean(N, NAN), rstd(N, NAN), dx(N * C, NAN), dw = random.reals(C), db = random.reals(C);
+        const Floats x = random.reals(N * C), w = random.reals(C), b = random.reals(C),
+                     dy = random.reals(N * C);
+        Floats y(N * C, NAN), mean(N, NAN), rstd(N, NAN), dx(N * C, NAN), dw = random.reals(C),
+                                                                          db = random.reals(C);
         Doubles xd = doubles(x), wd = doubles(w), bd = doubles(b);
         auto loss = [&] { return dot(naive_layernorm(xd, wd, bd, N, C).y, doubles(dy)); };
         NaiveNorm want = naive_layernorm(xd, wd, bd, N, C);
         layernorm_forward(y.data(), mean.data(), rstd.data(), x.data(), w.data(), b.data(), N, C);
-        // Sums of up to 200 terms of size 1, in lanes: about sqrt(200) roundings, a few 1e-7; times rstd, which is up to
-        // 10 at C = 2 and cancels in y.
+        // Sums of up to 200 terms of size 1, in lanes: about sqrt(200) roundings, a few 1e-7; times
+        // rstd, which is up to 10 at C = 2 and cancels in y.
         expect_close("y", y.data(), want.y, 2e-6, 1);
         expect_close("mean", mean.data(), want.mean, 1e-6, 1);
         expect_close("rstd", rstd.data(), want.rstd, 3e-6);
         Doubles dx_want = slopes(xd, loss), dw_want = slopes(wd, loss), db_want = slopes(bd, loss);
         for (int j = 0; j < C; j++) dw_want[j] += dw[j], db_want[j] += db[j];
-        layernorm_backward(dx.data(), dw.data(), db.data(), dy.data(), x.data(), mean.data(), rstd.data(), w.data(), N, C,
-                           0.0f);
+        layernorm_backward(dx.data(), dw.data(), db.data(), dy.data(), x.data(), mean.data(),
+                           rstd.data(), w.data(), N, C, 0.0f);
         // dx is a difference of terms of size rstd: in that unit, a few roundings.
         expect_close("dx", dx.data(), dx_want, 3e-6, greatest(want.rstd));
         expect_close("dw", dw.data(), dw_want, 3e-6);
         expect_close("db", db.data(), db_want, 2e-6);
         Floats twice = dx;  // beta 1 adds
-        layernorm_backward(twice.data(), dw.data(), db.data(), dy.data(), x.data(), mean.data(), rstd.data(), w.data(), N, C,
-                           1.0f);
+        layernorm_backward(twice.data(), dw.data(), db.data(), dy.data(), x.data(), mean.data(),
+                           rstd.data(), w.data(), N, C, 1.0f);
         for (size_t i = 0; i < dx.size(); i++) dx_want[i] *= 2;
         expect_close("dx twice", twice.data(), dx_want, 6e-6, greatest(want.rstd));
     }
 }
 
-TEST(LayerNorm, LargeMean) {  // a mean of 100 with a spread of 1: E[x^2] - E[x]^2 in float32 would lose 1e-3 of the variance
+TEST(LayerNorm, LargeMean) {  // a mean of 100 with a spread of 1: E[x^2] - E[x]^2 in float32 would
+                              // lose 1e-3 of the variance
     const int N = 4, C = 300;
     Random random(4);
     const Floats x = random.reals(N * C, 1, 100), w(C, 1.0f), b(C, 0.0f);
     Floats y(N * C), mean(N), rstd(N);
     layernorm_forward(y.data(), mean.data(), rstd.data(), x.data(), w.data(), b.data(), N, C);
     // The mean is off by a few roundings of 100, say 2e-5, which rstd = 1.7 makes 3e-5 in y.
-    expect_close("y", y.data(), naive_layernorm(doubles(x), Doubles(C, 1.0), Doubles(C), N, C).y, 1e-4, 1);
+    expect_close("y", y.data(), naive_layernorm(doubles(x), Doubles(C, 1.0), Doubles(C), N, C).y,
+                 1e-4, 1);
 }
 
-static double naive_gelu(double x) { return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
+static double naive_gelu(double x) {
+    return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+}
 
 TEST(Gelu, ForwardAndBackward) {
     Floats x;
@@ -466,9 +508,11 @@ TEST(Gelu, ForwardAndBackward) {
     gelu_backward(d.data(), x.data(), x.size());
     for (size_t i = 0; i < x.size(); i++) {
         Doubles at = {x[i]};
-        double want = naive_gelu(at[0]), u = fabs(sqrt(2 / M_PI) * (at[0] + 0.044715 * pow(at[0], 3)));
-        // e^-2u repeats the rounding of 2u, some 3 roundings, as its relative error; around that some 6 roundings more.
-        // Where tanh is 1 to the last bit of a double, on the far left, the naive form is 0 and tells no more.
+        double want = naive_gelu(at[0]),
+               u = fabs(sqrt(2 / M_PI) * (at[0] + 0.044715 * pow(at[0], 3)));
+        // e^-2u repeats the rounding of 2u, some 3 roundings, as its relative error; around that
+        // some 6 roundings more. Where tanh is 1 to the last bit of a double, on the far left, the
+        // naive form is 0 and tells no more.
         ASSERT_NEAR(y[i], want, (6 + 6 * std::min(u, 20.0)) * ROUND * fabs(want) + 1e-15) << x[i];
         if (fabs(x[i]) > 40) {
             ASSERT_NEAR(d[i], x[i] > 0 ? 0.5 : 0.0, 1e-6) << x[i];
@@ -480,8 +524,9 @@ TEST(Gelu, ForwardAndBackward) {
     }
 }
 
-// The step function's cuts c_i and steps a_i are those for which sum of a_i relu(x - c_i) is nearest to GELU in the mean of
-// squares, among those that meet it far out on both sides: the slopes end at 1, and sum of a_i c_i = 0.
+// The step function's cuts c_i and steps a_i are those for which sum of a_i relu(x - c_i) is
+// nearest to GELU in the mean of squares, among those that meet it far out on both sides: the
+// slopes end at 1, and sum of a_i c_i = 0.
 TEST(Gelu, StepsAreTheLeastSquares) {
     EXPECT_EQ(GELU_SLOPES[0], 0.0f);
     EXPECT_EQ(GELU_SLOPES[3], 1.0f);
@@ -496,8 +541,10 @@ TEST(Gelu, StepsAreTheLeastSquares) {
         }
         return sum;
     };
-    Doubles free = {GELU_SLOPES[1], double(GELU_SLOPES[2]) - GELU_SLOPES[1], GELU_CUTS[0], GELU_CUTS[1]};
-    EXPECT_NEAR(-(free[0] * free[2] + free[1] * free[3]) / (1 - free[0] - free[1]), GELU_CUTS[2], 1e-4);
+    Doubles free = {GELU_SLOPES[1], double(GELU_SLOPES[2]) - GELU_SLOPES[1], GELU_CUTS[0],
+                    GELU_CUTS[1]};
+    EXPECT_NEAR(-(free[0] * free[2] + free[1] * free[3]) / (1 - free[0] - free[1]), GELU_CUTS[2],
+                1e-4);
     for (int i = 0; i < 4; i++) {
         const double h = 1e-3, middle = distance(free), was = free[i];
         free[i] = was + h;
@@ -505,7 +552,8 @@ TEST(Gelu, StepsAreTheLeastSquares) {
         free[i] = was - h;
         double down = distance(free);
         free[i] = was;
-        // Newton's step to the least: of the published numbers, which are for GELU by erf, 7e-4 at most.
+        // Newton's step to the least: of the published numbers, which are for GELU by erf, 7e-4 at
+        // most.
         EXPECT_LT(fabs((up - down) / (2 * h) / ((up + down - 2 * middle) / (h * h))), 3e-3) << i;
     }
 }
@@ -539,8 +587,10 @@ TEST(Int8, CodesAndScales) {
     for (int width : {1, 3, 16, 100}) {
         const int groups = 40;
         Floats x(groups * width), back(x.size(), NAN), scales(groups + 1, NAN);
-        for (int g = 0; g < groups; g++) {  // of all sizes, down to where a scale is not a normal number any more
-            const Floats part = random.reals(width, g == 0 ? 0 : float(pow(10, random.below(80) - 43)));
+        for (int g = 0; g < groups;
+             g++) {  // of all sizes, down to where a scale is not a normal number any more
+            const Floats part =
+                random.reals(width, g == 0 ? 0 : float(pow(10, random.below(80) - 43)));
             std::copy(part.begin(), part.end(), x.begin() + g * width);
         }
         std::vector<int8_t> codes(x.size() + 1, 99);
@@ -549,7 +599,8 @@ TEST(Int8, CodesAndScales) {
         EXPECT_EQ(codes.back(), 99);
         EXPECT_TRUE(std::isnan(scales.back()));
         for (int g = 0; g < groups; g++) {
-            double most = greatest(Doubles(x.begin() + g * width, x.begin() + (g + 1) * width)), scale = scales[g];
+            double most = greatest(Doubles(x.begin() + g * width, x.begin() + (g + 1) * width)),
+                   scale = scales[g];
             const double tiny = 1.5e-45;  // a scale that is not normal is a multiple of this
             ASSERT_NEAR(scale, most / 127, 2 * ROUND * most / 127 + tiny);
             for (int j = g * width; j < (g + 1) * width; j++) {
@@ -574,12 +625,14 @@ static void naive_attention(Doubles& out, Doubles& lse, const Doubles& qkv, int 
         double most = -INFINITY, sum = 0;
         for (int k = 0; k <= t; k++) {
             score[k] = 0;
-            for (int d = 0; d < hs; d++) score[k] += q[d] * qkv[(size_t(k) * 3 + 1) * hs + d] / sqrt(double(hs));
+            for (int d = 0; d < hs; d++)
+                score[k] += q[d] * qkv[(size_t(k) * 3 + 1) * hs + d] / sqrt(double(hs));
             most = std::max(most, score[k]);
         }
         for (int k = 0; k <= t; k++) sum += score[k] = exp(score[k] - most);
         for (int k = 0; k <= t; k++) {
-            for (int d = 0; d < hs; d++) out[size_t(t) * hs + d] += score[k] / sum * qkv[(size_t(k) * 3 + 2) * hs + d];
+            for (int d = 0; d < hs; d++)
+                out[size_t(t) * hs + d] += score[k] / sum * qkv[(size_t(k) * 3 + 2) * hs + d];
         }
         lse[t] = most + log(sum);
     }
@@ -589,7 +642,8 @@ static void naive_attention(Doubles& out, Doubles& lse, const Doubles& qkv, int 
 static Doubles head_of(const Floats& x, int b, int h, int T, int parts, int NH, int hs) {
     Doubles out;
     for (int i = 0; i < T * parts; i++) {
-        for (int d = 0; d < hs; d++) out.push_back(x[((size_t(b) * T * parts + i) * NH + h) * hs + d]);
+        for (int d = 0; d < hs; d++)
+            out.push_back(x[((size_t(b) * T * parts + i) * NH + h) * hs + d]);
     }
     return out;
 }
@@ -601,20 +655,25 @@ TEST_P(Attention, ForwardAndBackward) {
     Random random(T * 100 + hs);
     const Floats qkv = random.reals(size_t(B) * T * 3 * C), dout = random.reals(size_t(B) * T * C);
     Floats out(dout.size(), NAN), lse(B * NH * T, NAN), dqkv(qkv.size(), NAN);
-    Floats scratch(attention_scratch(hs) * omp_get_max_threads(), NAN);  // whatever stands there must not matter
+    // Whatever stands there must not matter.
+    Floats scratch(attention_scratch(hs) * omp_get_max_threads(), NAN);
     attention_forward(out.data(), lse.data(), qkv.data(), scratch.data(), B, T, C, NH);
     std::fill(scratch.begin(), scratch.end(), NAN);
-    attention_backward(dqkv.data(), dout.data(), qkv.data(), out.data(), lse.data(), scratch.data(), B, T, C, NH);
+    attention_backward(dqkv.data(), dout.data(), qkv.data(), out.data(), lse.data(), scratch.data(),
+                       B, T, C, NH);
     for (int b = 0; b < B; b++) {
         for (int h = 0; h < NH; h++) {
-            Doubles x = head_of(qkv, b, h, T, 3, NH, hs), d = head_of(dout, b, h, T, 1, NH, hs), o, l, got_out, got_d, want_d;
+            Doubles x = head_of(qkv, b, h, T, 3, NH, hs), d = head_of(dout, b, h, T, 1, NH, hs), o,
+                    l, got_out, got_d, want_d;
             naive_attention(o, l, x, T, hs);
             got_out = head_of(out, b, h, T, 1, NH, hs);
             Floats got(got_out.begin(), got_out.end());
-            // Scores are sums of hs products and off by some 1e-7; so are the weights, relatively; out is their mean of v.
+            // Scores are sums of hs products and off by some 1e-7; so are the weights, relatively;
+            // out is their mean of v.
             expect_close("out", got.data(), o, 1e-6, 1);
             expect_close("lse", &lse[(b * NH + h) * T], l, 2e-6, 1);
-            // A slope costs two runs of the naive head, so of many elements some are drawn, tile borders among them.
+            // A slope costs two runs of the naive head, so of many elements some are drawn, tile
+            // borders among them.
             got_d = head_of(dqkv, b, h, T, 3, NH, hs);
             got.clear();
             std::vector<size_t> where;
@@ -630,7 +689,8 @@ TEST_P(Attention, ForwardAndBackward) {
                 naive_attention(out_now, lse_now, x, T, hs);
                 return dot(out_now, d);
             };
-            for (size_t i : where) got.push_back(float(got_d[i])), want_d.push_back(slope(x, i, loss));
+            for (size_t i : where)
+                got.push_back(float(got_d[i])), want_d.push_back(slope(x, i, loss));
             // Sums of up to T terms, each a product of rounded factors of size 1.
             expect_close("dqkv", got.data(), want_d, 3e-6, 1);
         }
@@ -638,10 +698,15 @@ TEST_P(Attention, ForwardAndBackward) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, Attention,
-                         testing::Combine(testing::Values(1, 2, 33, 64, 65, 100), testing::Values(1, 8, 25, 64, 80)),
-                         [](const auto& info) { return text("T%d_hs%d", std::get<0>(info.param), std::get<1>(info.param)); });
+                         testing::Combine(testing::Values(1, 2, 33, 64, 65, 100),
+                                          testing::Values(1, 8, 25, 64, 80)),
+                         [](const auto& info) {
+                             return text("T%d_hs%d", std::get<0>(info.param),
+                                         std::get<1>(info.param));
+                         });
 
-TEST(AttentionExtremes, LargeScores) {  // scores of a few thousand: exp without the maximum taken off would overflow
+TEST(AttentionExtremes,
+     LargeScores) {  // scores of a few thousand: exp without the maximum taken off would overflow
     const int T = 130, hs = 16;
     Random random(5);
     Floats qkv = random.reals(size_t(T) * 3 * hs, 40), out(T * hs), lse(T),
@@ -649,7 +714,8 @@ TEST(AttentionExtremes, LargeScores) {  // scores of a few thousand: exp without
     attention_forward(out.data(), lse.data(), qkv.data(), scratch.data(), 1, T, hs, 1);
     Doubles want, want_lse;
     naive_attention(want, want_lse, doubles(qkv), T, hs);
-    // A score of 6,400 is off by a few roundings of it, 1e-3; so is a weight, relatively; v is up to 40.
+    // A score of 6,400 is off by a few roundings of it, 1e-3; so is a weight, relatively; v is up
+    // to 40.
     expect_close("out", out.data(), want, 0.1, 1);
     expect_close("lse", lse.data(), want_lse, 1e-6);
 }
@@ -657,13 +723,16 @@ TEST(AttentionExtremes, LargeScores) {  // scores of a few thousand: exp without
 TEST(Embedding, ForwardAndBackward) {
     const int B = 2, T = 5, V = 4, C = 70;  // ten tokens of four words: each is met again and again
     Random random(6);
-    const Floats wte = random.wholes(V * C), wpe = random.wholes((T + 1) * C), dx = random.wholes(B * T * C);
+    const Floats wte = random.wholes(V * C), wpe = random.wholes((T + 1) * C),
+                 dx = random.wholes(B * T * C);
     std::vector<int> tokens(B * T);
     for (int& token : tokens) token = random.below(V - 1);  // the last word never
     Floats x(B * T * C, NAN), dwte = random.wholes(V * C), dwpe = random.wholes((T + 1) * C);
-    Doubles wte_d = doubles(wte), wpe_d = doubles(wpe), dwte_want = doubles(dwte), dwpe_want = doubles(dwpe), want(B * T * C);
+    Doubles wte_d = doubles(wte), wpe_d = doubles(wpe), dwte_want = doubles(dwte),
+            dwpe_want = doubles(dwpe), want(B * T * C);
     auto run = [&] {
-        for (int i = 0; i < B * T * C; i++) want[i] = wte_d[tokens[i / C] * C + i % C] + wpe_d[i / C % T * C + i % C];
+        for (int i = 0; i < B * T * C; i++)
+            want[i] = wte_d[tokens[i / C] * C + i % C] + wpe_d[i / C % T * C + i % C];
         return dot(want, doubles(dx));
     };
     run();
@@ -673,7 +742,8 @@ TEST(Embedding, ForwardAndBackward) {
     for (size_t i = 0; i < by_word.size(); i++) dwte_want[i] += by_word[i];
     for (size_t i = 0; i < by_place.size(); i++) dwpe_want[i] += by_place[i];
     embedding_backward(dwte.data(), dwpe.data(), dx.data(), tokens.data(), B, T, C);
-    expect_close("dwte", dwte.data(), dwte_want, 1e-7, 1);  // exact, but for the slope's own 1e-16 / 1e-5 times a sum of 1,000
+    // Exact, but for the slope's own 1e-16 / 1e-5 times a sum of 1,000.
+    expect_close("dwte", dwte.data(), dwte_want, 1e-7, 1);
     expect_close("dwpe", dwpe.data(), dwpe_want, 1e-7, 1);
 }
 
@@ -698,7 +768,8 @@ TEST(CrossEntropy, LossAndGradient) {
         run();
         const Doubles expected = want;
         cross_entropy(d.data(), losses.data(), targets.data(), N, V, scale);
-        // exp(x - max) repeats the rounding of x - max, up to 16: 1e-6 relatively, averaged over the sum.
+        // exp(x - max) repeats the rounding of x - max, up to 16: 1e-6 relatively, averaged over
+        // the sum.
         expect_close("loss", losses.data(), expected, 2e-6, 1);
         expect_close("dlogits", d.data(), slopes(x, run), 1e-6, 1);
     }
@@ -723,9 +794,13 @@ TEST(LinearLayer, ForwardAndBackward) {
     for (int which = 0; which < LINEARS; which++) {
         const Linear l = s.linear[which];
         const int N = 3, layer = 1, weight = weight_of(which);
-        const Floats x = random.reals(N * l.n), residual = random.reals(N * l.m), dy = random.reals(N * l.m);
-        const float *w = param_at(s, s.params, weight, layer), *b = param_at(s, s.params, weight + 1, layer);
-        float *dw = param_at(s, s.grads, weight, layer), *db = param_at(s, s.grads, weight + 1, layer);
+        const LinearLayer linear = linear_at(s, which, layer, N);
+        const Floats x = random.reals(N * l.n), residual = random.reals(N * l.m),
+                     dy = random.reals(N * l.m);
+        const float *w = param_at(s, s.params, weight, layer),
+                    *b = param_at(s, s.params, weight + 1, layer);
+        float *dw = param_at(s, s.grads, weight, layer),
+              *db = param_at(s, s.grads, weight + 1, layer);
         Doubles xd = doubles(x), wd(w, w + l.m * l.n), bd(b, b + l.m), y_want;
         auto run = [&] {
             y_want = naive_product(xd, false, wd, true, N, l.m, l.n);
@@ -734,20 +809,20 @@ TEST(LinearLayer, ForwardAndBackward) {
         };
         run();
         Floats y(N * l.m, NAN), dx(N * l.n, NAN);
-        linear_forward(s, which, layer, y.data(), x.data(), residual.data(), N, true);
+        linear_forward(linear, y.data(), x.data(), residual.data(), N, true);
         // Sums of 25 to 100 products of at most 0.3: a few roundings of sums of size 3.
         expect_close("y", y.data(), y_want, 3e-6, 1);
         Doubles dx_want = slopes(xd, run), db_want = slopes(bd, run), dw_want;
         for (int i = 0; i < l.m * l.n; i += 7) dw_want.push_back(slope(wd, i, run));
         std::fill(dw, dw + l.m * l.n, NAN);
         std::fill(db, db + l.m, 0.0f);
-        linear_backward(s, which, layer, dx.data(), dy.data(), x.data(), N, 0.0f);
+        linear_backward(linear, dx.data(), dy.data(), x.data(), N, 0.0f);
         expect_close("dx", dx.data(), dx_want, 3e-6, 1);
         expect_close("db", db, db_want, 1e-6, 1);
         Floats some;
         for (int i = 0; i < l.m * l.n; i += 7) some.push_back(dw[i]);
         expect_close("dw", some.data(), dw_want, 1e-6, 1);
-        linear_backward(s, which, layer, dx.data(), dy.data(), x.data(), N, 1.0f);  // adds
+        linear_backward(linear, dx.data(), dy.data(), x.data(), N, 1.0f);  // adds
         for (size_t i = 0; i < some.size(); i++) some[i] = dw[7 * i], dw_want[i] *= 2;
         expect_close("dw twice", some.data(), dw_want, 2e-6, 1);
     }
@@ -756,7 +831,8 @@ TEST(LinearLayer, ForwardAndBackward) {
 // ---- projections
 
 TEST(Projection, ProjectAndLiftAreProductsWithP) {
-    const Linear shapes[] = {{9, 6, 1}, {9, 24, 23}, {9, 48, 5}, {9, 50, 7}, {9, 64, 16}, {9, 7, 7}, {1, 33, 32}};
+    const Linear shapes[] = {{9, 6, 1},   {9, 24, 23}, {9, 48, 5}, {9, 50, 7},
+                             {9, 64, 16}, {9, 7, 7},   {1, 33, 32}};
     Random random(10);
     for (const Linear& l : shapes) {
         for (int projection : {GAUSSIAN, RADEMACHER, SPARSE}) {
@@ -765,11 +841,15 @@ TEST(Projection, ProjectAndLiftAreProductsWithP) {
             const Drawn drawn = draw(l, projection, 5, 6);
             const Floats x = random.reals(N * l.n), u = random.reals(l.m * l.r);
             Floats z(N * l.r, NAN), w = random.reals(l.m * l.n);
-            Doubles lifted = naive_product(doubles(u), false, drawn.full, true, l.m, l.n, l.r), w_want;
-            for (int i = 0; i < l.m * l.n; i++) w_want.push_back(double(keep) * w[i] - double(step) * lifted[i]);
+            Doubles lifted = naive_product(doubles(u), false, drawn.full, true, l.m, l.n, l.r),
+                    w_want;
+            for (int i = 0; i < l.m * l.n; i++)
+                w_want.push_back(double(keep) * w[i] - double(step) * lifted[i]);
             project(z.data(), x.data(), drawn.p.data(), drawn.shift.data(), l, projection, N);
-            // Sums of n terms of at most |P|: n roundings of the sum of their sizes, 3 sqrt(n / r) n.
-            expect_close("z", z.data(), naive_product(doubles(x), false, drawn.full, false, N, l.r, l.n), 3e-6);
+            // Sums of n terms of at most |P|: n roundings of the sum of their sizes, 3 sqrt(n / r)
+            // n.
+            expect_close("z", z.data(),
+                         naive_product(doubles(x), false, drawn.full, false, N, l.r, l.n), 3e-6);
             lift(w.data(), u.data(), drawn.p.data(), drawn.shift.data(), l, projection, keep, step);
             expect_close("w", w.data(), w_want, 3e-6);
         }
@@ -801,7 +881,8 @@ TEST(Projection, SparseHasOneInARow) {
                 turns.insert(turn);
             }
         }
-        EXPECT_EQ(int(turns.size()), l.r);  // 200 epochs or more of draws: each of up to 29 turns occurs
+        // 200 epochs or more of draws: each of up to 29 turns occurs.
+        EXPECT_EQ(int(turns.size()), l.r);
     }
 }
 
@@ -812,32 +893,41 @@ TEST(Projection, MeanOfPPtIsTheIdentity) {
         Doubles sum(l.n * l.n), squares(l.n * l.n);
         for (int epoch = 0; epoch < epochs; epoch++) {
             const Drawn drawn = draw(l, projection, 2, stream_of(FC, 1, epoch));
-            const Doubles product = naive_product(drawn.full, false, drawn.full, true, l.n, l.n, l.r);
-            for (int i = 0; i < l.n * l.n; i++) sum[i] += product[i], squares[i] += product[i] * product[i];
+            const Doubles product =
+                naive_product(drawn.full, false, drawn.full, true, l.n, l.n, l.r);
+            for (int i = 0; i < l.n * l.n; i++)
+                sum[i] += product[i], squares[i] += product[i] * product[i];
         }
         double chi = 0;
         int cells = 0;
         for (int i = 0; i < l.n; i++) {
             for (int j = 0; j <= i; j++) {
-                // The variance of one element: two different rows meet in r products of size 1/r with random signs, so 1/r;
-                // a row with itself is r squares, of variance 2/r^2 each if normal, and constant otherwise. In one stripe
-                // two rows of the sparse one never meet.
-                bool constant = (i == j && projection != GAUSSIAN) || (i != j && projection == SPARSE && i / l.r == j / l.r);
-                double mean = sum[i * l.n + j] / epochs, want = i == j, variance = (i == j ? 2.0 : 1.0) / l.r;
+                // The variance of one element: two different rows meet in r products of size 1/r
+                // with random signs, so 1/r; a row with itself is r squares, of variance 2/r^2 each
+                // if normal, and constant otherwise. In one stripe two rows of the sparse one never
+                // meet.
+                bool constant = (i == j && projection != GAUSSIAN) ||
+                                (i != j && projection == SPARSE && i / l.r == j / l.r);
+                double mean = sum[i * l.n + j] / epochs, want = i == j,
+                       variance = (i == j ? 2.0 : 1.0) / l.r;
                 if (constant) {
                     EXPECT_NEAR(mean, want, 1e-6) << i << " " << j;
                     EXPECT_NEAR(squares[i * l.n + j] / epochs, want, 1e-6) << i << " " << j;
                     continue;
                 }
                 double errors = (mean - want) / sqrt(variance / epochs);
-                EXPECT_LE(fabs(errors), 4.5) << i << " " << j;  // one of 78 beyond 4.5 standard errors: one time in 2,000
+                EXPECT_LE(fabs(errors), 4.5)
+                    << i << " " << j;  // one of 78 beyond 4.5 standard errors: one time in 2,000
                 chi += errors * errors, cells++;
                 if (i == j) continue;
-                // Its square, which is how much one row's gradient leaks into the other's, has mean 1/r too, and a variance
-                // of its own: of a dot product of normals, of a sum of r signs, of a meeting that comes one time in r.
-                const double r = l.r, spread[] = {(2 + 6 / r) / (r * r), 2 * (r - 1) / (r * r * r), (1 - 1 / r) / r};
+                // Its square, which is how much one row's gradient leaks into the other's, has mean
+                // 1/r too, and a variance of its own: of a dot product of normals, of a sum of r
+                // signs, of a meeting that comes one time in r.
+                const double r = l.r, spread[] = {(2 + 6 / r) / (r * r), 2 * (r - 1) / (r * r * r),
+                                                  (1 - 1 / r) / r};
                 double square = squares[i * l.n + j] / epochs;
-                EXPECT_LE(fabs(square - 1 / r) / sqrt(spread[projection] / epochs), 4.5) << i << " " << j;
+                EXPECT_LE(fabs(square - 1 / r) / sqrt(spread[projection] / epochs), 4.5)
+                    << i << " " << j;
             }
         }
         EXPECT_NEAR(chi / cells, 1, 4 * sqrt(2.0 / cells));  // neither more nor less than chance
@@ -851,7 +941,8 @@ TEST(Projection, IndependentAcrossLayersLinearsEpochs) {
         for (uint64_t seed : {1337, 1338}) {
             for (int which : {QKV, FC, FCPROJ}) {
                 for (int layer : {0, 1, 11}) {
-                    for (int epoch : {0, 1, 7}) all.push_back(draw(l, projection, seed, stream_of(which, layer, epoch)).p);
+                    for (int epoch : {0, 1, 7})
+                        all.push_back(draw(l, projection, seed, stream_of(which, layer, epoch)).p);
                 }
             }
         }
@@ -860,7 +951,8 @@ TEST(Projection, IndependentAcrossLayersLinearsEpochs) {
         for (size_t a = 0; a < all.size(); a++) {
             for (size_t b = 0; b < a; b++, pairs++) {
                 const Doubles x = doubles(all[a]), y = doubles(all[b]);
-                double correlation = dot(x, y) / sqrt(dot(x, x) * dot(y, y)), errors = correlation * sqrt(double(x.size()));
+                double correlation = dot(x, y) / sqrt(dot(x, x) * dot(y, y)),
+                       errors = correlation * sqrt(double(x.size()));
                 // In standard errors. One of 1,431 pairs beyond 5: one time in 1,200.
                 EXPECT_LE(fabs(errors), 5) << a << " " << b;
                 chi += errors * errors;
@@ -872,7 +964,8 @@ TEST(Projection, IndependentAcrossLayersLinearsEpochs) {
 
 // ---- the compressed linear layer
 
-// The compressed gradient must be dW P, with the dW of the full-rank model. Two micro batches, so that gradients add up.
+// The compressed gradient must be dW P, with the dW of the full-rank model. Two micro batches, so
+// that gradients add up.
 TEST(Compressed, GradientIsFullGradientTimesP) {
     for (int projection : {GAUSSIAN, RADEMACHER, SPARSE}) {
         for (int recompute = 0; recompute < NEVER; recompute++) {
@@ -883,20 +976,23 @@ TEST(Compressed, GradientIsFullGradientTimesP) {
             for (Tiny* tiny : {&low, &full}) {
                 tiny->randomise(11);
                 tiny->random_tokens(99);
-                if (tiny == &low) model_accumulate(tiny->s, o.batch, o.seq, true, 1.0f);  // a step before, to be forgotten
+                // A step before, to be forgotten.
+                if (tiny == &low) model_accumulate(tiny->s, o.batch, o.seq, true, 1.0f);
                 model_begin_step(tiny->s, 3);
                 for (int micro = 0; micro < 2; micro++) {
                     tiny->random_tokens(12 + micro);
                     model_accumulate(tiny->s, o.batch, o.seq, micro == 0, 0.5f / (o.batch * o.seq));
                 }
             }
-            // The forward pass and what flows to the layer below are the same operations on the same numbers. Recomputing
-            // changes nothing either, here where it repeats a layer's forward pass.
+            // The forward pass and what flows to the layer below are the same operations on the
+            // same numbers. Recomputing changes nothing either, here where it repeats a layer's
+            // forward pass.
             expect_same("losses", low.s.losses, full.s.losses, o.batch * o.seq);
             for (int i = 0; i < PARAMS; i++) {
                 int which = param_rows[i].linear;
                 if (which < 0 || which == ATTPROJ) {
-                    expect_same(param_rows[i].name, low.s.grads[i], full.s.grads[i], param_count(low.s.config, i));
+                    expect_same(param_rows[i].name, low.s.grads[i], full.s.grads[i],
+                                param_count(low.s.config, i));
                     continue;
                 }
                 const Linear l = low.s.linear[which];
@@ -905,17 +1001,21 @@ TEST(Compressed, GradientIsFullGradientTimesP) {
                 for (int layer = 0; layer < low.s.config.L; layer++) {
                     const float* dw = param_at(full.s, full.s.grads, i, layer);
                     const Drawn drawn = draw(l, projection, o.seed, stream_of(which, layer, 3));
-                    // dW's rounding, 1e-7 of its greatest, passes through a sum of n with random signs, and so do the
-                    // tokens' through z: a few 1e-7 of G's greatest.
-                    expect_close(text("%s %d", param_rows[i].name, layer), param_at(low.s, low.s.grads, i, layer),
-                                 naive_product(Doubles(dw, dw + l.m * l.n), false, drawn.full, false, l.m, l.r, l.n), 3e-6);
+                    // dW's rounding, 1e-7 of its greatest, passes through a sum of n with random
+                    // signs, and so do the tokens' through z: a few 1e-7 of G's greatest.
+                    expect_close(text("%s %d", param_rows[i].name, layer),
+                                 param_at(low.s, low.s.grads, i, layer),
+                                 naive_product(Doubles(dw, dw + l.m * l.n), false, drawn.full,
+                                               false, l.m, l.r, l.n),
+                                 3e-6);
                 }
             }
         }
     }
 }
 
-TEST(Compressed, MicroBatchesAddUp) {  // one batch of 300 tokens, more than a chunk of the classifier, or three of 100
+TEST(Compressed, MicroBatchesAddUp) {  // one batch of 300 tokens, more than a chunk of the
+                                       // classifier, or three of 100
     Config c = {100, 37, 2, 2, 24, 40};
     Options o = odd_options(SPARSE, 0.25);
     o.seq = 100, o.batch = 3, o.total_batch = 300;
@@ -934,12 +1034,13 @@ TEST(Compressed, MicroBatchesAddUp) {  // one batch of 300 tokens, more than a c
         int rank = param_rows[i].linear >= 0 ? whole.s.linear[param_rows[i].linear].r : 0;
         const float* want = whole.s.grads[i];
         // The same terms in another order: rounding of sums of 300.
-        expect_close(param_rows[i].name, parts.s.grads[i], Doubles(want, want + param_count(c, i, rank)), 3e-6);
+        expect_close(param_rows[i].name, parts.s.grads[i],
+                     Doubles(want, want + param_count(c, i, rank)), 3e-6);
     }
 }
 
-// At r = n, with the identity for P, the compressed way is the full-rank way; with a signed rotation too, for Adam treats
-// each element for itself, and is odd in the gradient.
+// At r = n, with the identity for P, the compressed way is the full-rank way; with a signed
+// rotation too, for Adam treats each element for itself, and is odd in the gradient.
 TEST(Compressed, IdentityAndRotationAreFullRank) {
     const int m = 10, n = 24, N = 17, count = m * n;
     const Linear l = {m, n, n};
@@ -949,33 +1050,41 @@ TEST(Compressed, IdentityAndRotationAreFullRank) {
         if (projection == GAUSSIAN) {
             for (int i = 0; i < n * n; i++) drawn.full[i] = drawn.p[i] = i / n == i % n;
         }
-        Floats w = random.reals(count), w_low = w, M(count), V(count), M_low(count), V_low(count), g(count), u(count), z(N * n);
+        Floats w = random.reals(count), w_low = w, M(count), V(count), M_low(count), V_low(count),
+               g(count), u(count), z(N * n);
         for (int step = 0; step < 5; step++) {
-            const float first = float(1 / (1 - pow(0.9, step + 1))), second = float(1 / (1 - pow(0.95, step + 1)));
+            const float first = float(1 / (1 - pow(0.9, step + 1))),
+                        second = float(1 / (1 - pow(0.95, step + 1)));
             const Adam a = {0.02f, 0.9f, 0.95f, 1e-8f, 0.1f, 0.5f, first, second};
-            // Whole numbers: every sum is exact, in whatever order the columns of the rotation are summed.
+            // Whole numbers: every sum is exact, in whatever order the columns of the rotation are
+            // summed.
             const Floats x = random.wholes(N * n), dy = random.wholes(N * m);
             matmul(g.data(), dy.data(), true, x.data(), false, m, n, N, 1.0f, 0.0f);
             project(z.data(), x.data(), drawn.p.data(), drawn.shift.data(), l, projection, N);
             matmul(u.data(), dy.data(), true, z.data(), false, m, n, N, 1.0f, 0.0f);
-            expect_close("G", u.data(), naive_product(doubles(g), false, drawn.full, false, m, n, n), 0, 1);
+            expect_close("G", u.data(),
+                         naive_product(doubles(g), false, drawn.full, false, m, n, n), 0, 1);
             adam_update(w.data(), g.data(), M.data(), V.data(), count, a);
             for (int i = 0; i < count; i++) u[i] = adam_direction(a, u[i], &M_low[i], &V_low[i]);
-            lift(w_low.data(), u.data(), drawn.p.data(), drawn.shift.data(), l, projection, 1.0f - a.lr * a.decay, a.lr);
+            lift(w_low.data(), u.data(), drawn.p.data(), drawn.shift.data(), l, projection,
+                 1.0f - a.lr * a.decay, a.lr);
         }
-        // The moments are made by the same operations; a compiler may fuse a product and a sum in one loop and not in the
-        // other, which is a rounding a step.
+        // The moments are made by the same operations; a compiler may fuse a product and a sum in
+        // one loop and not in the other, which is a rounding a step.
         Doubles p_squared = drawn.full;
         for (double& value : p_squared) value *= value;
-        expect_close("M", M_low.data(), naive_product(doubles(M), false, drawn.full, false, m, n, n), 5 * ROUND);
-        expect_close("V", V_low.data(), naive_product(doubles(V), false, p_squared, false, m, n, n), 5 * ROUND);
-        // w - lr (U + decay w) here, (1 - lr decay) w - lr U there: each is 3 roundings of |w| + lr |U| a step. A step that
-        // was left out would be 0.02.
+        expect_close("M", M_low.data(),
+                     naive_product(doubles(M), false, drawn.full, false, m, n, n), 5 * ROUND);
+        expect_close("V", V_low.data(), naive_product(doubles(V), false, p_squared, false, m, n, n),
+                     5 * ROUND);
+        // w - lr (U + decay w) here, (1 - lr decay) w - lr U there: each is 3 roundings of |w| + lr
+        // |U| a step. A step that was left out would be 0.02.
         expect_close("w", w_low.data(), doubles(w), 5 * 6 * ROUND, 1.2);
     }
 }
 
-// model_begin_step and model_update over five steps with two changes of P, against the formulae in double precision.
+// model_begin_step and model_update over five steps with two changes of P, against the formulae in
+// double precision.
 TEST(Compressed, UpdateFollowsTheFormulae) {
     for (int projection : {GAUSSIAN, RADEMACHER, SPARSE}) {
         for (int moments : {KEEP, MOVE, RESET}) {
@@ -991,7 +1100,8 @@ TEST(Compressed, UpdateFollowsTheFormulae) {
             for (int i = 0; i < PARAMS; i++) {
                 int which = param_rows[i].linear;
                 if (which >= 0) layers[i] = s.config.L;
-                low[i] = which >= 0 ? int64_t(s.linear[which].m) * s.linear[which].r : param_count(s.config, i);
+                low[i] = which >= 0 ? int64_t(s.linear[which].m) * s.linear[which].r
+                                    : param_count(s.config, i);
                 w[i].assign(s.params[i], s.params[i] + param_count(s.config, i));
                 M[i].resize(low[i] * layers[i]);
                 V[i].resize(low[i] * layers[i]);
@@ -1003,13 +1113,18 @@ TEST(Compressed, UpdateFollowsTheFormulae) {
                     int which = param_rows[i].linear;
                     if (which < 0 || !s.linear[which].compressed() || moments == KEEP) continue;
                     const Linear l = s.linear[which];
-                    if (moments == RESET) M[i].assign(M[i].size(), 0.0), V[i].assign(V[i].size(), 0.0);
+                    if (moments == RESET)
+                        M[i].assign(M[i].size(), 0.0), V[i].assign(V[i].size(), 0.0);
                     for (int layer = 0; moments == MOVE && layer < s.config.L; layer++) {
-                        const Doubles old = draw(l, projection, o.seed, stream_of(which, layer, epoch - 1)).full;
-                        const Doubles next = draw(l, projection, o.seed, stream_of(which, layer, epoch)).full;
+                        const Doubles old =
+                            draw(l, projection, o.seed, stream_of(which, layer, epoch - 1)).full;
+                        const Doubles next =
+                            draw(l, projection, o.seed, stream_of(which, layer, epoch)).full;
                         auto first = M[i].begin() + layer * low[i];
-                        const Doubles lifted = naive_product(Doubles(first, first + low[i]), false, old, true, l.m, l.n, l.r);
-                        const Doubles moved = naive_product(lifted, false, next, false, l.m, l.r, l.n);
+                        const Doubles lifted = naive_product(Doubles(first, first + low[i]), false,
+                                                             old, true, l.m, l.n, l.r);
+                        const Doubles moved =
+                            naive_product(lifted, false, next, false, l.m, l.r, l.n);
                         std::copy(moved.begin(), moved.end(), first);
                     }
                 }
@@ -1019,7 +1134,8 @@ TEST(Compressed, UpdateFollowsTheFormulae) {
                 double norm = 0;
                 for (int i = 0; i < PARAMS; i++) {
                     for (size_t j = 0; j < M[i].size(); j++) {
-                        float value = random.real();  // of size 0.5 to 1: then U does not magnify rounding
+                        // Of size 0.5 to 1: then U does not magnify rounding.
+                        float value = random.real();
                         s.grads[i][j] = value < 0 ? value / 2 - 0.5f : value / 2 + 0.5f;
                         g[i].push_back(s.grads[i][j]);
                     }
@@ -1028,7 +1144,8 @@ TEST(Compressed, UpdateFollowsTheFormulae) {
                 norm = sqrt(norm);
                 const double scale = std::min(1.0, o.clip / norm);
                 ASSERT_LT(scale, 0.9);
-                EXPECT_NEAR(model_update(s, tiny.plan, step, lr), norm, 1e-6 * norm);  // a sum of some 10,000 like terms
+                // A sum of some 10,000 like terms.
+                EXPECT_NEAR(model_update(s, tiny.plan, step, lr), norm, 1e-6 * norm);
                 for (int i = 0; i < PARAMS; i++) {
                     int which = param_rows[i].linear;
                     bool compressed = which >= 0 && s.linear[which].compressed();
@@ -1039,24 +1156,31 @@ TEST(Compressed, UpdateFollowsTheFormulae) {
                         double gradient = g[i][j] * scale;
                         M[i][j] = o.beta1 * M[i][j] + (1 - o.beta1) * gradient;
                         V[i][j] = o.beta2 * V[i][j] + (1 - o.beta2) * gradient * gradient;
-                        u[j] = M[i][j] / (1 - pow(o.beta1, t)) / (sqrt(V[i][j] / (1 - pow(o.beta2, t))) + o.eps);
+                        u[j] = M[i][j] / (1 - pow(o.beta1, t)) /
+                               (sqrt(V[i][j] / (1 - pow(o.beta2, t))) + o.eps);
                     }
                     for (int layer = 0; compressed && layer < s.config.L; layer++) {
                         const Linear l = s.linear[which];
-                        const Drawn drawn = draw(l, projection, o.seed, stream_of(which, layer, epoch));
-                        const Doubles part(u.begin() + layer * low[i], u.begin() + (layer + 1) * low[i]);
-                        const Doubles lifted = naive_product(part, false, drawn.full, true, l.m, l.n, l.r);
+                        const Drawn drawn =
+                            draw(l, projection, o.seed, stream_of(which, layer, epoch));
+                        const Doubles part(u.begin() + layer * low[i],
+                                           u.begin() + (layer + 1) * low[i]);
+                        const Doubles lifted =
+                            naive_product(part, false, drawn.full, true, l.m, l.n, l.r);
                         for (size_t j = 0; j < lifted.size(); j++) {
                             double& to = w[i][layer * lifted.size() + j];
                             to -= lr * (o.alpha * lifted[j] + decay * to);
                         }
                     }
-                    for (size_t j = 0; !compressed && j < u.size(); j++) w[i][j] -= lr * (u[j] + decay * w[i][j]);
-                    // Five steps of a dozen roundings each, and moving is a sum of 7 n terms: some 1e-6 of the greatest.
+                    for (size_t j = 0; !compressed && j < u.size(); j++)
+                        w[i][j] -= lr * (u[j] + decay * w[i][j]);
+                    // Five steps of a dozen roundings each, and moving is a sum of 7 n terms: some
+                    // 1e-6 of the greatest.
                     std::string name = text("%s, step %d", param_rows[i].name, step);
                     expect_close(name + " M", s.m[i], M[i], 5e-6);
                     expect_close(name + " V", s.v[i], V[i], 5e-6);
-                    expect_close(name + " w", s.params[i], w[i], 5e-6, std::max(1.0, greatest(w[i])));
+                    expect_close(name + " w", s.params[i], w[i], 5e-6,
+                                 std::max(1.0, greatest(w[i])));
                 }
             }
         }
@@ -1111,14 +1235,17 @@ static Floats orthogonalised(Floats x, int rows, int columns) {
     return x;
 }
 
-// X = U S V^T is made of its singular values and vectors: it becomes U S' V^T, S' what the polynomial makes of S.
+// X = U S V^T is made of its singular values and vectors: it becomes U S' V^T, S' what the
+// polynomial makes of S.
 TEST(Muon, LevelsSingularValuesAndKeepsTheirVectors) {
     double least = INFINITY, most = 0;  // of all above 0.002 of the norm
-    for (double s = 0.002; s <= 1; s *= 1.0001) least = std::min(least, levelled(s)), most = std::max(most, levelled(s));
+    for (double s = 0.002; s <= 1; s *= 1.0001)
+        least = std::min(least, levelled(s)), most = std::max(most, levelled(s));
     EXPECT_NEAR(least, 0.68, 0.005);
     EXPECT_NEAR(most, 1.20, 0.005);
     Random random(61);
-    for (auto [rows, columns] : {std::pair(40, 12), {12, 40}, {24, 24}, {100, 3}, {1, 9}, {9, 1}, {1, 1}}) {
+    for (auto [rows, columns] :
+         {std::pair(40, 12), {12, 40}, {24, 24}, {100, 3}, {1, 9}, {9, 1}, {1, 1}}) {
         const int k = std::min(rows, columns);
         for (int rank : std::set<int>{k, (k + 1) / 2, 1}) {
             SCOPED_TRACE(text("%d x %d of rank %d", rows, columns, rank));
@@ -1126,16 +1253,20 @@ TEST(Muon, LevelsSingularValuesAndKeepsTheirVectors) {
             Doubles s(k), before(u), after(u);
             for (int j = 0; j < rank; j++) s[j] = pow(0.01, double(j) / k);
             const double norm = sqrt(dot(s, s));
-            for (int i = 0; i < rows * k; i++) before[i] *= s[i % k], after[i] *= levelled(s[i % k] / norm);
+            for (int i = 0; i < rows * k; i++)
+                before[i] *= s[i % k], after[i] *= levelled(s[i % k] / norm);
             const Doubles exact = naive_product(before, false, v, true, rows, columns, k);
             const Floats x(exact.begin(), exact.end()), got = orthogonalised(x, rows, columns);
-            // Rounding x errs by ROUND of its norm, the products as much again, and a direction in which there is next to
-            // nothing grows by up to 3.4445^5 = 485. A coefficient that is off by a thousandth shows as 1e-3.
-            expect_close("X", got.data(), naive_product(after, false, v, true, rows, columns, k), 2 * 485 * ROUND, 1);
+            // Rounding x errs by ROUND of its norm, the products as much again, and a direction in
+            // which there is next to nothing grows by up to 3.4445^5 = 485. A coefficient that is
+            // off by a thousandth shows as 1e-3.
+            expect_close("X", got.data(), naive_product(after, false, v, true, rows, columns, k),
+                         2 * 485 * ROUND, 1);
             for (int power : {-90, 100}) {
                 Floats scaled(x);
                 for (float& one : scaled) one = ldexpf(one, power);
-                expect_same("X of another scale", orthogonalised(scaled, rows, columns).data(), got.data(), got.size());
+                expect_same("X of another scale", orthogonalised(scaled, rows, columns).data(),
+                            got.data(), got.size());
             }
         }
     }
@@ -1146,17 +1277,20 @@ TEST(Muon, ZerosAndExtremes) {
     for (float value : {0.0f, 1e-45f, 1.0f, -FLT_MAX}) {  // each of the others is one direction
         const Floats got = orthogonalised(Floats(rows * columns, value), rows, columns);
         const double each = value == 0 ? 0 : copysign(levelled(1) / sqrt(rows * columns), value);
-        expect_close(text("of %g", value), got.data(), Doubles(rows * columns, each), 485 * ROUND, 1);
+        expect_close(text("of %g", value), got.data(), Doubles(rows * columns, each), 485 * ROUND,
+                     1);
         EXPECT_EQ(std::count(got.begin(), got.end(), 0.0f), value == 0 ? rows * columns : 0);
     }
 }
 
-// M = mu M + g, and U = 0.2 sqrt(rows n / k) orth(g + mu M): spread over n inputs, as long as numbers of 0.2 or so.
+// M = mu M + g, and U = 0.2 sqrt(rows n / k) orth(g + mu M): spread over n inputs, as long as
+// numbers of 0.2 or so.
 TEST(Muon, Direction) {
     Random random(62);
     for (auto [rows, columns, n] : {std::tuple(24, 8, 32), {8, 24, 24}, {16, 16, 64}}) {
         const int k = std::min(rows, columns), count = rows * columns;
-        Floats m = random.reals(count), g = random.reals(count), work(count + 2 * k * k, NAN), x(count);
+        Floats m = random.reals(count), g = random.reals(count), work(count + 2 * k * k, NAN),
+               x(count);
         Doubles M(count), U(count);
         for (int i = 0; i < count; i++) {
             M[i] = 0.95 * m[i] + 0.5 * g[i];
@@ -1195,7 +1329,10 @@ struct Folder {
     std::string path;
     Folder() {
         const char* chosen = getenv("TMPDIR");
-        path = std::string(chosen ? chosen : access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp") + "/test_cpu_XXXXXX";
+        path = std::string(chosen                          ? chosen
+                           : access("/dev/shm", W_OK) == 0 ? "/dev/shm"
+                                                           : "/tmp") +
+               "/test_cpu_XXXXXX";
         if (!mkdtemp(&path[0])) throw std::runtime_error(path + ": cannot be made");
     }
     Folder(const Folder&) = delete;
@@ -1228,8 +1365,10 @@ TEST(Threads, Quota) {
         return cpu_quota(folder / "groups", folder / "root");
     };
     const int NONE_SET = 1 << 20;
-    EXPECT_EQ(cpu_quota(folder / "none", folder / "root"), NONE_SET);  // no control groups, as on a Mac
-    // version 2: of the groups from its own up to the root, the least counts; a part of a CPU is one
+    // No control groups, as on a Mac.
+    EXPECT_EQ(cpu_quota(folder / "none", folder / "root"), NONE_SET);
+    // version 2: of the groups from its own up to the root, the least counts; a part of a CPU is
+    // one
     write("root/a/cpu.max", "350000 100000\n");
     write("root/a/b/cpu.max", "max 100000\n");
     write("root/a/b/c/cpu.max", "999900000 100000\n");
@@ -1238,9 +1377,11 @@ TEST(Threads, Quota) {
     EXPECT_EQ(quota("0::/a/b/c\n"), 4);
     EXPECT_EQ(quota("0::/a\n"), 4);
     EXPECT_EQ(quota("0::/d"), 1);
-    for (const char* groups : {"0::/\n", "0::/e\n", "0::/none/such\n", "", "\n", "0:\n", "nonsense\n", "0::\n"})
+    for (const char* groups :
+         {"0::/\n", "0::/e\n", "0::/none/such\n", "", "\n", "0:\n", "nonsense\n", "0::\n"})
         EXPECT_EQ(quota(groups), NONE_SET) << groups;
-    // version 1: the path is the host's, and in a container the group lies at the root; -1 is no limit
+    // version 1: the path is the host's, and in a container the group lies at the root; -1 is no
+    // limit
     write("root/cpu,cpuacct/cpu.cfs_quota_us", "200000\n");
     write("root/cpu,cpuacct/cpu.cfs_period_us", "100000\n");
     write("root/cpu/x/cpu.cfs_quota_us", "-1\n");
@@ -1261,7 +1402,9 @@ TEST(Permute, IsAPermutation) {
             }
         }
     }
-    for (int n : {262145, 1000003}) {  // just above a power of 4, where it must walk furthest, and just below one
+    for (int n :
+         {262145,
+          1000003}) {  // just above a power of 4, where it must walk furthest, and just below one
         std::vector<bool> seen(n);
         for (int i = 0; i < n; i++) {
             int64_t to = permute(i, n, 5, 1);
@@ -1289,16 +1432,19 @@ TEST(Permute, IsAnotherInEachEpoch) {
     for (uint64_t seed : {1, 2}) {
         for (int epoch = 0; epoch < 50; epoch++, kinds++) {
             std::vector<int64_t> order;
-            for (int i = 0; i < n; i++) order.push_back(permute(i, n, seed, stream_of(STREAM_SEQUENCES, 0, epoch)));
+            for (int i = 0; i < n; i++)
+                order.push_back(permute(i, n, seed, stream_of(STREAM_SEQUENCES, 0, epoch)));
             for (int i = 0; i < n; i++) fixed += order[i] == i;
             orders.insert(order);
         }
     }
     EXPECT_EQ(orders.size(), kinds);
-    EXPECT_NEAR(fixed / kinds, 1, 4 / sqrt(kinds));  // a random permutation leaves one element in place, give or take one
+    // A random permutation leaves one element in place, give or take one.
+    EXPECT_NEAR(fixed / kinds, 1, 4 / sqrt(kinds));
 }
 
-// Shards whose token at place p is base + p, so that a sequence's first token tells where it comes from.
+// Shards whose token at place p is base + p, so that a sequence's first token tells where it comes
+// from.
 TEST(Data, EverySequenceOnceAnEpoch) {
     Folder folder;
     const int T = 5, tokens[] = {36, 7, 5, 6, 1, 0, 69};  // 7, 1, 0, 1, 0, 0 and 13 sequences
@@ -1306,7 +1452,8 @@ TEST(Data, EverySequenceOnceAnEpoch) {
     for (int i = 0, base = 0; i < 7; i++, base += 100) {
         std::vector<int> values;
         for (int p = 0; p < tokens[i]; p++) values.push_back(base + p);
-        write_file(folder / text("part_%d.bin", i), header_bytes({TOKENS_MAGIC, 1, tokens[i], 1000}) + uint16_bytes(values));
+        write_file(folder / text("part_%d.bin", i),
+                   header_bytes({TOKENS_MAGIC, 1, tokens[i], 1000}) + uint16_bytes(values));
         for (int p = 0; p + T < tokens[i]; p += T) all.insert(base + p);
     }
     ASSERT_EQ(all.size(), 22u);
@@ -1328,7 +1475,8 @@ TEST(Data, EverySequenceOnceAnEpoch) {
                 ASSERT_EQ(targets[t], inputs[0] + t + 1);
             }
         }
-        std::set<std::vector<int>> shard_orders, inner_orders;  // the order of the shards, and that in the last of them
+        // The order of the shards, and that in the last of them.
+        std::set<std::vector<int>> shard_orders, inner_orders;
         for (auto& epoch : epochs) {
             EXPECT_EQ(std::set<int>(epoch.begin(), epoch.end()), all);
             std::vector<int> shards, inner;
@@ -1343,7 +1491,8 @@ TEST(Data, EverySequenceOnceAnEpoch) {
         EXPECT_EQ(inner_orders.size(), shuffled ? 5u : 1u);
         EXPECT_EQ(shard_orders.size() > 1, shuffled);  // of 24 orders two of five may agree
         EXPECT_EQ(epochs[0] == std::vector<int>(all.begin(), all.end()), !shuffled);
-        Data again = find_data("--train", folder / "part_*.bin");  // any place at once, in any order
+        // Any place at once, in any order.
+        Data again = find_data("--train", folder / "part_*.bin");
         cut_data(again, "--train", T);
         again.shuffled = shuffled, again.seed = 3;
         for (int i = 0; i < 200; i++) {
@@ -1434,14 +1583,16 @@ TEST(Schedule, Edges) {
         EXPECT_EQ(learning_rate(o, 0, 1), 1.0);
         for (int warmup : {8, 20}) {  // as long as the run, and longer: on the way up to the end
             o.warmup = warmup;
-            for (int64_t step = 0; step < 8; step++) EXPECT_DOUBLE_EQ(learning_rate(o, step, 8), (step + 1.0) / warmup);
+            for (int64_t step = 0; step < 8; step++)
+                EXPECT_DOUBLE_EQ(learning_rate(o, step, 8), (step + 1.0) / warmup);
         }
         for (int64_t steps = 1; steps < 12; steps++) {
             for (int64_t step = 0; step < steps; step++) {
                 for (int warmup = 0; warmup < 12; warmup++) {
                     o.warmup = warmup;
                     double lr = learning_rate(o, step, steps);
-                    EXPECT_TRUE(lr > 0 && lr <= 1.0) << schedule << " " << step << " " << steps << " " << warmup;
+                    EXPECT_TRUE(lr > 0 && lr <= 1.0)
+                        << schedule << " " << step << " " << steps << " " << warmup;
                 }
             }
         }
@@ -1451,7 +1602,8 @@ TEST(Schedule, Edges) {
 TEST(Sample, Choices) {
     const Floats logits = {0.5f, 3.0f, -1.0f, 3.0f, 2.0f};
     for (double coin : {0.0, 0.3, 0.999999}) {
-        EXPECT_EQ(sample_token(logits.data(), 5, 0.0, 0, coin), 1);  // the best; of equals the first
+        // The best; of equals the first.
+        EXPECT_EQ(sample_token(logits.data(), 5, 0.0, 0, coin), 1);
         EXPECT_EQ(sample_token(logits.data(), 5, 0.0, 50, coin), 1);
         EXPECT_EQ(sample_token(logits.data(), 5, 5.0, 1, coin), 1);
         EXPECT_EQ(sample_token(logits.data(), 1, 1.0, 0, coin), 0);
@@ -1473,21 +1625,28 @@ TEST(Sample, FollowsTheSoftmax) {
             int kept = top_k ? top_k : V;
             Doubles p(V);
             double total = 0, chi = 0;
-            for (int i = 0; i < kept; i++) total += p[order[i].second] = exp(-order[i].first / temperature);
+            for (int i = 0; i < kept; i++)
+                total += p[order[i].second] = exp(-order[i].first / temperature);
             std::vector<int> counts(V);
-            for (int i = 0; i < draws; i++) counts[sample_token(logits.data(), V, temperature, top_k, uniform(1, 2, i))]++;
+            for (int i = 0; i < draws; i++)
+                counts[sample_token(logits.data(), V, temperature, top_k, uniform(1, 2, i))]++;
             for (int i = 0; i < V; i++) {
                 double want = p[i] / total * draws;
                 EXPECT_TRUE(want > 0 || counts[i] == 0);
                 if (want > 0) chi += (counts[i] - want) * (counts[i] - want) / want;
             }
-            EXPECT_LE(chi, kept - 1 + 4 * sqrt(2.0 * (kept - 1)));  // chi-square's mean, and 4 of its standard deviations
+            EXPECT_LE(
+                chi,
+                kept - 1 +
+                    4 * sqrt(2.0 *
+                             (kept - 1)));  // chi-square's mean, and 4 of its standard deviations
         }
     }
 }
 
 TEST(Sample, NeverFails) {
-    const float extremes[] = {NAN, INFINITY, -INFINITY, 3.4e38f, -3.4e38f, 1e-45f, 0.0f, -0.0f, 1.0f};
+    const float extremes[] = {NAN,    INFINITY, -INFINITY, 3.4e38f, -3.4e38f,
+                              1e-45f, 0.0f,     -0.0f,     1.0f};
     Random random(19);
     for (int round = 0; round < 20000; round++) {
         const int V = 1 + random.below(6);
@@ -1497,7 +1656,8 @@ TEST(Sample, NeverFails) {
         const double coin = (const double[]){0, 0.5, 1 - 1e-16}[random.below(3)];
         int token = sample_token(logits.data(), V, temperature, random.below(8), coin);
         ASSERT_TRUE(token >= 0 && token < V);
-        bool any = std::any_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); });
+        bool any =
+            std::any_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); });
         ASSERT_TRUE(any ? std::isfinite(logits[token]) : token == 0);
     }
 }
@@ -1505,7 +1665,8 @@ TEST(Sample, NeverFails) {
 // ---- generating text
 
 // Logits (rows, V) of tokens, handed to the model in pieces of these sizes, through the cache.
-static Floats cached_logits(Model& s, const std::vector<int>& tokens, const std::vector<int>& pieces) {
+static Floats cached_logits(Model& s, const std::vector<int>& tokens,
+                            const std::vector<int>& pieces) {
     Floats logits(tokens.size() * s.config.V);
     int past = 0;
     for (int n : pieces) {
@@ -1517,8 +1678,9 @@ static Floats cached_logits(Model& s, const std::vector<int>& tokens, const std:
     return logits;
 }
 
-// However a text is cut, and in a model that only generates as well, the logits are those of the training's forward pass, but
-// for the order of fp32 sums: logits are of the order of 10 here, and a sum of 100 terms is off by some 1e-6 of it.
+// However a text is cut, and in a model that only generates as well, the logits are those of the
+// training's forward pass, but for the order of fp32 sums: logits are of the order of 10 here, and
+// a sum of 100 terms is off by some 1e-6 of it.
 TEST(Generate, LogitsAreTheForwardPassS) {
     Config c = {90, 37, 2, 5, 25, 40};  // more than one tile of keys
     Options o = odd_options(SPARSE, 7);
@@ -1533,9 +1695,12 @@ TEST(Generate, LogitsAreTheForwardPassS) {
     o.generates = true, o.compress = 0;
     Tiny generating(c, o);
     generating.randomise(5);
-    int64_t N = 90, C = c.C, cache = c.L * N * 2 * C, pieces_of_a_layer = N * (14 * C + 4 * c.L + 2 + 1);
-    EXPECT_EQ(generating.plan.bytes(), 4 * (parameter_count(c) + cache + pieces_of_a_layer));  // and nothing else
-    for (const std::vector<int>& pieces : {std::vector<int>{90}, {1, 63, 1, 1, 20, 4}, std::vector<int>(90, 1)}) {
+    int64_t N = 90, C = c.C, cache = c.L * N * 2 * C,
+            pieces_of_a_layer = N * (14 * C + 4 * c.L + 2 + 1);
+    // And nothing else.
+    EXPECT_EQ(generating.plan.bytes(), 4 * (parameter_count(c) + cache + pieces_of_a_layer));
+    for (const std::vector<int>& pieces :
+         {std::vector<int>{90}, {1, 63, 1, 1, 20, 4}, std::vector<int>(90, 1)}) {
         for (Model* s : {&trained.s, &generating.s}) {
             Floats got = cached_logits(*s, tokens, pieces);
             for (size_t i = 0; i < got.size(); i++)
@@ -1544,7 +1709,8 @@ TEST(Generate, LogitsAreTheForwardPassS) {
     }
 }
 
-// Where the context is full, what follows depends on its last half alone; an end of text ends the text.
+// Where the context is full, what follows depends on its last half alone; an end of text ends the
+// text.
 TEST(Generate, GoesOnPastTheContext) {
     Config c = {8, 37, 2, 5, 25, 40};
     Options o;
@@ -1559,11 +1725,13 @@ TEST(Generate, GoesOnPastTheContext) {
         generate(x.s, tokenizer, tokens, o, 0, [&](const std::string& piece) { out += piece; });
         return out;
     };
-    std::vector<int> tokens = {3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5}, last(tokens.end() - 4, tokens.end());
+    std::vector<int> tokens = {3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5},
+                     last(tokens.end() - 4, tokens.end());
     std::string all = text_after(tokens, letters, 30);
     EXPECT_EQ(all.size(), 30u);
     EXPECT_EQ(all, text_after(last, letters, 30));
-    for (int i = 1; i < 30; i++) {  // each token, computed from nothing with what the model is to have seen of the text before
+    for (int i = 1; i < 30; i++) {  // each token, computed from nothing with what the model is to
+                                    // have seen of the text before
         std::vector<int> seen = last;
         for (int j = 0; j < i; j++) {
             if (seen.size() > 8) seen.erase(seen.begin(), seen.end() - 4);
@@ -1574,7 +1742,8 @@ TEST(Generate, GoesOnPastTheContext) {
 }
 
 TEST(Generate, NeverHalfACharacter) {
-    for (std::string whole : {"", "a", "\xC3\xA4", "\xE2\x82\xAC", "\xF0\x9F\x98\x80", "\xFF", "\x80\x80\x80\x80"}) {
+    for (std::string whole :
+         {"", "a", "\xC3\xA4", "\xE2\x82\xAC", "\xF0\x9F\x98\x80", "\xFF", "\x80\x80\x80\x80"}) {
         EXPECT_EQ(whole_characters("x" + whole), 1 + whole.size());
         for (size_t cut = 1; cut < whole.size() && uint8_t(whole[0]) > 0xC0; cut++)
             EXPECT_EQ(whole_characters("x" + whole.substr(0, cut)), 1u) << whole << cut;
@@ -1598,13 +1767,15 @@ TEST(Bf16, EveryValueSurvives) {
 TEST(Bf16, RoundsToNearestEven) {
     for (uint32_t x = 0; x < 0x7F80; x++) {
         for (uint32_t sign : {0u, 0x8000u}) {
-            const uint32_t low = x | sign, middle = low << 16 | 0x8000;  // half way to the next, which may be infinity
+            // Half way to the next, which may be infinity.
+            const uint32_t low = x | sign, middle = low << 16 | 0x8000;
             ASSERT_EQ(bf16_of_float(float_of_bits(middle - 1)), low);
             ASSERT_EQ(bf16_of_float(float_of_bits(middle)), low + (low & 1));
             ASSERT_EQ(bf16_of_float(float_of_bits(middle + 1)), low + 1);
         }
     }
-    EXPECT_TRUE(std::isnan(float_of_bf16(bf16_of_float(float_of_bits(0x7F800001)))));  // whose upper half is infinity's
+    // Whose upper half is infinity's.
+    EXPECT_TRUE(std::isnan(float_of_bf16(bf16_of_float(float_of_bits(0x7F800001)))));
     EXPECT_TRUE(std::isnan(float_of_bf16(bf16_of_float(float_of_bits(0xFFFFFFFF)))));
 }
 
@@ -1618,7 +1789,10 @@ TEST(StochasticRounding, IsTheWordsOfTheStream) {  // element i is moved by 16 b
         EXPECT_EQ(rounded.back(), 0.123f) << "is beyond the end";
         for (size_t i = 0; i < count; i++) {
             const Words block = philox(5, 77, i / 8);
-            const uint32_t word = i % 8 < 2 ? block.x : i % 8 < 4 ? block.y : i % 8 < 6 ? block.z : block.w;
+            const uint32_t word = i % 8 < 2   ? block.x
+                                  : i % 8 < 4 ? block.y
+                                  : i % 8 < 6 ? block.z
+                                              : block.w;
             const uint32_t sixteen = i % 2 ? word >> 16 : word & 0xFFFF;
             ASSERT_EQ(bits_of_float(rounded[i]), (bits_of_float(w[i]) + sixteen) >> 16 << 16) << i;
         }
@@ -1630,7 +1804,8 @@ TEST(StochasticRounding, GoesToANeighbour) {
     for (int trial = 0; trial < 40; trial++) {
         Floats w(1000);
         for (float& x : w) x = random.real() * float(pow(10, random.below(60) - 40));
-        for (uint16_t exact : {0x0000, 0x8000, 0x3F80, 0xBF80, 0x0001, 0x7F7F, 0xC2F7}) w.push_back(float_of_bf16(exact));
+        for (uint16_t exact : {0x0000, 0x8000, 0x3F80, 0xBF80, 0x0001, 0x7F7F, 0xC2F7})
+            w.push_back(float_of_bf16(exact));
         Floats rounded = w;
         round_stochastically(rounded.data(), int64_t(w.size()), 6, trial);
         for (size_t i = 0; i < w.size(); i++) {
@@ -1645,17 +1820,21 @@ TEST(StochasticRounding, GoesToANeighbour) {
 TEST(StochasticRounding, TheMeanIsTheValue) {
     const int count = 1 << 18;
     for (float sign : {1.0f, -1.0f}) {
-        for (uint32_t part : {1u << 8, 1u << 12, 1u << 14, 1u << 15, 0xC000u, 0xFF00u}) {  // of 2^16, the way to the next
-            const float w = sign * float_of_bits(0x3DCC0000 | part), low = sign * float_of_bits(0x3DCC0000);
+        for (uint32_t part : {1u << 8, 1u << 12, 1u << 14, 1u << 15, 0xC000u,
+                              0xFF00u}) {  // of 2^16, the way to the next
+            const float w = sign * float_of_bits(0x3DCC0000 | part),
+                        low = sign * float_of_bits(0x3DCC0000);
             Floats rounded(count, w);
             round_stochastically(rounded.data(), count, 7, part);
             int ups = 0, pairs = 0;
             for (int i = 0; i < count; i++) ups += rounded[i] != low;
             for (int i = 0; i + 1 < count; i++) pairs += rounded[i] != low && rounded[i + 1] != low;
             const double p = part / 65536.0;
-            // 4.5 standard deviations; neighbours are independent, so they go up together with p^2, pairs overlap by one
+            // 4.5 standard deviations; neighbours are independent, so they go up together with p^2,
+            // pairs overlap by one
             EXPECT_NEAR(ups, count * p, 4.5 * sqrt(count * p * (1 - p)) + 1) << part;
-            EXPECT_NEAR(pairs, count * p * p, 4.5 * sqrt(count * p * p * (1 - p) * (1 + 3 * p)) + 2) << part;
+            EXPECT_NEAR(pairs, count * p * p, 4.5 * sqrt(count * p * p * (1 - p) * (1 + 3 * p)) + 2)
+                << part;
         }
     }
 }
@@ -1671,16 +1850,18 @@ TEST(StochasticRounding, StreamsAndThreads) {
     };
     const Floats once = rounded(1, stream_of(STREAM_ROUND, 0, 0), 1);
     EXPECT_EQ(once, rounded(1, stream_of(STREAM_ROUND, 0, 0), 3));
-    for (const Floats& other : {rounded(2, stream_of(STREAM_ROUND, 0, 0), 1), rounded(1, stream_of(STREAM_ROUND, 1, 0), 1),
+    for (const Floats& other : {rounded(2, stream_of(STREAM_ROUND, 0, 0), 1),
+                                rounded(1, stream_of(STREAM_ROUND, 1, 0), 1),
                                 rounded(1, stream_of(STREAM_ROUND, 0, 1), 1)}) {
         int same = 0;
         for (int i = 0; i < 5000; i++) same += once[i] == other[i];
-        EXPECT_NEAR(same, 5000 * 2 / 3.0, 200) << "p^2 + (1 - p)^2 is 2/3 in the mean";  // 33 is one standard deviation
+        EXPECT_NEAR(same, 5000 * 2 / 3.0, 200)
+            << "p^2 + (1 - p)^2 is 2/3 in the mean";  // 33 is one standard deviation
     }
 }
 
-// The step of a run without master weights is that of a run with them, rounded by a stream of its own for each parameter and
-// step.
+// The step of a run without master weights is that of a run with them, rounded by a stream of its
+// own for each parameter and step.
 TEST(StochasticRounding, OfAStep) {
     for (int projection : {GAUSSIAN, SPARSE}) {
         for (int step : {0, 3}) {
@@ -1717,11 +1898,13 @@ struct Combination {
 static Combination draw_combination(Random& random) {
     auto one_of = [&](const Doubles& list) { return list[random.below(int64_t(list.size()))]; };
     int heads = 1 + random.below(3), V = 5 + random.below(40);
-    Config c = {0, V, 1 + random.below(3), heads, heads * (2 + random.below(8)), V + random.below(9)};
+    Config c = {
+        0, V, 1 + random.below(3), heads, heads * (2 + random.below(8)), V + random.below(9)};
     Options o;
     o.batch = 1 + random.below(3);
-    o.seq =
-        random.below(8) ? 1 + random.below(20) : 60 + random.below(70);  // also more than a tile, and than a chunk of tokens
+    o.seq = random.below(8)
+                ? 1 + random.below(20)
+                : 60 + random.below(70);  // also more than a tile, and than a chunk of tokens
     c.context = o.seq + random.below(6);
     int micros = 1 + random.below(2);
     o.total_batch = micros * o.batch * o.seq;
@@ -1736,10 +1919,12 @@ static Combination draw_combination(Random& random) {
 static std::string words_of(const Combination& x) {
     const Options& o = x.options;
     return text(
-        "L %d NH %d C %d V %d T %d B %d seq %d micros %d rank %g compress %d projection %d moments %d gap %d -r %d gelu %d "
+        "L %d NH %d C %d V %d T %d B %d seq %d micros %d rank %g compress %d projection %d moments "
+        "%d gap %d -r %d gelu %d "
         "tape %d master %d optimizer %d",
-        x.config.L, x.config.NH, x.config.C, x.config.V, x.config.context, o.batch, o.seq, x.micros, o.rank, o.compress,
-        o.projection, o.moments, o.gap, o.recompute, o.gelu, o.tape, o.master, o.optimizer);
+        x.config.L, x.config.NH, x.config.C, x.config.V, x.config.context, o.batch, o.seq, x.micros,
+        o.rank, o.compress, o.projection, o.moments, o.gap, o.recompute, o.gelu, o.tape, o.master,
+        o.optimizer);
 }
 
 // Two steps and an evaluation: losses and norms on the way, and the weights at the end.
@@ -1761,12 +1946,14 @@ static Floats two_steps(Tiny& tiny, int micros) {
         model_evaluate(s, o.batch, o.seq);
         said.insert(said.end(), s.losses, s.losses + N);
     }
-    for (int i = 0; i < PARAMS; i++) said.insert(said.end(), s.params[i], s.params[i] + param_count(s.config, i));
+    for (int i = 0; i < PARAMS; i++)
+        said.insert(said.end(), s.params[i], s.params[i] + param_count(s.config, i));
     return said;
 }
 
-// Gives each tensor of a plan memory of its own, of exactly its bytes, between two guards as long as a block's longest row.
-// What nothing has written yet is NaN, but for parameters, gradients and moments, which begin with zeros.
+// Gives each tensor of a plan memory of its own, of exactly its bytes, between two guards as long
+// as a block's longest row. What nothing has written yet is NaN, but for parameters, gradients and
+// moments, which begin with zeros.
 struct Guarded {
     const Plan& plan;
     const size_t GUARD;
@@ -1774,7 +1961,8 @@ struct Guarded {
     std::vector<void*> before;
     Guarded(const Plan& of, size_t guard) : plan(of), GUARD(guard) {
         for (const Tensor& t : plan.tensors) {
-            const bool zeros = t.category == "parameters" || t.category == "gradients" || t.category == "moments";
+            const bool zeros =
+                t.category == "parameters" || t.category == "gradients" || t.category == "moments";
             blocks.emplace_back(size_t(t.bytes()) + 2 * GUARD, 0xFF);
             uint8_t* data = blocks.back().data() + GUARD;
             if (zeros) std::fill(data, data + t.bytes(), 0);
@@ -1845,8 +2033,10 @@ TEST_P(Combinations, TouchNothingBesideThePlan) {
             got = two_steps(tiny, x.micros);
         }
         ASSERT_EQ(got.size(), want.size());
-        EXPECT_EQ(memcmp(got.data(), want.data(), got.size() * 4), 0) << "depends on what lay in memory before";
-        EXPECT_TRUE(std::all_of(want.begin(), want.end(), [](float value) { return std::isfinite(value); }));
+        EXPECT_EQ(memcmp(got.data(), want.data(), got.size() * 4), 0)
+            << "depends on what lay in memory before";
+        EXPECT_TRUE(std::all_of(want.begin(), want.end(),
+                                [](float value) { return std::isfinite(value); }));
         o.offload = true;
         Model other;
         EXPECT_THROW(model_plan(other, x.config, o), Failure);
@@ -1856,7 +2046,8 @@ TEST_P(Combinations, TouchNothingBesideThePlan) {
 
 INSTANTIATE_TEST_SUITE_P(Seeds, Combinations, testing::Range(1, 11));
 
-// ---- loaders: whatever a file holds, it is loaded or refused in one line. Nothing else, and no great memory.
+// ---- loaders: whatever a file holds, it is loaded or refused in one line. Nothing else, and no
+// great memory.
 
 #if defined(__SANITIZE_ADDRESS__)
 #define WITH_ASAN 1
@@ -1866,7 +2057,8 @@ INSTANTIATE_TEST_SUITE_P(Seeds, Combinations, testing::Range(1, 11));
 #endif
 #endif
 
-// While it lives, the process can have 256 MiB more than at its beginning. (AddressSanitizer's own takes terabytes.)
+// While it lives, the process can have 256 MiB more than at its beginning. (AddressSanitizer's own
+// takes terabytes.)
 struct MemoryLimit {
     rlimit was;
     MemoryLimit() {
@@ -1885,7 +2077,8 @@ struct MemoryLimit {
     ~MemoryLimit() { setrlimit(RLIMIT_AS, &was); }
 };
 
-// Whether the file was accepted. A refusal must be one line that names the file, with the status of bad input.
+// Whether the file was accepted. A refusal must be one line that names the file, with the status of
+// bad input.
 static bool accepts(const std::string& path, const std::function<void()>& read) {
     try {
         read();
@@ -1893,7 +2086,8 @@ static bool accepts(const std::string& path, const std::function<void()>& read) 
     } catch (const Failure& failure) {
         EXPECT_EQ(failure.status, 2) << failure.message;
         EXPECT_NE(failure.message.find(path), std::string::npos) << failure.message;
-        for (unsigned char c : failure.message) EXPECT_TRUE(c >= 0x20 && c != 0x7F) << int(c) << " in " << failure.message;
+        for (unsigned char c : failure.message)
+            EXPECT_TRUE(c >= 0x20 && c != 0x7F) << int(c) << " in " << failure.message;
     } catch (const std::exception& error) {
         ADD_FAILURE() << "neither loaded nor refused: " << error.what();
     }
@@ -1902,13 +2096,15 @@ static bool accepts(const std::string& path, const std::function<void()>& read) 
 
 // The file with one to three hurts, half of them where magic, version and counts stand.
 static std::string mutant(const std::string& valid, Random& random) {
-    const uint32_t extremes[] = {0,          1,          2,          3,          5,          255,
-                                 256,        32767,      32768,      0xFFFF,     0x10000,    0x10001,
-                                 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFE, 0x7F800000, 0x7FC00000};
+    const uint32_t extremes[] = {0,          1,          2,          3,          5,
+                                 255,        256,        32767,      32768,      0xFFFF,
+                                 0x10000,    0x10001,    0x7FFFFFFF, 0x80000000, 0xFFFFFFFF,
+                                 0xFFFFFFFE, 0x7F800000, 0x7FC00000};
     std::string m = valid;
     for (int hurts = 1 + random.below(3); hurts > 0; hurts--) {
         size_t at = random.below(2) ? random.below(32) : random.below(m.size() + 1);
-        size_t length = std::min<size_t>(1 + random.below(random.below(2) ? 4 : 64), m.size() - std::min(at, m.size()));
+        size_t length = std::min<size_t>(1 + random.below(random.below(2) ? 4 : 64),
+                                         m.size() - std::min(at, m.size()));
         size_t word = at / 4 * 4;
         uint32_t value = extremes[random.below(18)], old = 0;
         bool fits = word + 4 <= m.size();
@@ -1921,7 +2117,9 @@ static std::string mutant(const std::string& valid, Random& random) {
         if (kind == 4 && fits) value = old + random.below(9) - 4, memcpy(&m[word], &value, 4);
         if (kind == 5) m.erase(std::min(at, m.size()), length);
         if (kind == 6) m.insert(std::min(at, m.size()), m.substr(std::min(at, m.size()), length));
-        if (kind == 7) m.insert(std::min(at, m.size()), std::string(1 + random.below(64), char(random.next())));
+        if (kind == 7)
+            m.insert(std::min(at, m.size()),
+                     std::string(1 + random.below(64), char(random.next())));
         if (kind == 8) m += std::string(1 + random.below(64), char(random.next()));
         if (m.size() < 40) return m;
     }
@@ -2000,13 +2198,17 @@ static void fuzz_model(int type) {
         model_allocate(s, plan);
         std::unique_ptr<float, decltype(&free)> owner(s.params[0], free);
         read_model(plan, path);
-        // What was taken is what stands there: written again, it is the same file. Words 8 to 255 have no meaning.
+        // What was taken is what stands there: written again, it is the same file. Words 8 to 255
+        // have no meaning.
         std::string bytes = read_file(path);
-        write_model(plan, found, header_word(bytes, 1) == 5 ? TYPE_BF16 : TYPE_FP32, copy)->commit();
+        write_model(plan, found, header_word(bytes, 1) == 5 ? TYPE_BF16 : TYPE_FP32, copy)
+            ->commit();
         std::string again = read_file(copy);
         ASSERT_EQ(bytes.size(), again.size());
         ASSERT_EQ(memcmp(bytes.data(), again.data(), 32), 0);
-        ASSERT_EQ(memcmp(bytes.data() + HEADER_BYTES, again.data() + HEADER_BYTES, bytes.size() - HEADER_BYTES), 0);
+        ASSERT_EQ(memcmp(bytes.data() + HEADER_BYTES, again.data() + HEADER_BYTES,
+                         bytes.size() - HEADER_BYTES),
+                  0);
         for (int i = 2; i < 8; i++) ASSERT_GE(header_word(bytes, i), 1);
     };
     auto mend = [&](std::string& bytes) {
@@ -2016,7 +2218,8 @@ static void fuzz_model(int type) {
         for (int i = 2; i < 8; i++) {
             if (h[i] < 0 || h[i] > 40) return;
         }
-        bytes.resize(HEADER_BYTES + parameter_count({h[2], h[3], h[4], h[5], h[6], h[7]}) * (h[1] == 3 ? 4 : 2));
+        bytes.resize(HEADER_BYTES +
+                     parameter_count({h[2], h[3], h[4], h[5], h[6], h[7]}) * (h[1] == 3 ? 4 : 2));
     };
     fuzz({path, read_file(path), read, mend, false, false});
 }
@@ -2033,7 +2236,8 @@ TEST(Load, ModelRoundTrip) {
         one.randomise(22);
         write_model(one.plan, odd_config(), type, folder / "m.bin")->commit();
         std::string bytes = read_file(folder / "m.bin");
-        const int want[] = {20240326, type == TYPE_FP32 ? 3 : 5, 8, 37, 2, 5, 25, 40};  // llm.c's order
+        // Llm.c's order.
+        const int want[] = {20240326, type == TYPE_FP32 ? 3 : 5, 8, 37, 2, 5, 25, 40};
         for (int i = 0; i < 8; i++) EXPECT_EQ(header_word(bytes, i), want[i]) << i;
         Config c = read_model_config(folder / "m.bin");
         EXPECT_EQ(memcmp(&c, &one.s.config, sizeof(c)), 0);
@@ -2042,10 +2246,12 @@ TEST(Load, ModelRoundTrip) {
         for (int i = 0; i < PARAMS; i++) {
             int64_t n = param_count(c, i);
             for (int64_t j = 0; j < n; j++) {
-                float saved = one.s.params[i][j], expected = type == TYPE_FP32 ? saved : float_of_bf16(bf16_of_float(saved));
+                float saved = one.s.params[i][j],
+                      expected = type == TYPE_FP32 ? saved : float_of_bf16(bf16_of_float(saved));
                 ASSERT_EQ(two.s.params[i][j], expected) << param_rows[i].name << " " << j;
             }
-            EXPECT_TRUE(type == TYPE_BF16 || memcmp(&bytes[at], one.s.params[i], n * 4) == 0) << param_rows[i].name;
+            EXPECT_TRUE(type == TYPE_BF16 || memcmp(&bytes[at], one.s.params[i], n * 4) == 0)
+                << param_rows[i].name;
             at += n * (type == TYPE_FP32 ? 4 : 2);
         }
         EXPECT_EQ(at, bytes.size());
@@ -2068,7 +2274,8 @@ static Loader tokens_loader(const std::string& path) {
         for (int64_t place = 0; place < data.sequences; place++) {
             read_sequence(data, place, inputs, targets);
             for (int t = 0; t < 4; t++)
-                ASSERT_TRUE(inputs[t] >= 0 && inputs[t] < data.V && targets[t] >= 0 && targets[t] < data.V);
+                ASSERT_TRUE(inputs[t] >= 0 && inputs[t] < data.V && targets[t] >= 0 &&
+                            targets[t] < data.V);
         }
     };
     auto mend = [](std::string& bytes) {
@@ -2076,7 +2283,9 @@ static Loader tokens_loader(const std::string& path) {
         int32_t count = int32_t(bytes.size() - HEADER_BYTES) / 2;
         if (bytes.size() >= HEADER_BYTES) memcpy(&bytes[8], &count, 4);
     };
-    return {path, header_bytes({TOKENS_MAGIC, 1, 150, 50}) + uint16_bytes(values), read, mend, false, false};
+    return {path,  header_bytes({TOKENS_MAGIC, 1, 150, 50}) + uint16_bytes(values),
+            read,  mend,
+            false, false};
 }
 
 TEST(Load, Tokens) {
@@ -2084,7 +2293,8 @@ TEST(Load, Tokens) {
     fuzz(tokens_loader(folder / "tokens.bin"));
 }
 
-TEST(Load, TokensWithoutTheirName) {  // then a file whose magic number is lost, or cut, is plain text
+TEST(Load,
+     TokensWithoutTheirName) {  // then a file whose magic number is lost, or cut, is plain text
     Folder folder;
     Loader loader = tokens_loader(folder / "tokens");
     loader.cut_may_pass = true;
@@ -2168,7 +2378,8 @@ TEST(Load, State) {
     Random random(25);
     auto states = [](Tiny& tiny) {
         std::vector<float*> groups;
-        for (float** group : {tiny.s.params, tiny.s.m, tiny.s.v}) groups.insert(groups.end(), group, group + PARAMS);
+        for (float** group : {tiny.s.params, tiny.s.m, tiny.s.v})
+            groups.insert(groups.end(), group, group + PARAMS);
         return groups;
     };
     auto count = [&](int i) {
@@ -2179,11 +2390,13 @@ TEST(Load, State) {
         Floats values = random.reals(count(i));
         std::copy(values.begin(), values.end(), states(saved)[i]);
     }
-    const Identity identity = {{"--rank", "0.5"}, {"--seed", "1337"}, {"--train", "22 sequences of vocabulary 3"}};
+    const Identity identity = {
+        {"--rank", "0.5"}, {"--seed", "1337"}, {"--train", "22 sequences of vocabulary 3"}};
     write_state(saved.plan, identity, 123456, path)->commit();
     auto read = [&] {
         ASSERT_EQ(read_state(loaded.plan, identity, path), 123456);
-        for (int i = 0; i < 3 * PARAMS; i++) expect_same("state", states(loaded)[i], states(saved)[i], count(i));
+        for (int i = 0; i < 3 * PARAMS; i++)
+            expect_same("state", states(loaded)[i], states(saved)[i], count(i));
     };
     fuzz({path, read_file(path), read, nullptr, true, false});
     // Other flags: the message begins with the one that differs.
@@ -2197,7 +2410,8 @@ TEST(Load, State) {
         } catch (const Failure& failure) {
             EXPECT_EQ(failure.status, 2);
             EXPECT_EQ(failure.message.find(identity[i].first + ": "), 0u) << failure.message;
-            EXPECT_NE(failure.message.find(identity[i].second), std::string::npos) << failure.message;
+            EXPECT_NE(failure.message.find(identity[i].second), std::string::npos)
+                << failure.message;
         }
     }
 }

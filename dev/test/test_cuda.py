@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 900  # a case takes up to 40 s; the rest is for a busy machine
 # The kernels' threads take turns on one processor; more of them gain little here and would wait for each other in the CPU trainer.
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-RULER = "// " + "=" * 116
+RULER = "// " + "=" * 97
 
 
 def cases():
@@ -71,25 +71,58 @@ def test_gpu(tmp_path):
 
 # ---------------------------------------------------------------------------- what both trainers share
 
-def parts(path):
-    """The sections of a source between its rulers: title to text, the first line under the ruler being the title."""
+TRAINERS = ["train_gpt2_compact.cpp", "train_gpt2_compact.cu"]
+# The order of a trainer: each section is one in which both files have these words in the first line under its ruler.
+ORDER = ["the host, in short", "layers", "the compressed linear layer", "the model:", "all else of the host"]
+
+
+def sections(path):
+    """A source's sections by its rulers: the lines between two rulers are a title, what follows is the text."""
     pieces = (ROOT / path).read_text().split(RULER + "\n")
     titles, texts = pieces[1::2], pieces[2::2]
-    assert len(titles) == len(texts) > 4, f"{path}: its rulers do not come in pairs"
-    return dict(zip(titles, texts))
+    assert len(titles) == len(texts) >= len(ORDER), f"{path}: its rulers do not come in pairs"
+    return list(zip(titles, texts))
 
 
-@pytest.mark.parametrize("part", ["host, first part", "host, second part"])
+@pytest.mark.parametrize("part", [ORDER[0], ORDER[-1]])
 def test_shared_text(part):
     """Byte for byte, title included."""
-    cpp, cu = ([(title, text) for title, text in parts(path).items() if part in title]
-               for path in ("train_gpt2_compact.cpp", "train_gpt2_compact.cu"))
+    cpp, cu = ([section for section in sections(path) if section[0].startswith("// " + part)] for path in TRAINERS)
     assert len(cpp) == len(cu) == 1
-    assert cpp[0][0] == cu[0][0]
+    assert cpp[0][0] == cu[0][0] and "the same text in both trainers" in cpp[0][0]
     for number, (a, b) in enumerate(zip(cpp[0][1].split("\n"), cu[0][1].split("\n")), 1):
         assert a == b, f"line {number} of '{part}' differs"
     assert cpp == cu
     assert len(cpp[0][1]) > 5000
+
+
+@pytest.mark.parametrize("path", TRAINERS)
+def test_order(path):
+    """What a model needs of the host stands first, and is short; the rest of the host stands last."""
+    titles = [title for title, _ in sections(path)]
+    assert [word for title in titles for word in ORDER if title.startswith("// " + word)] == ORDER, titles
+    assert titles[0].startswith("// " + ORDER[0]) and titles[-1].startswith("// " + ORDER[-1])
+
+
+# A layer's function or kernel, the first that a reader meets, and within how many lines of the top it stands.
+FIRST = {"train_gpt2_compact.cpp": r"^static void \w+_forward\("}
+
+
+@pytest.mark.parametrize("path", FIRST)
+def test_first_layer_stands_near_the_top(path):
+    text = (ROOT / path).read_text()
+    first = re.search(FIRST[path], text, re.M)
+    assert first and text.count("\n", 0, first.start()) < 300
+
+
+NARROW = ["train_gpt2_compact.cpp", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "dev/test").glob("*.cpp")))]
+
+
+@pytest.mark.parametrize("path", NARROW)
+def test_columns(path):
+    """Lines end by column 100, as .clang-format has it: also where clang-format is off, and where it finds no break."""
+    long = [n for n, line in enumerate((ROOT / path).read_text().splitlines(), 1) if len(line) > 100]
+    assert long == [], f"{path}: {long}"
 
 
 @pytest.mark.parametrize("path", ["test_gpt2.cu", "dev/cuda/common.cuh"])

@@ -1,10 +1,13 @@
-// test_curand.cpp: the trainer's random numbers against cuRAND's own device header, compiled for the host.
+// test_curand.cpp: the trainer's random numbers against cuRAND's own device header, compiled for
+// the host.
 //
-//   g++ -std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -Wno-unused-function
+//   g++ -std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra
+//   -Wno-unused-function
 //       -isystem $CUDA/include -isystem $CUDA/include/cccl
 //       dev/test/test_curand.cpp -o build/test_curand $(pkg-config --cflags --libs gtest)
 //
-// with CUDA=/usr/local/cuda or wherever the toolkit stands. It needs the toolkit's headers alone, no GPU and no nvcc.
+// with CUDA=/usr/local/cuda or wherever the toolkit stands. It needs the toolkit's headers alone,
+// no GPU and no nvcc.
 
 #define TESTING
 #include "../../train_gpt2_compact.cpp"
@@ -14,19 +17,23 @@
 #include <gtest/gtest.h>
 
 TEST(Curand, WordsAreEqual) {
-    uint64_t numbers[3] = {1, 2, 3};  // seed, stream, index: of all sizes, some with their upper half in use
+    uint64_t numbers[3] = {
+        1, 2, 3};  // seed, stream, index: of all sizes, some with their upper half in use
     for (int i = 0; i < 100000; i++) {
         for (uint64_t& x : numbers) x = x * 0xD1342543DE82EF95ull + 0xB5297A4D3F84D5B5ull;
-        const uint64_t seed = numbers[0] >> i % 64, stream = numbers[1] >> i * 7 % 64, index = numbers[2] >> (2 + i * 5 % 62);
+        const uint64_t seed = numbers[0] >> i % 64, stream = numbers[1] >> i * 7 % 64,
+                       index = numbers[2] >> (2 + i * 5 % 62);
         curandStatePhilox4_32_10_t state;
         curand_init(seed, stream, 4 * index, &state);
         const uint4 theirs = curand4(&state), following = curand4(&state);
         const Words ours = philox(seed, stream, index);
-        ASSERT_TRUE(ours.x == theirs.x && ours.y == theirs.y && ours.z == theirs.z && ours.w == theirs.w)
+        ASSERT_TRUE(ours.x == theirs.x && ours.y == theirs.y && ours.z == theirs.z &&
+                    ours.w == theirs.w)
             << seed << " " << stream << " " << index;
         if (index == UINT64_MAX >> 2) continue;
         const Words next = philox(seed, stream, index + 1);
-        ASSERT_TRUE(next.x == following.x && next.w == following.w) << seed << " " << stream << " " << index;
+        ASSERT_TRUE(next.x == following.x && next.w == following.w)
+            << seed << " " << stream << " " << index;
     }
 }
 
@@ -46,7 +53,8 @@ TEST(Curand, NormalsAgree) {
                 worst = std::max(worst, fabs(double(ours[i + j]) - theirs[j]) / ulp);
             }
         }
-        // sin or cos 1.5 ulp, log's 0.8 halved by the root, and two roundings: 3 or so on this side, 1 to 2 on the other.
+        // sin or cos 1.5 ulp, log's 0.8 halved by the root, and two roundings: 3 or so on this
+        // side, 1 to 2 on the other.
         EXPECT_LE(worst, 5);
     }
 }
@@ -61,7 +69,8 @@ TEST(Curand, SignsAreItsBits) {
     for (int i = 0; i < count;) {
         const uint4 block = curand4(&state);
         const uint32_t words[4] = {block.x, block.y, block.z, block.w};
-        for (int bit = 0; bit < 128 && i < count; bit++, i++) ASSERT_EQ(signs[i] < 0, words[bit / 32] >> bit % 32 & 1) << i;
+        for (int bit = 0; bit < 128 && i < count; bit++, i++)
+            ASSERT_EQ(signs[i] < 0, words[bit / 32] >> bit % 32 & 1) << i;
     }
 }
 
