@@ -4592,6 +4592,7 @@ struct Run {
     int64_t start, steps;  // the last step before this start of the program, and the last of all
     Tokenizer tokenizer;
     std::vector<Example> hellaswag;
+    double peak;   // FLOPs a second of the device; 0 where they are unknown
     double bytes;  // of text a token of the validation data; 0 where that is not known
     File log;
     void write_log(const std::string& line) {
@@ -4631,11 +4632,11 @@ static void train_step(Run& run, int64_t step, std::string& line, std::string& t
     line += text(" | loss %.4f", loss);
     times = text(" | norm %.2f | lr %.1e | %.1f ms | ", norm, lr, elapsed * 1e3);
     times += commas(int64_t(speed)) + " tok/s";
-    double peak = model_peak_flops(), percent = 100 * speed / peak;
+    double percent = 100 * speed / run.peak;
     const Config& c = run.model.config;
     // A token's, as llm.c counts them.
     double six_n = 6.0 * parameter_count(c) + 6.0 * c.L * c.C * T;
-    if (peak > 0)
+    if (run.peak > 0)
         times += text(" | %.0f %% MFU (%.0f %% by 6 N)", percent * (flops.forward + flops.backward),
                       percent * six_n);
     run.write_log(
@@ -4675,7 +4676,7 @@ static void train_model(Model& model, const Plans& plans, Options& options, Data
     const Config& config = model.config;
     const Plan& plan = plans.run;
     const std::string& out = options.out;
-    Run run = {model, plans, options, train, val, 0, steps, {}, {}, 0, nullptr};
+    Run run = {model, plans, options, train, val, 0, steps, {}, {}, 0, 0, nullptr};
     if (!options.hellaswag.empty()) run.hellaswag = read_hellaswag(options.hellaswag, config.V);
     bool bytes_alone = train.shards[0].width == 1 && options.tokenizer.empty();
     run.tokenizer = bytes_alone ? no_tokenizer(config.V)
@@ -4721,6 +4722,7 @@ static void train_model(Model& model, const Plans& plans, Options& options, Data
                  ", \"plan\": {", plan_json(plans), "}}"));
 
     expect_signals();
+    run.peak = model_peak_flops();
     bool spelled = val.sequences > 0 && (config.V <= 256 || !options.tokenizer.empty());
     if (spelled) run.bytes = bytes_per_token(val, options, run.tokenizer);
     int64_t first = start == 0 && (options.val_first || steps == 0) ? 0 : start + 1;
