@@ -1,12 +1,14 @@
-// The projection P (n, r), drawn anew by Philox wherever it is needed: gaussian, N(0, 1/r) in floatX; rademacher, signs /
-// sqrt(r); sparse, a sign (n) for each input and a rotation for each stripe of r inputs. Both trainers draw the same numbers,
-// so an element's place in the stream is given: a block of Philox makes normals 4i to 4i + 3, or signs 128i to 128i + 127.
+// The projection P (n, r), drawn anew by Philox wherever it is needed: gaussian, N(0, 1/r) in
+// floatX; rademacher, signs / sqrt(r); sparse, a sign (n) for each input and a rotation for each
+// stripe of r inputs. Both trainers draw the same numbers, so an element's place in the stream is
+// given: a block of Philox makes normals 4i to 4i + 3, or signs 128i to 128i + 127.
 //
-// Floor, with E bytes an element: P is written, n r E bytes; sparse, 4 n + 4 n / r. Arithmetic, as counted here: 100 for a
-// block of Philox (10 rounds of two wide products and four exclusive ors, and the keys), 12 for a pair of normals by Box and
-// Muller (logarithm, root, sine, cosine and what is between): none of it for tensor cores. At best 31 operations a normal and
-// 0.8 a sign, for 2 bytes: normals are limited by arithmetic, signs by memory, and small matrices, as all of these are, by the
-// launch.
+// Floor, with E bytes an element: P is written, n r E bytes; sparse, 4 n + 4 n / r. Arithmetic, as
+// counted here: 100 for a block of Philox (10 rounds of two wide products and four exclusive ors,
+// and the keys), 12 for a pair of normals by Box and Muller (logarithm, root, sine, cosine and what
+// is between): none of it for tensor cores. At best 31 operations a normal and 0.8 a sign, for 2
+// bytes: normals are limited by arithmetic, signs by memory, and small matrices, as all of these
+// are, by the launch.
 
 #include "common.cuh"
 
@@ -14,7 +16,8 @@
 #include <curand.h>
 #endif
 
-// 1: a generator of its own for each element: a thread computes a block of Philox, 4 words, and keeps one normal of it.
+// 1: a generator of its own for each element: a thread computes a block of Philox, 4 words, and
+// keeps one normal of it.
 __global__ void gaussian1(floatX* p, int64_t count, float scale, uint64_t seed, uint64_t stream) {
     int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= count) return;
@@ -24,7 +27,8 @@ __global__ void gaussian1(floatX* p, int64_t count, float scale, uint64_t seed, 
     store(p + i, scale * (i % 2 ? x.y : x.x));
 }
 
-// 3: two blocks of Philox a thread: 8 normals, 16 bytes a store in bf16, and the generator's start is paid once.
+// 3: two blocks of Philox a thread: 8 normals, 16 bytes a store in bf16, and the generator's start
+// is paid once.
 __global__ void gaussian3(floatX* p, int64_t count, float scale, uint64_t seed, uint64_t stream) {
     int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
     if (i >= count) return;
@@ -53,9 +57,10 @@ __global__ void rademacher5(floatX* p, int64_t count, float scale, uint64_t seed
     if (i < count) store_signs(p + i, random_signs(seed, stream, i), scale);
 }
 
-// 6: a thread a block of Philox, which the 64 threads share: each word is computed once, not by 16 threads. Signs 8i to 8i + 7
-// are byte i of the words.
-__global__ void __launch_bounds__(64) rademacher6(floatX* p, int64_t count, float scale, uint64_t seed, uint64_t stream) {
+// 6: a thread a block of Philox, which the 64 threads share: each word is computed once, not by 16
+// threads. Signs 8i to 8i + 7 are byte i of the words.
+__global__ void __launch_bounds__(64)
+    rademacher6(floatX* p, int64_t count, float scale, uint64_t seed, uint64_t stream) {
     __shared__ uint4 words[64];
     int64_t first = blockIdx.x * int64_t(64 * 128);
     words[threadIdx.x] = philox_block(seed, stream, first / 128 + threadIdx.x);
@@ -65,11 +70,13 @@ __global__ void __launch_bounds__(64) rademacher6(floatX* p, int64_t count, floa
 }
 
 #ifndef __NOGPU__
-// 8: cuRAND's own kernels, from the host: fp32 to memory, then the rounding. Another order of the numbers than ours.
+// 8: cuRAND's own kernels, from the host: fp32 to memory, then the rounding. Another order of the
+// numbers than ours.
 static void host_api8(floatX* p, float* wide, int64_t count, float scale) {
     static curandGenerator_t generator;
     auto check = [](curandStatus_t status) {
-        if (status != CURAND_STATUS_SUCCESS) fail(text("cuRAND failed with status %d", int(status)));
+        if (status != CURAND_STATUS_SUCCESS)
+            fail(text("cuRAND failed with status %d", int(status)));
     };
     if (!generator) check(curandCreateGenerator(&generator, CURAND_RNG_PSEUDO_PHILOX4_32_10));
     check(curandSetPseudoRandomGeneratorSeed(generator, 1));
@@ -97,15 +104,18 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
     auto drawn = [=](Floats& out, std::vector<int>& shifts, int projection) {
         cpu::draw_projection(out.data(), shifts.data(), {1, n, r}, projection, seed, stream);
     };
-    // Mean, variance and fourth moment (3 for normals) of P sqrt(r) within 5 standard errors: of a normal's first moments.
+    // Mean, variance and fourth moment (3 for normals) of P sqrt(r) within 5 standard errors: of a
+    // normal's first moments.
     auto check_moments = [=] {
         double sums[3] = {};
-        for (double x : fetch(p, count)) x /= scale, sums[0] += x, sums[1] += x * x, sums[2] += x * x * x * x;
+        for (double x : fetch(p, count))
+            x /= scale, sums[0] += x, sums[1] += x * x, sums[2] += x * x * x * x;
         expect_number("mean", sums[0] / count, 0, 5 * sqrt(1.0 / count));
         expect_number("variance", sums[1] / count, 1, 5 * sqrt(2.0 / count));
         expect_number("fourth moment", sums[2] / count, 3, 5 * sqrt(96.0 / count));
     };
-    // cuRAND takes a GPU's fast sine and cosine, whose error is 2^-20 or so, times a length of at most 6.7: 1e-5 is enough.
+    // cuRAND takes a GPU's fast sine and cosine, whose error is 2^-20 or so, times a length of at
+    // most 6.7: 1e-5 is enough.
     auto check_normals = [=] {
         Floats want(count);
         std::vector<int> none;
@@ -126,25 +136,35 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
         expect("sign", sign, want, 0, 0);
         expect("shift", shift, Floats(shifts.begin(), shifts.end()), 0, 0);
     };
-    auto trainers = [=](int projection) { draw_projection(p, sign, shift, linear, projection, seed, stream); };
+    auto trainers = [=](int projection) {
+        draw_projection(p, sign, shift, linear, projection, seed, stream);
+    };
 
     double philox = 100, pair = 12, written = double(count) * sizeof(floatX);
-    Work normals = {written, count * (philox / 4 + pair / 2)}, one_each = {written, count * (philox + pair)};
+    Work normals = {written, count * (philox / 4 + pair / 2)},
+         one_each = {written, count * (philox + pair)};
     Work signs = {written, count * (philox / 128)}, eight_each = {written, count * (philox / 8)};
     Work sparse = {4.0 * n + 4.0 * stripes, (n + stripes) * philox},
          sparse_floor = {sparse.bytes, (n / 128.0 + stripes) * philox};
     std::vector<Variant> list = {
         {"gaussian: a thread a normal", one_each, normals,
-         [=] { gaussian1<<<blocks_for(count, 256), 256>>>(p, count, scale, seed, stream); }, check_normals},
-        {"gaussian: the trainer's, 4 normals a thread", normals, normals, [=] { trainers(GAUSSIAN); }, check_normals},
+         [=] { gaussian1<<<blocks_for(count, 256), 256>>>(p, count, scale, seed, stream); },
+         check_normals},
+        {"gaussian: the trainer's, 4 normals a thread", normals, normals,
+         [=] { trainers(GAUSSIAN); }, check_normals},
         {"gaussian: 8 normals a thread, 16 bytes a store", normals, normals,
-         [=] { gaussian3<<<blocks_for(count, 256 * 8), 256>>>(p, count, scale, seed, stream); }, check_normals},
-        {"rademacher: the trainer's, 8 signs a thread", eight_each, signs, [=] { trainers(RADEMACHER); }, check_signs},
+         [=] { gaussian3<<<blocks_for(count, 256 * 8), 256>>>(p, count, scale, seed, stream); },
+         check_normals},
+        {"rademacher: the trainer's, 8 signs a thread", eight_each, signs,
+         [=] { trainers(RADEMACHER); }, check_signs},
         {"rademacher: as 4, 16 bytes a store", eight_each, signs,
-         [=] { rademacher5<<<blocks_for(count, 256 * 8), 256>>>(p, count, scale, seed, stream); }, check_signs},
+         [=] { rademacher5<<<blocks_for(count, 256 * 8), 256>>>(p, count, scale, seed, stream); },
+         check_signs},
         {"rademacher: 128 signs a thread, by shared memory", signs, signs,
-         [=] { rademacher6<<<blocks_for(count, 64 * 128), 64>>>(p, count, scale, seed, stream); }, check_signs},
-        {"sparse: the trainer's, a thread a sign", sparse, sparse_floor, [=] { trainers(SPARSE); }, check_sparse},
+         [=] { rademacher6<<<blocks_for(count, 64 * 128), 64>>>(p, count, scale, seed, stream); },
+         check_signs},
+        {"sparse: the trainer's, a thread a sign", sparse, sparse_floor, [=] { trainers(SPARSE); },
+         check_sparse},
     };
 #ifndef __NOGPU__
     float* wide = IS_BF16 ? a.room<float>(count) : (float*)p;
@@ -156,5 +176,10 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
 }
 
 int main(int argc, char** argv) {
-    return harness({"projection", {"n", "r"}, {{768, 192}, {1600, 37}, {40, 7}, {8, 1}}, {3072, 768}, variants}, argc, argv);
+    return harness({"projection",
+                    {"n", "r"},
+                    {{768, 192}, {1600, 37}, {40, 7}, {8, 1}},
+                    {3072, 768},
+                    variants},
+                   argc, argv);
 }

@@ -1,41 +1,51 @@
-// The optimizer's step of a compressed linear layer: moments M and V move on by the gradient G, all (m, r) in fp32, and give
-// Adam's direction U; the weight W (m, n) becomes (1 - lr wd) W - lr alpha U P^T, P (n, r). With master weights W is their fp32
-// copy, and the bf16 weight its rounding; without, bf16 alone, rounded at random. In fp32 both are one array.
+// The optimizer's step of a compressed linear layer: moments M and V move on by the gradient G, all
+// (m, r) in fp32, and give Adam's direction U; the weight W (m, n) becomes (1 - lr wd) W - lr alpha
+// U P^T, P (n, r). With master weights W is their fp32 copy, and the bf16 weight its rounding;
+// without, bf16 alone, rounded at random. In fp32 both are one array.
 //
-// Floor: G, M and V read, M and V written, 20 m r bytes; for each weight 10 bytes in bf16 with master weights (fp32 read and
-// written, bf16 written), 4 without; in fp32 8. Arithmetic: 2 m n r operations with a dense P, at r = 192 an eighth of these
-// bytes' time on tensor cores, twice it without; 2 m n with the sparse one. P is drawn once. Beyond this the trainer's dense
-// way reads the master weights twice, since cuBLAS ends at its sum; without them U P^T goes through memory in fp32, 8 bytes a
-// weight. U and P are small: where blocks read them again they are counted once, for any L2 holds them, as they are for cuBLAS.
+// Floor: G, M and V read, M and V written, 20 m r bytes; for each weight 10 bytes in bf16 with
+// master weights (fp32 read and written, bf16 written), 4 without; in fp32 8. Arithmetic: 2 m n r
+// operations with a dense P, at r = 192 an eighth of these bytes' time on tensor cores, twice it
+// without; 2 m n with the sparse one. P is drawn once. Beyond this the trainer's dense way reads
+// the master weights twice, since cuBLAS ends at its sum; without them U P^T goes through memory in
+// fp32, 8 bytes a weight. U and P are small: where blocks read them again they are counted once,
+// for any L2 holds them, as they are for cuBLAS.
 
 #include "common.cuh"
 #include "tiles.cuh"
 
 // 1: a thread four weights; it reads a row of U, which its neighbours read too, and four of P.
-__global__ void lift1(Weights to, const floatX* u, const floatX* p, int m, int n, int r, float keep, float step) {
+__global__ void lift1(Weights to, const floatX* u, const floatX* p, int m, int n, int r, float keep,
+                      float step) {
     size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
     if (i >= size_t(m) * n) return;
     const floatX *row = u + i / n * r, *column = p + i % n * r;
     float sum[QUAD] = {};
     for (int j = 0; j < r; j++) {
-        for (int e = 0; e < QUAD; e++) sum[e] += to_float(row[j]) * to_float(column[size_t(e) * r + j]);
+        for (int e = 0; e < QUAD; e++)
+            sum[e] += to_float(row[j]) * to_float(column[size_t(e) * r + j]);
     }
     move_weights(to, i, {sum[0], sum[1], sum[2], sum[3]}, keep, step);
 }
 
-// 3: the product by tiles of 64 x 64 of W, from 32 columns of U and P at a time in shared memory, and the weights moved from
-// the registers where the sums are, 4 x 4 a thread. 4: p null, P drawn, by each block anew: m / 64 times in all. grid (ceil(n /
-// 64), ceil(m / 64)), block (16, 16)
+// 3: the product by tiles of 64 x 64 of W, from 32 columns of U and P at a time in shared memory,
+// and the weights moved from the registers where the sums are, 4 x 4 a thread. 4: p null, P drawn,
+// by each block anew: m / 64 times in all. grid (ceil(n / 64), ceil(m / 64)), block (16, 16)
 __global__ void __launch_bounds__(256)
     lift3(Weights to, const floatX* u, const floatX* p, Draw draw, int m, float keep, float step) {
-    __shared__ __align__(16) float us[32][68], ps[32][68];  // transposed: column j of U and P is a row
-    int n = draw.n, r = draw.r, k0 = blockIdx.x * 64, o0 = blockIdx.y * 64, own = threadIdx.y * 16 + threadIdx.x;
+    // transposed: column j of U and P is a row
+    __shared__ __align__(16) float us[32][68], ps[32][68];
+    int n = draw.n, r = draw.r, k0 = blockIdx.x * 64, o0 = blockIdx.y * 64,
+        own = threadIdx.y * 16 + threadIdx.x;
     float4 sum[4] = {};
     for (int j0 = 0; j0 < r; j0 += 32) {
         for (int i = own; i < 64 * 32; i += 256) {
             int row = i / 32, j = i % 32;
-            us[j][row] = o0 + row < m && j0 + j < r ? to_float(u[size_t(o0 + row) * r + j0 + j]) : 0;
-            if (p) ps[j][row] = k0 + row < n && j0 + j < r ? to_float(p[size_t(k0 + row) * r + j0 + j]) : 0;
+            us[j][row] =
+                o0 + row < m && j0 + j < r ? to_float(u[size_t(o0 + row) * r + j0 + j]) : 0;
+            if (p)
+                ps[j][row] =
+                    k0 + row < n && j0 + j < r ? to_float(p[size_t(k0 + row) * r + j0 + j]) : 0;
         }
         for (int i = own; i < 64 * 8 && !p; i += 256) {
             int row = i / 8, j = i % 8 * QUAD;
@@ -55,12 +65,14 @@ __global__ void __launch_bounds__(256)
         __syncthreads();
     }
     int o = o0 + threadIdx.y * 4, k = k0 + threadIdx.x * 4;
-    for (int e = 0; e < 4 && o + e < m && k < n; e++) move_weights(to, size_t(o + e) * n + k, sum[e], keep, step);
+    for (int e = 0; e < 4 && o + e < m && k < n; e++)
+        move_weights(to, size_t(o + e) * n + k, sum[e], keep, step);
 }
 
-// 7: the sparse P^T by a thread for four weights: each takes its sign times an element of its row of U.
-__global__ void gather7(Weights to, const floatX* u, const float* sign, const int* shift, int m, int n, int r, float keep,
-                        float step) {
+// 7: the sparse P^T by a thread for four weights: each takes its sign times an element of its row
+// of U.
+__global__ void gather7(Weights to, const floatX* u, const float* sign, const int* shift, int m,
+                        int n, int r, float keep, float step) {
     size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
     if (i >= size_t(m) * n) return;
     float lifted[QUAD];
@@ -72,14 +84,17 @@ __global__ void gather7(Weights to, const floatX* u, const float* sign, const in
 }
 
 #ifndef PRECISION_FP32
-// 10: as 3 on tensor cores, r a multiple of 8: a warp makes 16 x 64 of U P^T; from shared memory each thread then moves weights
-// 16 bytes at a time. 11: p null, P drawn. grid (ceil(n / 64), ceil(m / 64)), block 128
+// 10: as 3 on tensor cores, r a multiple of 8: a warp makes 16 x 64 of U P^T; from shared memory
+// each thread then moves weights 16 bytes at a time. 11: p null, P drawn. grid (ceil(n / 64),
+// ceil(m / 64)), block 128
 __global__ void __launch_bounds__(FLASH_THREADS)
     lift10(Weights to, const floatX* u, const floatX* p, Draw draw, int m, float keep, float step) {
-    __shared__ __align__(128) Tile tiles[4];  // U and P, two of each; in the end the sums, in rows of 68 floats
+    // U and P, two of each; in the end the sums, in rows of 68 floats
+    __shared__ __align__(128) Tile tiles[4];
     Tile *us = tiles, *ps = tiles + 2;
     float* lifted = (float*)tiles;
-    int n = draw.n, r = draw.r, k0 = blockIdx.x * SIDE, o0 = blockIdx.y * SIDE, lane = threadIdx.x % WARP;
+    int n = draw.n, r = draw.r, k0 = blockIdx.x * SIDE, o0 = blockIdx.y * SIDE,
+        lane = threadIdx.x % WARP;
     float sum[8][4] = {};
     for (int j0 = -SIDE, stage = 1; j0 < r; j0 += SIDE, stage ^= 1) {
         int next = j0 + SIDE;
@@ -99,7 +114,8 @@ __global__ void __launch_bounds__(FLASH_THREADS)
         for (int j = 0; j < 4 && j0 >= 0; j++) {
 #pragma unroll
             for (int k = 0; k < 8; k += 2) {
-                ldmatrix_x4(b, chunk_of(ps[stage], 8 * k + lane / 16 * 8 + lane % 8, 2 * j + lane / 8 % 2));
+                ldmatrix_x4(
+                    b, chunk_of(ps[stage], 8 * k + lane / 16 * 8 + lane % 8, 2 * j + lane / 8 % 2));
                 mma_m16n8k16_bf16(sum[k], a[j], b);
                 mma_m16n8k16_bf16(sum[k + 1], a[j], b + 2);
             }
@@ -107,12 +123,15 @@ __global__ void __launch_bounds__(FLASH_THREADS)
         __syncthreads();
     }
     for (int k = 0; k < 8; k++) {
-        for (int i = 0; i < 4; i++) lifted[(threadIdx.x / WARP * 16 + row_of(i)) * 68 + column_of(k, i)] = sum[k][i];
+        for (int i = 0; i < 4; i++)
+            lifted[(threadIdx.x / WARP * 16 + row_of(i)) * 68 + column_of(k, i)] = sum[k][i];
     }
     __syncthreads();
     for (int i = threadIdx.x; i < SIDE * 16; i += FLASH_THREADS) {
         int o = o0 + i / 16, k = k0 + i % 16 * QUAD;
-        if (o < m && k < n) move_weights(to, size_t(o) * n + k, load_quad(lifted + i / 16 * 68 + i % 16 * QUAD), keep, step);
+        if (o < m && k < n)
+            move_weights(to, size_t(o) * n + k, load_quad(lifted + i / 16 * 68 + i % 16 * QUAD),
+                         keep, step);
     }
 }
 #endif
@@ -121,27 +140,32 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
     int m = size[0], n = size[1], r = size[2];
     size_t small = size_t(m) * r, whole = size_t(m) * n;
     floatX *w = a.normals(whole), *u = a.room<floatX>(small), *p = a.room<floatX>(int64_t(n) * r);
-    float *master = IS_BF16 ? a.normals_fp32(whole) : (float*)w, *lifted = a.room<float>(whole), *sign = a.room<float>(n);
-    float *g = a.normals_fp32(small), *mean = a.normals_fp32(small), *norm = a.put(Floats{2.0f, 0.5f});
+    float *master = IS_BF16 ? a.normals_fp32(whole) : (float*)w, *lifted = a.room<float>(whole),
+          *sign = a.room<float>(n);
+    float *g = a.normals_fp32(small), *mean = a.normals_fp32(small),
+          *norm = a.put(Floats{2.0f, 0.5f});
     int* shift = a.room<int>((n + r - 1) / r);
     Floats positive = a.draw(small, 0.3, 0);
     for (float& x : positive) x = fabsf(x) + 0.5f;  // so that U is of size 1
     float* v = a.put(positive);
 
-    // The trainer, with one such layer in it. Steps are large, so that a weight that was not moved shows even in bf16.
+    // The trainer, with one such layer in it. Steps are large, so that a weight that was not moved
+    // shows even in bf16.
     auto model = [=](int projection, int masters) {
         auto s = std::make_shared<Model>();
         s->config.L = 1;
         s->options.projection = projection, s->options.master = masters, s->options.alpha = 0.5;
         s->linear[QKV] = {m, n, r};
-        s->params[QKVW] = w, s->master[QKVW] = masters == MASTER_FP32 || !IS_BF16 ? master : nullptr;
+        s->params[QKVW] = w,
+        s->master[QKVW] = masters == MASTER_FP32 || !IS_BF16 ? master : nullptr;
         s->grads[QKVW] = g, s->m[QKVW] = mean, s->v[QKVW] = v;
         s->u = u, s->p = p, s->lifted = lifted, s->sign = sign, s->shift = shift;
         return s;
     };
     const cpu::Adam adam = {0.1f, 0.9f, 0.95f, 1e-8f, 0.1f, 0.5f, 5.0f, 10.0f};
     const Adam on_device = {0.1f, 0.9f, 0.95f, 1e-8f, 0.1f, norm, 5.0f, 10.0f};
-    const float keep = 1.0f - adam.lr * adam.decay, step = adam.lr * 0.5f, scale = 1.0f / sqrtf(float(r));
+    const float keep = 1.0f - adam.lr * adam.decay, step = adam.lr * 0.5f,
+                scale = 1.0f / sqrtf(float(r));
     const int time = 7;  // the optimizer's step
     auto with = model(GAUSSIAN, MASTER_FP32), without = model(GAUSSIAN, MASTER_NONE);
     auto sparse = model(SPARSE, MASTER_FP32), sparse_without = model(SPARSE, MASTER_NONE);
@@ -151,9 +175,10 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
 
     // One rounding in fp32, or a few where the sum is smaller than its terms.
     const double fp32 = 4.0 / (1 << 24), few = 1e-6;
-    // Weights moved by step times `direction` (m, r) lifted with P (n, r), or signs and shifts: sums of r terms, of size 1.
-    auto check_weights = [=, &a](const Floats& direction, const Floats& projection, const std::vector<int>& shifts,
-                                 bool masters) {
+    // Weights moved by step times `direction` (m, r) lifted with P (n, r), or signs and shifts:
+    // sums of r terms, of size 1.
+    auto check_weights = [=, &a](const Floats& direction, const Floats& projection,
+                                 const std::vector<int>& shifts, bool masters) {
         Floats want = masters ? a.start(master) : a.start(w);
         cpu::lift(want.data(), direction.data(), projection.data(), shifts.data(), {m, n, r},
                   shifts.empty() ? GAUSSIAN : SPARSE, keep, step);
@@ -161,25 +186,28 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
             expect("master", master, want, few, fp32);
             return expect("w", w, want, few);
         }
-        // At random up or down: never as far as the next but one, and to where the CPU's random number says, but for one in
-        // 2^16 for each last place that the sum before is off: 1 % is enough.
+        // At random up or down: never as far as the next but one, and to where the CPU's
+        // random number says, but for one in 2^16 for each last place that the sum before is
+        // off: 1 % is enough.
         expect("w", w, want, few, 1.0 / (1 << 7));
         Floats got = fetch(w, whole);
         cpu::round_stochastically(want.data(), whole, seed, stream_of(STREAM_ROUND, QKVW, time));
         size_t others = 0;
         for (size_t i = 0; i < whole; i++) others += got[i] != want[i];
         double ratio = others / (0.01 * whole + 1);
-        if (ratio > worst.ratio) worst = {ratio, text("%zu of %zu w not where the random number says", others, whole)};
+        if (ratio > worst.ratio)
+            worst = {ratio, text("%zu of %zu w not where the random number says", others, whole)};
     };
     auto check_moments = [=, &a] {  // and U
         Floats direction = a.start(g), means = a.start(mean), squares = a.start(v);
-        for (size_t i = 0; i < small; i++) direction[i] = cpu::adam_direction(adam, direction[i], &means[i], &squares[i]);
+        for (size_t i = 0; i < small; i++)
+            direction[i] = cpu::adam_direction(adam, direction[i], &means[i], &squares[i]);
         expect("m", mean, means, few, fp32);
         expect("v", v, squares, few, fp32);
         return direction;
     };
-    // Dense: U and P as the device has them, so that an element that is rounded to the other neighbour here makes no
-    // difference.
+    // Dense: U and P as the device has them, so that an element that is rounded to the other
+    // neighbour here makes no difference.
     auto check_dense = [=](bool masters) {
         expect("u", u, check_moments(), 1e-5);
         Arrays own(false);
@@ -197,8 +225,12 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
         check_weights(direction, signs, shifts, masters);
     };
 
-    auto directions = [=] { direction_kernel<<<blocks_for(small, 256 * QUAD), 256>>>(u, g, mean, v, small, on_device); };
-    auto drawn = [=](int projection) { draw_projection(p, sign, shift, {m, n, r}, projection, seed, stream); };
+    auto directions = [=] {
+        direction_kernel<<<blocks_for(small, 256 * QUAD), 256>>>(u, g, mean, v, small, on_device);
+    };
+    auto drawn = [=](int projection) {
+        draw_projection(p, sign, shift, {m, n, r}, projection, seed, stream);
+    };
     dim3 tiles(blocks_for(n, 64), blocks_for(m, 64));
     auto tiled = [=](const Weights& weights, const floatX* from) {
         directions();
@@ -208,10 +240,14 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
     std::function<void()> tiled_drawn;
     if (r % QUAD == 0) tiled_drawn = [=] { tiled(to, nullptr); };
 
-    const double E = sizeof(floatX), moments = 20.0 * small, U = E * small, P = E * n * r, W = double(whole);
-    const double moved = (IS_BF16 ? 10 : 8) * W, alone = 2 * E * W, product = 2 * W * r, drawing = 31.0 * n * r;
-    const double adams = 12.0 * small + 3 * W, through = 8 * W;  // through: a product's way by fp32, written and read
-    Work floor = {moments + moved, adams + product + drawing}, floor_alone = {moments + alone, floor.flops};
+    const double E = sizeof(floatX), moments = 20.0 * small, U = E * small, P = E * n * r,
+                 W = double(whole);
+    const double moved = (IS_BF16 ? 10 : 8) * W, alone = 2 * E * W, product = 2 * W * r,
+                 drawing = 31.0 * n * r;
+    // through: a product's way by fp32, written and read
+    const double adams = 12.0 * small + 3 * W, through = 8 * W;
+    Work floor = {moments + moved, adams + product + drawing},
+         floor_alone = {moments + alone, floor.flops};
     Work sparse_floor = {moments + moved, adams + W}, sparse_alone = {moments + alone, adams + W};
     const double redrawn = floor.flops + (tiles.y - 1) * drawing;
     std::vector<Variant> list = {
@@ -234,7 +270,11 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
          floor,
          [=] { tiled(to, p); },
          check_with},
-        {"dense: product and move in one, P drawn", {floor.bytes + 2 * U, redrawn}, floor, tiled_drawn, check_with},
+        {"dense: product and move in one, P drawn",
+         {floor.bytes + 2 * U, redrawn},
+         floor,
+         tiled_drawn,
+         check_with},
         {"dense, no master weights: the trainer's, cuBLAS, then the move",
          {floor_alone.bytes + 2 * U + 2 * P + through, floor.flops},
          floor_alone,
@@ -251,13 +291,16 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
          [=] {
              directions();
              drawn(SPARSE);
-             gather7<<<blocks_for(whole, 256 * QUAD), 256>>>(to, u, sign, shift, m, n, r, keep, step);
+             gather7<<<blocks_for(whole, 256 * QUAD), 256>>>(to, u, sign, shift, m, n, r, keep,
+                                                             step);
          },
          [=] { check_sparse(true, true); }},
         {"sparse: the trainer's, U in shared memory", sparse_floor, sparse_floor,
-         [=] { linear_update(*sparse, QKV, 0, on_device, time, nullptr); }, [=] { check_sparse(true, false); }},
+         [=] { linear_update(*sparse, QKV, 0, on_device, time, nullptr); },
+         [=] { check_sparse(true, false); }},
         {"sparse, no master weights: the trainer's", sparse_alone, sparse_alone,
-         [=] { linear_update(*sparse_without, QKV, 0, on_device, time, nullptr); }, [=] { check_sparse(false, false); }},
+         [=] { linear_update(*sparse_without, QKV, 0, on_device, time, nullptr); },
+         [=] { check_sparse(false, false); }},
     };
 #ifndef PRECISION_FP32
     auto on_tensor_cores = [=](const Weights& weights, const floatX* from) {
@@ -271,8 +314,13 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
         made = [=] { on_tensor_cores(to, nullptr); };
         read_alone = [=] { on_tensor_cores(to_alone, p); };
     }
-    list.push_back({"dense: as 3 on tensor cores", {floor.bytes + 2 * U + 2 * P, floor.flops}, floor, read, check_with});
-    list.push_back({"dense: as 4 on tensor cores", {floor.bytes + 2 * U, redrawn}, floor, made, check_with});
+    list.push_back({"dense: as 3 on tensor cores",
+                    {floor.bytes + 2 * U + 2 * P, floor.flops},
+                    floor,
+                    read,
+                    check_with});
+    list.push_back(
+        {"dense: as 4 on tensor cores", {floor.bytes + 2 * U, redrawn}, floor, made, check_with});
     list.push_back({"dense, no master weights: as 10",
                     {floor_alone.bytes + 2 * U + 2 * P, floor.flops},
                     floor_alone,
@@ -283,10 +331,11 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
 }
 
 int main(int argc, char** argv) {
-    return harness({"update",
-                    {"m", "n", "r"},
-                    {{8, 768, 192}, {24, 1600, 333}, {72, 136, 100}, {16, 40, 7}, {8, 8, 1}, {136, 64, 8}},
-                    {3072, 768, 192},
-                    variants},
-                   argc, argv);
+    return harness(
+        {"update",
+         {"m", "n", "r"},
+         {{8, 768, 192}, {24, 1600, 333}, {72, 136, 100}, {16, 40, 7}, {8, 8, 1}, {136, 64, 8}},
+         {3072, 768, 192},
+         variants},
+        argc, argv);
 }
