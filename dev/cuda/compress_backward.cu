@@ -1,31 +1,37 @@
-// The compressed gradient of a linear layer: G = dy^T z + beta G, dy (N, m), z (N, r), G (m, r) in fp32; and the bias gradient
-// db (m) += sum over tokens of dy. The sum runs over all N tokens, tens of thousands, while G is small: r is n/4 or n/8, so
-// there are few tiles of G, fewer than multiprocessors, and the tokens must be split among blocks too (split-K).
+// The compressed gradient of a linear layer: G = dy^T z + beta G, dy (N, m), z (N, r), G (m, r) in
+// fp32; and the bias gradient db (m) += sum over tokens of dy. The sum runs over all N tokens, tens
+// of thousands, while G is small: r is n/4 or n/8, so there are few tiles of G, fewer than
+// multiprocessors, and the tokens must be split among blocks too (split-K).
 //
-// Floor, with E bytes an element: dy and z read, (N m + N r) E bytes, G written, and read where it is added to, 8 m r; 2 N m r
-// operations, in bf16 r for each byte of dy: at r = 192 products take nearly as long as the memory. db is in these bytes too,
-// if dy's columns are summed when they are read for the product: by itself it reads dy again, N m E. z is small beside dy:
-// where blocks read it again it is counted once.
+// Floor, with E bytes an element: dy and z read, (N m + N r) E bytes, G written, and read where it
+// is added to, 8 m r; 2 N m r operations, in bf16 r for each byte of dy: at r = 192 products take
+// nearly as long as the memory. db is in these bytes too, if dy's columns are summed when they are
+// read for the product: by itself it reads dy again, N m E. z is small beside dy: where blocks read
+// it again it is counted once.
 
 #include "common.cuh"
 #include "tiles.cuh"
 
-// 1: a thread an element of G; it walks all tokens. Neighbours read neighbours in z, and one element of dy.
-__global__ void product1(float* g, const floatX* dy, const floatX* z, float beta, int N, int m, int r) {
+// 1: a thread an element of G; it walks all tokens. Neighbours read neighbours in z, and one
+// element of dy.
+__global__ void product1(float* g, const floatX* dy, const floatX* z, float beta, int N, int m,
+                         int r) {
     int j = blockIdx.x * 32 + threadIdx.x, o = blockIdx.y * 8 + threadIdx.y;
     if (o >= m || j >= r) return;
     float sum = 0;
-    for (int i = 0; i < N; i++) sum += to_float(dy[size_t(i) * m + o]) * to_float(z[size_t(i) * r + j]);
+    for (int i = 0; i < N; i++)
+        sum += to_float(dy[size_t(i) * m + o]) * to_float(z[size_t(i) * r + j]);
     size_t at = size_t(o) * r + j;
     g[at] = sum + (beta == 0 ? 0 : beta * g[at]);
 }
 
 enum { SQUARE = 32 };  // a tile's side, in 2 and 3
 
-// 2: a block of 32 x 8 threads makes a tile of 32 x 32 of G, from 32 tokens at a time in shared memory: dy is read r / 32
-// times, z m / 32 times. 3: the same over a slab of tokens for each blockIdx.z, whose sums go to `partial` (slabs, m, r).
-__global__ void __launch_bounds__(256)
-    product2(float* g, float* partial, const floatX* dy, const floatX* z, float beta, int N, int m, int r) {
+// 2: a block of 32 x 8 threads makes a tile of 32 x 32 of G, from 32 tokens at a time in shared
+// memory: dy is read r / 32 times, z m / 32 times. 3: the same over a slab of tokens for each
+// blockIdx.z, whose sums go to `partial` (slabs, m, r).
+__global__ void __launch_bounds__(256) product2(float* g, float* partial, const floatX* dy,
+                                                const floatX* z, float beta, int N, int m, int r) {
     __shared__ float dys[SQUARE][SQUARE + 1], zs[SQUARE][SQUARE + 1];
     int j0 = blockIdx.x * SQUARE, o0 = blockIdx.y * SQUARE, slab = (N + gridDim.z - 1) / gridDim.z;
     int first = blockIdx.z * slab, last = min(N, first + slab), x = threadIdx.x;
@@ -53,7 +59,8 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// g (count) = beta g + the sum of partial (slabs, count), always in the same order; a thread an element
+// g (count) = beta g + the sum of partial (slabs, count), always in the same order; a thread an
+// element
 __global__ void add_slabs(float* g, const float* partial, float beta, int slabs, size_t count) {
     size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= count) return;
@@ -63,14 +70,17 @@ __global__ void add_slabs(float* g, const float* partial, float beta, int slabs,
 }
 
 #ifndef PRECISION_FP32
-// 8: tensor cores, a block a tile of 64 x 64 of G over a slab of tokens, m and r multiples of 8. A token is a row of both tiles
-// in shared memory, so ldmatrix turns them both. grid (ceil(r / 64), ceil(m / 64), slabs), block 128, a warp 16 rows of G. 9:
-// db on the way, from the blocks of the first columns: one more product, with a z of ones that no memory holds.
+// 8: tensor cores, a block a tile of 64 x 64 of G over a slab of tokens, m and r multiples of 8. A
+// token is a row of both tiles in shared memory, so ldmatrix turns them both. grid (ceil(r / 64),
+// ceil(m / 64), slabs), block 128, a warp 16 rows of G. 9: db on the way, from the blocks of the
+// first columns: one more product, with a z of ones that no memory holds.
 __global__ void __launch_bounds__(FLASH_THREADS)
-    product8(float* partial, float* partial_db, const floatX* dy, const floatX* z, int N, int m, int r) {
+    product8(float* partial, float* partial_db, const floatX* dy, const floatX* z, int N, int m,
+             int r) {
     __shared__ __align__(128) Tile tiles[2][2];
     int j0 = blockIdx.x * SIDE, o0 = blockIdx.y * SIDE, slab = (N + gridDim.z - 1) / gridDim.z;
-    int first = blockIdx.z * slab, last = min(N, first + slab), lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16;
+    int first = blockIdx.z * slab, last = min(N, first + slab), lane = threadIdx.x % WARP,
+        own = threadIdx.x / WARP * 16;
     bool with_db = partial_db && blockIdx.x == 0;
     float sum[8][4] = {}, db[4] = {};
     const uint32_t ones[2] = {0x3F803F80, 0x3F803F80};
@@ -88,7 +98,8 @@ __global__ void __launch_bounds__(FLASH_THREADS)
 #pragma unroll
         for (int k = 0; k < SIDE; k += 16) {
             uint32_t a[4], b[4];
-            ldmatrix_x4_trans(a, chunk_of(tiles[stage][0], k + lane / 16 * 8 + lane % 8, own / 8 + lane / 8 % 2));
+            ldmatrix_x4_trans(
+                a, chunk_of(tiles[stage][0], k + lane / 16 * 8 + lane % 8, own / 8 + lane / 8 % 2));
 #pragma unroll
             for (int j = 0; j < 8; j += 2) {
                 ldmatrix_x4_trans(b, chunk_of(tiles[stage][1], k + lane % 16, j + lane / 16));
@@ -103,7 +114,8 @@ __global__ void __launch_bounds__(FLASH_THREADS)
         int o = o0 + own + row_of(i);
         if (o >= m) continue;
         float* to = partial + (size_t(blockIdx.z) * m + o) * r + j0;
-        for (int j = 0; j < 8 && j0 + 8 * j < r; j++) *(float2*)(to + column_of(j, 0)) = {sum[j][i], sum[j][i + 1]};
+        for (int j = 0; j < 8 && j0 + 8 * j < r; j++)
+            *(float2*)(to + column_of(j, 0)) = {sum[j][i], sum[j][i + 1]};
         if (with_db && lane % 4 == 0) partial_db[size_t(blockIdx.z) * m + o] = db[i];
     }
 }
@@ -115,7 +127,8 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
     float beta = float(size[3]);
     size_t count = size_t(m) * r;
     floatX *dy = a.normals(int64_t(N) * m), *z = a.normals(int64_t(N) * r);
-    float *g = a.normals_fp32(count, 10), *db = a.normals_fp32(m, 10), *sums = a.room<float>(int64_t(SLABS) * m);
+    float *g = a.normals_fp32(count, 10), *db = a.normals_fp32(m, 10),
+          *sums = a.room<float>(int64_t(SLABS) * m);
     float* partial = a.room<float>(TIMES * count);
 
     // For 7: rows of r numbers, one number more, and zeros up to the next 16 bytes.
@@ -132,11 +145,13 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
     floatX* z1 = a.put(std::vector<floatX>(z_ones.begin(), z_ones.end()));
     float* gb = a.put(g_db);
 
-    // Sums of N products in another order, of size sqrt(N): their rounding grows like N 2^-24. No result is rounded to floatX.
+    // Sums of N products in another order, of size sqrt(N): their rounding grows like N 2^-24. No
+    // result is rounded to floatX.
     double bound = 1e-6 * N + 1e-5, fp32 = 4.0 / (1 << 24);
     auto wanted = [=, &a] {
         Floats want = a.start(g);
-        cpu::matmul(want.data(), a.start(dy).data(), true, a.start(z).data(), false, m, r, N, 1, beta);
+        cpu::matmul(want.data(), a.start(dy).data(), true, a.start(z).data(), false, m, r, N, 1,
+                    beta);
         return want;
     };
     auto wanted_db = [=, &a](float times) {
@@ -160,14 +175,16 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
     if (slab * TIMES == N) {
         batched = [=] {
             const float one = 1, zero = 0;
-            CUDA(cublasGemmStridedBatchedEx(cublas, CUBLAS_OP_N, CUBLAS_OP_T, r, m, slab, &one, z, CUDA_X, r, int64_t(slab) * r,
-                                            dy, CUDA_X, m, int64_t(slab) * m, &zero, partial, CUDA_R_32F, r, count, TIMES,
-                                            CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+            CUDA(cublasGemmStridedBatchedEx(cublas, CUBLAS_OP_N, CUBLAS_OP_T, r, m, slab, &one, z,
+                                            CUDA_X, r, int64_t(slab) * r, dy, CUDA_X, m,
+                                            int64_t(slab) * m, &zero, partial, CUDA_R_32F, r, count,
+                                            TIMES, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
             add();
         };
     }
 
-    const double E = sizeof(floatX), D = E * N * m, Z = E * N * r, G = 4.0 * count, slabs = 2 * TIMES * G;
+    const double E = sizeof(floatX), D = E * N * m, Z = E * N * r, G = 4.0 * count,
+                 slabs = 2 * TIMES * G;
     const double result = beta == 0 ? G : 2 * G, flops = 2.0 * N * count, more = double(N) * m;
     Work floor = {D + Z + result, flops}, floor_db = {floor.bytes + 8 * m, flops + more};
     Work tiled = {grid.x * D + Z + result, flops};
@@ -175,10 +192,13 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
         {"a thread an element of G",
          {D * r / 32 + Z + result, flops},
          floor,
-         [=] { product1<<<dim3(blocks_for(r, 32), blocks_for(m, 8)), dim3(32, 8)>>>(g, dy, z, beta, N, m, r); },
+         [=] {
+             product1<<<dim3(blocks_for(r, 32), blocks_for(m, 8)), dim3(32, 8)>>>(g, dy, z, beta, N,
+                                                                                  m, r);
+         },
          check_g},
-        {"tiles in shared memory", tiled, floor, [=] { product2<<<grid, threads>>>(g, nullptr, dy, z, beta, N, m, r); },
-         check_g},
+        {"tiles in shared memory", tiled, floor,
+         [=] { product2<<<grid, threads>>>(g, nullptr, dy, z, beta, N, m, r); }, check_g},
         {"as 2, the tokens split in 8, then a sum",
          {tiled.bytes + slabs, flops},
          floor,
@@ -188,8 +208,13 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
          },
          check_g},
         {"cuBLAS: the trainer's", floor, floor, trainers, check_g},
-        {"cuBLAS for each of 8 slabs of tokens, then a sum", {floor.bytes + slabs, flops}, floor, batched, check_g},
-        {"with db, by two kernels after 4: the trainer's for qkv, whose dy comes from a kernel that has no sums",
+        {"cuBLAS for each of 8 slabs of tokens, then a sum",
+         {floor.bytes + slabs, flops},
+         floor,
+         batched,
+         check_g},
+        {"with db, by two kernels after 4: the trainer's for qkv, whose dy comes from a kernel "
+         "that has no sums",
          {floor_db.bytes + D + 8.0 * SLABS * m, floor_db.flops},
          floor_db,
          [=] {
@@ -197,7 +222,8 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
              sum_columns(db, sums, dy, N, m);
          },
          check_both},
-        // Not the trainer's yet: dy is read once. z takes 16 bytes a token more, and G's rows are no longer tight.
+        // Not the trainer's yet: dy is read once. z takes 16 bytes a token more, and G's rows are
+        // no longer tight.
         {"with db, one product: z with a column of ones",
          {D + (Z + result) * wide / r, flops * wide / r},
          floor_db,
@@ -233,7 +259,12 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
 int main(int argc, char** argv) {
     return harness({"compress_backward",
                     {"N", "m", "r", "accumulate"},
-                    {{1, 768, 24, 0}, {37, 72, 100, 1}, {200, 1600, 8, 0}, {256, 136, 72, 1}, {531, 40, 7, 0}, {3, 8, 1, 1}},
+                    {{1, 768, 24, 0},
+                     {37, 72, 100, 1},
+                     {200, 1600, 8, 0},
+                     {256, 136, 72, 1},
+                     {531, 40, 7, 0},
+                     {3, 8, 1, 1}},
                     {16384, 2304, 192, 1},
                     variants},
                    argc, argv);
