@@ -486,17 +486,22 @@ static void matmul_bias(floatX* y, const floatX* x, const floatX* w, const float
 
 enum { SLABS = 64, SUM_ROWS = 32, SUM_PACKS = 8, PARTS = 16 };
 
-// For a block (8, 32) in a grid (ceil(m / (8 packs)), SLABS), which takes 8 packs of columns of a slab of rows: the sums of its
-// threads, each over every 32nd row, to partial (SLABS, m).
-__device__ inline void store_column_sums(float* partial, const float sum[PACK], int m) {
+// A block (8, 32) takes 8 packs of columns, each thread every 32nd row: column `own` of the block, and the sum of all in it.
+__device__ inline int own_column() { return threadIdx.y * SUM_PACKS + threadIdx.x; }
+__device__ inline float column_sum(const float sum[PACK]) {
     __shared__ float sums[SUM_ROWS][SUM_PACKS * PACK + 1];
     for (int k = 0; k < PACK; k++) sums[threadIdx.y][threadIdx.x * PACK + k] = sum[k];
     __syncthreads();
-    int own = threadIdx.y * SUM_PACKS + threadIdx.x, to = blockIdx.x * SUM_PACKS * PACK + own;
-    if (own >= SUM_PACKS * PACK || to >= m) return;
     float total = 0;
-    for (int i = 0; i < SUM_ROWS; i++) total += sums[i][own];
-    partial[size_t(blockIdx.y) * m + to] = total;
+    for (int i = 0; i < SUM_ROWS && own_column() < SUM_PACKS * PACK; i++) total += sums[i][own_column()];
+    return total;
+}
+
+// In a grid (ceil(m / (8 packs)), SLABS), of a slab of rows: to partial (SLABS, m).
+__device__ inline void store_column_sums(float* partial, const float sum[PACK], int m) {
+    float total = column_sum(sum);
+    int to = blockIdx.x * SUM_PACKS * PACK + own_column();
+    if (own_column() < SUM_PACKS * PACK && to < m) partial[size_t(blockIdx.y) * m + to] = total;
 }
 
 // Grid and block as above. Reads dy (N, m) once.
@@ -1264,18 +1269,19 @@ __global__ void embedding_forward_kernel(floatX* x, const int* tokens, const flo
     }
 }
 
-// A block a word that occurs: its tokens are order[starts[w]] to order[starts[w + 1] - 1], so no two blocks add to one row.
-__global__ void word_backward_kernel(float* dwte, const floatX* dx, const int* order, const int* starts, const int* words,
-                                     int C) {
-    int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
-    for (int j = threadIdx.x * PACK; j < C; j += blockDim.x * PACK) {
-        float sum[PACK] = {};
-        for (int i = first; i < last; i++) {
-            Pack p = load_pack(dx + size_t(order[i]) * C + j);
-            for (int k = 0; k < PACK; k++) sum[k] += to_float(p.x[k]);
-        }
-        for (int k = 0; k < PACK; k++) dwte[size_t(words[blockIdx.x]) * C + j + k] += sum[k];
+// A block (8, 32) for 8 packs of columns of a word that occurs: its tokens are order[starts[w]] to order[starts[w + 1] - 1], so
+// no two blocks add to one place. 32 tokens at a time, since a word may be a sixth of all. Grid (words, ceil(C / (8 packs))).
+__global__ void __launch_bounds__(SUM_ROWS* SUM_PACKS)
+    word_backward_kernel(float* dwte, const floatX* dx, const int* order, const int* starts, const int* words, int C) {
+    int last = starts[blockIdx.x + 1], column = (blockIdx.y * SUM_PACKS + threadIdx.x) * PACK;
+    float sum[PACK] = {};
+    for (int i = starts[blockIdx.x] + threadIdx.y; i < last && column < C; i += SUM_ROWS) {
+        Pack p = load_pack(dx + size_t(order[i]) * C + column);
+        for (int k = 0; k < PACK; k++) sum[k] += to_float(p.x[k]);
     }
+    float total = column_sum(sum);
+    int to = blockIdx.y * SUM_PACKS * PACK + own_column();
+    if (own_column() < SUM_PACKS * PACK && to < C) dwte[size_t(words[blockIdx.x]) * C + to] += total;
 }
 
 // A block a position.
@@ -2293,7 +2299,8 @@ static void embedding_backward(Model& s, int B, int T) {
     CUDA(cudaMemcpyAsync(s.word_order, order, N * sizeof(int), cudaMemcpyHostToDevice));
     CUDA(cudaMemcpyAsync(s.word_starts, starts, (count + 1) * sizeof(int), cudaMemcpyHostToDevice));
     CUDA(cudaMemcpyAsync(s.words, words, count * sizeof(int), cudaMemcpyHostToDevice));
-    word_backward_kernel<<<count, 256>>>(s.grads[WTE], s.dresidual, s.word_order, s.word_starts, s.words, C);
+    word_backward_kernel<<<dim3(count, blocks_for(C, SUM_PACKS * PACK)), dim3(SUM_PACKS, SUM_ROWS)>>>(
+        s.grads[WTE], s.dresidual, s.word_order, s.word_starts, s.words, C);
     LAUNCHED();
     position_backward_kernel<<<T, 256>>>(s.grads[WPE], s.dresidual, B, T, C);
     LAUNCHED();
