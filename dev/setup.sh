@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Brings what the tests need and the machine lacks, and says what; where all is there it does nothing. `make check` and `make test` call it.
-# The system's packages are installed by apt-get, as root or by a sudo that asks no password; else one line says how. Python's go to build/venv.
+# Brings what the tests need and the machine lacks, and says what; where all is there it does
+# nothing. `make check` and `make test` call it. The system's packages are installed by apt-get, as
+# root or by a sudo that asks no password; else one line says how. Python's go to build/venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} cxx=${CXX:-c++} venv=build/venv system=$(uname)
@@ -10,7 +11,9 @@ mkdir -p build
 quietly() { "$@" > /dev/null 2>&1; }
 say() { echo "setup: $*"; }
 stop() { say "$*"; exit 2; }
-has_torch() { "$1" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))'; }
+has_torch() {
+  "$1" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))'
+}
 
 # ---- the system's packages, by Debian's names; each is looked for by what it is for
 
@@ -19,7 +22,8 @@ as_root=(env DEBIAN_FRONTEND=noninteractive)
 apt=
 if quietly command -v apt-get && quietly "${as_root[@]}" true; then
   apt=yes
-  quietly has_torch "$python" || python=/usr/bin/python3  # which has Debian's PyTorch: PyPI's is a hundred times as large
+  # which has Debian's PyTorch: pip's is a hundred times as large
+  quietly has_torch "$python" || python=/usr/bin/python3
 fi
 
 need() {
@@ -43,7 +47,8 @@ if [ ${#missing[@]} != 0 ] && [ "$apt" ]; then
   say "installing ${missing[*]} (apt-get)"
   quietly "${as_root[@]}" apt-get update || say "apt-get update failed"
   install=("${as_root[@]}" apt-get install -q -y --no-install-recommends)
-  if ! quietly "${install[@]}" "${missing[@]}"; then  # one that this system lacks must not keep the others away
+  if ! quietly "${install[@]}" "${missing[@]}"; then
+    # one that this system lacks must not keep the others away
     for package in "${missing[@]}"; do
       said=$("${install[@]}" "$package" 2>&1) || say "$package: $(tail -n 1 <<< "$said")"
     done
@@ -71,12 +76,17 @@ bring() {  # its name for next time, what to say, and pip's arguments
 
 if ! quietly $venv/bin/python -c 'import pip'; then
   rm -rf $venv
-  "$python" -m venv --system-site-packages $venv || stop "'$python -m venv' failed: Python 3.9 or newer with venv is needed"
+  "$python" -m venv --system-site-packages $venv ||
+    stop "'$python -m venv' failed: Python 3.9 or newer with venv is needed"
 fi
-numpy=$($venv/bin/python -c 'from importlib.metadata import version as v; v("torch"); print(v("numpy").split(".")[0])' 2> /dev/null || true)  # PyTorch's own
-bring packages "the packages of dev/test/requirements.txt" -r dev/test/requirements.txt ${numpy:+"numpy==$numpy.*"} || stop "the tests need these packages"
+# where PyTorch is there, the NumPy that it was built for
+numpy=$($venv/bin/python -c 'from importlib.metadata import version
+version("torch"); print(version("numpy").split(".")[0])' 2> /dev/null || true)
+bring packages "the packages of dev/test/requirements.txt" -r dev/test/requirements.txt \
+  ${numpy:+"numpy==$numpy.*"} || stop "the tests need these packages"
 quietly has_torch $venv/bin/python || bring torch "PyTorch (on Linux with CUDA: 5 GB)" torch || true
 if [ -z "$nvcc" ] && [ "$system" = Linux ]; then
-  bring cuda "NVIDIA's compiler and headers (1 GB)" --no-deps 'nvidia-cuda-nvcc==13.*' 'nvidia-nvvm==13.*' 'nvidia-cuda-crt==13.*' \
-    'nvidia-cuda-runtime==13.*' 'nvidia-cuda-cccl==13.*' 'nvidia-cublas==13.*' 'nvidia-curand==10.4.*' || true
+  bring cuda "NVIDIA's compiler and headers (1 GB)" --no-deps 'nvidia-cuda-nvcc==13.*' \
+    'nvidia-nvvm==13.*' 'nvidia-cuda-crt==13.*' 'nvidia-cuda-runtime==13.*' \
+    'nvidia-cuda-cccl==13.*' 'nvidia-cublas==13.*' 'nvidia-curand==10.4.*' || true
 fi

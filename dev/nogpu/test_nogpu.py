@@ -92,8 +92,8 @@ def test_other_device(programs):
 
 # The message that each planted bug must give, and the kernel that it must name.
 FOUND = {
-    "divergent_barrier": (r"divergent barrier: .* at __syncthreads, bugs.cu:(21|23), .* __syncthreads, bugs.cu:(21|23)", "divergent_barrier"),
-    "early_exit": (r"31 threads exited(.|\n)*__syncthreads at bugs.cu:30 is not reached by all threads of the block", "early_exit"),
+    "divergent_barrier": (r"divergent barrier: .* at __syncthreads, bugs.cu:(20|22), .* __syncthreads, bugs.cu:(20|22)", "divergent_barrier"),
+    "early_exit": (r"31 threads exited(.|\n)*__syncthreads at bugs.cu:28 is not reached by all threads of the block", "early_exit"),
     "exited_lane": (r"thread exits while thread \(\d+,0,0\) waits for it in __shfl_xor_sync|__shfl_xor_sync .*: thread \(9,0,0\), in the mask 0xffffffff, has exited",
                     "exited_lane"),
     "shuffle_in_branch": (r"56 threads wait at __syncthreads(.|\n)* 8 threads wait in __shfl_xor_sync", "shuffle_in_branch"),

@@ -1,116 +1,153 @@
-// cublasLt's product with an epilogue that adds a bias, on a CPU: cuBLAS's product, in which the bias joins the sum before it is rounded. What
-// the choice of an algorithm was told, shapes and alignment, must hold for the call. Included by cublasLt.h.
+// cublasLt's product with an epilogue that adds a bias, on a CPU: cuBLAS's product, in which the
+// bias joins the sum before it is rounded. What the choice of an algorithm was told, shapes and
+// alignment, must hold for the call. Included by cublasLt.h.
 #pragma once
 #include <cublas_v2.h>
 
 namespace nogpu {
 
 // What stands in the opaque types.
-struct LtProduct { int32_t compute, ta, tb; uint32_t epilogue; const void* bias; };
-struct LtLayout { int32_t type; int32_t rows, columns, ld; };
-struct LtPreference { uint64_t workspace; uint32_t reduction, alignment[4]; };      // of A, B, C and D
-struct LtChoice { int32_t m, n, k; uint32_t alignment[4]; };
+struct LtProduct {
+    int32_t compute, ta, tb;
+    uint32_t epilogue;
+    const void* bias;
+};
+struct LtLayout {
+    int32_t type;
+    int32_t rows, columns, ld;
+};
+// of A, B, C and D
+struct LtPreference {
+    uint64_t workspace;
+    uint32_t reduction, alignment[4];
+};
+struct LtChoice {
+    int32_t m, n, k;
+    uint32_t alignment[4];
+};
 
-template <class T, class Opaque> T lt_read(const Opaque* from)
-{
+template <class T, class Opaque>
+T lt_read(const Opaque* from) {
     static_assert(sizeof(T) <= sizeof(*from), "no room");
     T x;
     memcpy(&x, from, sizeof(T));
     return x;
 }
-template <class T, class Opaque> cublasStatus_t lt_write(Opaque* to, const T& x)
-{
+template <class T, class Opaque>
+cublasStatus_t lt_write(Opaque* to, const T& x) {
     memcpy(to, &x, sizeof(T));
     return CUBLAS_STATUS_SUCCESS;
 }
-template <class T> cublasStatus_t lt_take(T& to, const void* value, size_t size)
-{
+template <class T>
+cublasStatus_t lt_take(T& to, const void* value, size_t size) {
     if (!value || size != sizeof(T)) return CUBLAS_STATUS_INVALID_VALUE;
     memcpy(&to, value, size);
     return CUBLAS_STATUS_SUCCESS;
 }
-inline LtChoice lt_shapes(const LtProduct& p, const LtLayout& a, const LtLayout& b)
-{
+inline LtChoice lt_shapes(const LtProduct& p, const LtLayout& a, const LtLayout& b) {
     LtChoice shapes = {};
-    shapes.m = p.ta ? a.columns : a.rows, shapes.k = p.ta ? a.rows : a.columns, shapes.n = p.tb ? b.rows : b.columns;
+    shapes.m = p.ta ? a.columns : a.rows, shapes.k = p.ta ? a.rows : a.columns,
+    shapes.n = p.tb ? b.rows : b.columns;
     return shapes;
 }
 
-} // namespace nogpu
+}  // namespace nogpu
 
 extern "C" {
 
-cublasStatus_t cublasLtMatrixLayoutInit_internal(cublasLtMatrixLayout_t layout, size_t, cudaDataType type, uint64_t rows, uint64_t columns, int64_t ld)
-{
-    return nogpu::lt_write(layout, nogpu::LtLayout{type, (int32_t)rows, (int32_t)columns, (int32_t)ld});
+cublasStatus_t cublasLtMatrixLayoutInit_internal(cublasLtMatrixLayout_t layout, size_t,
+                                                 cudaDataType type, uint64_t rows, uint64_t columns,
+                                                 int64_t ld) {
+    return nogpu::lt_write(layout,
+                           nogpu::LtLayout{type, (int32_t)rows, (int32_t)columns, (int32_t)ld});
 }
-cublasStatus_t cublasLtMatmulDescInit_internal(cublasLtMatmulDesc_t product, size_t, cublasComputeType_t compute, cudaDataType_t scale)
-{
+cublasStatus_t cublasLtMatmulDescInit_internal(cublasLtMatmulDesc_t product, size_t,
+                                               cublasComputeType_t compute, cudaDataType_t scale) {
     if (scale != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
-    return nogpu::lt_write(product, nogpu::LtProduct{compute, CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT, nullptr});
+    return nogpu::lt_write(product, nogpu::LtProduct{compute, CUBLAS_OP_N, CUBLAS_OP_N,
+                                                     CUBLASLT_EPILOGUE_DEFAULT, nullptr});
 }
-cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t product, cublasLtMatmulDescAttributes_t what, const void* value, size_t size)
-{
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t product,
+                                              cublasLtMatmulDescAttributes_t what,
+                                              const void* value, size_t size) {
     auto p = nogpu::lt_read<nogpu::LtProduct>(product);
-    cublasStatus_t status = what == CUBLASLT_MATMUL_DESC_TRANSA         ? nogpu::lt_take(p.ta, value, size)
-                            : what == CUBLASLT_MATMUL_DESC_TRANSB       ? nogpu::lt_take(p.tb, value, size)
-                            : what == CUBLASLT_MATMUL_DESC_EPILOGUE     ? nogpu::lt_take(p.epilogue, value, size)
-                            : what == CUBLASLT_MATMUL_DESC_BIAS_POINTER ? nogpu::lt_take(p.bias, value, size)
-                                                                        : CUBLAS_STATUS_NOT_SUPPORTED;
+    cublasStatus_t status =
+        what == CUBLASLT_MATMUL_DESC_TRANSA         ? nogpu::lt_take(p.ta, value, size)
+        : what == CUBLASLT_MATMUL_DESC_TRANSB       ? nogpu::lt_take(p.tb, value, size)
+        : what == CUBLASLT_MATMUL_DESC_EPILOGUE     ? nogpu::lt_take(p.epilogue, value, size)
+        : what == CUBLASLT_MATMUL_DESC_BIAS_POINTER ? nogpu::lt_take(p.bias, value, size)
+                                                    : CUBLAS_STATUS_NOT_SUPPORTED;
     return status == CUBLAS_STATUS_SUCCESS ? nogpu::lt_write(product, p) : status;
 }
-cublasStatus_t cublasLtMatmulPreferenceInit_internal(cublasLtMatmulPreference_t preference, size_t)
-{
-    return nogpu::lt_write(preference, nogpu::LtPreference{0, CUBLASLT_REDUCTION_SCHEME_MASK, {256, 256, 256, 256}});
+cublasStatus_t cublasLtMatmulPreferenceInit_internal(cublasLtMatmulPreference_t preference,
+                                                     size_t) {
+    return nogpu::lt_write(
+        preference, nogpu::LtPreference{0, CUBLASLT_REDUCTION_SCHEME_MASK, {256, 256, 256, 256}});
 }
-cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t what,
-                                                    const void* value, size_t size)
-{
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
+                                                    cublasLtMatmulPreferenceAttributes_t what,
+                                                    const void* value, size_t size) {
     auto p = nogpu::lt_read<nogpu::LtPreference>(preference);
     int of = what - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES;
-    cublasStatus_t status = what == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES       ? nogpu::lt_take(p.workspace, value, size)
-                            : what == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK ? nogpu::lt_take(p.reduction, value, size)
-                            : of >= 0 && of < 4                                  ? nogpu::lt_take(p.alignment[of], value, size)
-                                                                                 : CUBLAS_STATUS_NOT_SUPPORTED;
+    cublasStatus_t status = what == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
+                                ? nogpu::lt_take(p.workspace, value, size)
+                            : what == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK
+                                ? nogpu::lt_take(p.reduction, value, size)
+                            : of >= 0 && of < 4 ? nogpu::lt_take(p.alignment[of], value, size)
+                                                : CUBLAS_STATUS_NOT_SUPPORTED;
     return status == CUBLAS_STATUS_SUCCESS ? nogpu::lt_write(preference, p) : status;
 }
-cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t product, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
-                                              cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t preference, int wanted,
-                                              cublasLtMatmulHeuristicResult_t* results, int* found)
-{
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t product,
+                                              cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                              cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                                              cublasLtMatmulPreference_t preference, int wanted,
+                                              cublasLtMatmulHeuristicResult_t* results,
+                                              int* found) {
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
     if (wanted < 1) return CUBLAS_STATUS_INVALID_VALUE;
     auto p = nogpu::lt_read<nogpu::LtProduct>(product);
     auto preferred = nogpu::lt_read<nogpu::LtPreference>(preference);
     *found = 0;
     bool biased = p.epilogue == CUBLASLT_EPILOGUE_BIAS && p.bias;
-    if (!(biased || p.epilogue == CUBLASLT_EPILOGUE_DEFAULT) || !nogpu::computes_in_fp32((cublasComputeType_t)p.compute)) return CUBLAS_STATUS_NOT_SUPPORTED;
-    nogpu::LtChoice choice = nogpu::lt_shapes(p, nogpu::lt_read<nogpu::LtLayout>(a), nogpu::lt_read<nogpu::LtLayout>(b));
+    if (!(biased || p.epilogue == CUBLASLT_EPILOGUE_DEFAULT) ||
+        !nogpu::computes_in_fp32((cublasComputeType_t)p.compute))
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    nogpu::LtChoice choice =
+        nogpu::lt_shapes(p, nogpu::lt_read<nogpu::LtLayout>(a), nogpu::lt_read<nogpu::LtLayout>(b));
     memcpy(choice.alignment, preferred.alignment, sizeof(choice.alignment));
     results[0] = {};
     results[0].state = CUBLAS_STATUS_SUCCESS;
     *found = 1;
     return nogpu::lt_write(&results[0].algo, choice);
 }
-cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t product, const void* alpha, const void* a, cublasLtMatrixLayout_t a_layout,
-                              const void* b, cublasLtMatrixLayout_t b_layout, const void* beta, const void* c, cublasLtMatrixLayout_t c_layout, void* d,
-                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t* algo, void* workspace, size_t size, cudaStream_t)
-{
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t product,
+                              const void* alpha, const void* a, cublasLtMatrixLayout_t a_layout,
+                              const void* b, cublasLtMatrixLayout_t b_layout, const void* beta,
+                              const void* c, cublasLtMatrixLayout_t c_layout, void* d,
+                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t* algo,
+                              void* workspace, size_t size, cudaStream_t) {
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
     auto p = nogpu::lt_read<nogpu::LtProduct>(product);
-    auto la = nogpu::lt_read<nogpu::LtLayout>(a_layout), lb = nogpu::lt_read<nogpu::LtLayout>(b_layout), ld = nogpu::lt_read<nogpu::LtLayout>(d_layout);
-    nogpu::LtChoice shapes = nogpu::lt_shapes(p, la, lb), chosen = nogpu::lt_read<nogpu::LtChoice>(algo);
-    if (c != d || memcmp(c_layout, d_layout, sizeof(nogpu::LtLayout)) != 0) return CUBLAS_STATUS_NOT_SUPPORTED;
-    if (shapes.m != chosen.m || shapes.n != chosen.n || shapes.k != chosen.k || shapes.k != (p.tb ? lb.columns : lb.rows) || ld.rows != shapes.m ||
-        ld.columns != shapes.n)
+    auto la = nogpu::lt_read<nogpu::LtLayout>(a_layout),
+         lb = nogpu::lt_read<nogpu::LtLayout>(b_layout),
+         ld = nogpu::lt_read<nogpu::LtLayout>(d_layout);
+    nogpu::LtChoice shapes = nogpu::lt_shapes(p, la, lb),
+                    chosen = nogpu::lt_read<nogpu::LtChoice>(algo);
+    if (c != d || memcmp(c_layout, d_layout, sizeof(nogpu::LtLayout)) != 0)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (shapes.m != chosen.m || shapes.n != chosen.n || shapes.k != chosen.k ||
+        shapes.k != (p.tb ? lb.columns : lb.rows) || ld.rows != shapes.m || ld.columns != shapes.n)
         return CUBLAS_STATUS_INVALID_VALUE;
     const void* pointers[4] = {a, b, c, d};
     for (int i = 0; i < 4; i++)
         if ((size_t)pointers[i] % chosen.alignment[i]) return CUBLAS_STATUS_INVALID_VALUE;
-    if (size && (!nogpu::device_span(workspace, size) || (size_t)workspace % 16)) return CUBLAS_STATUS_INVALID_VALUE;
-    return nogpu::products("cublasLtMatmul", (cublasHandle_t)handle, (cublasOperation_t)p.ta, (cublasOperation_t)p.tb, shapes.m, shapes.n, shapes.k, alpha, a,
-                           (cudaDataType)la.type, la.ld, 0, b, (cudaDataType)lb.type, lb.ld, 0, beta, d, (cudaDataType)ld.type, ld.ld, 0, 1,
+    if (size && (!nogpu::device_span(workspace, size) || (size_t)workspace % 16))
+        return CUBLAS_STATUS_INVALID_VALUE;
+    return nogpu::products("cublasLtMatmul", (cublasHandle_t)handle, (cublasOperation_t)p.ta,
+                           (cublasOperation_t)p.tb, shapes.m, shapes.n, shapes.k, alpha, a,
+                           (cudaDataType)la.type, la.ld, 0, b, (cudaDataType)lb.type, lb.ld, 0,
+                           beta, d, (cudaDataType)ld.type, ld.ld, 0, 1,
                            p.epilogue == CUBLASLT_EPILOGUE_BIAS ? p.bias : nullptr);
 }
 
-} // extern "C"
+}  // extern "C"

@@ -1,4 +1,5 @@
-// cuBLAS's products against plain loops: transposes, leading dimensions, strides, types, alpha and beta, and what the calls refuse.
+// cuBLAS's products against plain loops: transposes, leading dimensions, strides, types, alpha and
+// beta, and what the calls refuse.
 #include <cublasLt.h>
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
@@ -12,11 +13,16 @@ static void set(__nv_bfloat16& x, float v) { x = __float2bfloat16(v); }
 static cudaDataType type_of(float) { return CUDA_R_32F; }
 static cudaDataType type_of(__nv_bfloat16) { return CUDA_R_16BF; }
 
-// A stored matrix of rows x columns in a buffer of ld * columns, and `count` of them `stride` apart. Between columns and between matrices
-// stands 1e30: a product that reads it is far off.
-template <class T> struct Stored { std::vector<T> data; int ld; long long stride; };
-template <class T> Stored<T> make(Numbers& numbers, int rows, int columns, int extra, int count)
-{
+// A stored matrix of rows x columns in a buffer of ld * columns, and `count` of them `stride`
+// apart. Between columns and between matrices stands 1e30: a product that reads it is far off.
+template <class T>
+struct Stored {
+    std::vector<T> data;
+    int ld;
+    long long stride;
+};
+template <class T>
+Stored<T> make(Numbers& numbers, int rows, int columns, int extra, int count) {
     Stored<T> s;
     s.ld = rows + extra;
     s.stride = (long long)s.ld * columns + 3 * extra;
@@ -24,15 +30,17 @@ template <class T> Stored<T> make(Numbers& numbers, int rows, int columns, int e
     for (T& x : s.data) set(x, 1e30f);
     for (int i = 0; i < count; i++)
         for (int c = 0; c < columns; c++)
-            for (int r = 0; r < rows; r++) set(s.data[i * s.stride + (long long)c * s.ld + r], numbers.uniform());
+            for (int r = 0; r < rows; r++)
+                set(s.data[i * s.stride + (long long)c * s.ld + r], numbers.uniform());
     return s;
 }
 
-// As the trainer calls it: C = alpha op(A) op(B) + beta C + bias, all pointers on `alignment` bytes.
-static cublasStatus_t biased(cublasHandle_t cublas, int ta, int tb, int m, int n, int k, const float* alpha, const void* a, const void* b,
-                             cudaDataType ab_type, int lda, int ldb, const float* beta, void* c, cudaDataType c_type, int ldc, const void* bias,
-                             uint32_t alignment)
-{
+// As the trainer calls it: C = alpha op(A) op(B) + beta C + bias, all pointers on `alignment`
+// bytes.
+static cublasStatus_t biased(cublasHandle_t cublas, int ta, int tb, int m, int n, int k,
+                             const float* alpha, const void* a, const void* b, cudaDataType ab_type,
+                             int lda, int ldb, const float* beta, void* c, cudaDataType c_type,
+                             int ldc, const void* bias, uint32_t alignment) {
     auto handle = (cublasLtHandle_t)cublas;
     uint32_t epilogue = CUBLASLT_EPILOGUE_BIAS;
     cublasLtMatmulDescOpaque_t product;
@@ -43,25 +51,31 @@ static cublasStatus_t biased(cublasHandle_t cublas, int ta, int tb, int m, int n
     cublasLtMatmulDescInit(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F);
     cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_TRANSA, &ta, sizeof(ta));
     cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_TRANSB, &tb, sizeof(tb));
-    cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue));
-    cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias));
+    cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
+                                   sizeof(epilogue));
+    cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
+                                   sizeof(bias));
     cublasLtMatrixLayoutInit(&of_a, ab_type, ta ? k : m, ta ? m : k, lda);
     cublasLtMatrixLayoutInit(&of_b, ab_type, tb ? n : k, tb ? k : n, ldb);
     cublasLtMatrixLayoutInit(&of_c, c_type, m, n, ldc);
     cublasLtMatmulPreferenceInit(&preference);
-    for (auto of : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-                    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+    for (auto of :
+         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+          CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
         cublasLtMatmulPreferenceSetAttribute(&preference, of, &alignment, sizeof(alignment));
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle, &product, &of_a, &of_b, &of_c, &of_c, &preference, 1, &chosen, &found);
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle, &product, &of_a, &of_b, &of_c,
+                                                           &of_c, &preference, 1, &chosen, &found);
     if (status != CUBLAS_STATUS_SUCCESS) return status;
     CHECK(found == 1);
-    return cublasLtMatmul(handle, &product, alpha, a, &of_a, b, &of_b, beta, c, &of_c, c, &of_c, &chosen.algo, nullptr, 0, nullptr);
+    return cublasLtMatmul(handle, &product, alpha, a, &of_a, b, &of_b, beta, c, &of_c, c, &of_c,
+                          &chosen.algo, nullptr, 0, nullptr);
 }
 
 enum Call { SGEMM, GEMM_EX, STRIDED_BATCHED, BIASED };
 
-template <class AB, class C> static void test(cublasHandle_t handle, Call call, bool ta, bool tb, int m, int n, int k, float alpha, float beta, int extra)
-{
+template <class AB, class C>
+static void test(cublasHandle_t handle, Call call, bool ta, bool tb, int m, int n, int k,
+                 float alpha, float beta, int extra) {
     Numbers numbers;
     numbers.state = m * 10007 + n * 101 + k;
     int count = call == STRIDED_BATCHED ? 3 : 1;
@@ -69,7 +83,7 @@ template <class AB, class C> static void test(cublasHandle_t handle, Call call, 
     auto b = make<AB>(numbers, tb ? n : k, tb ? k : n, extra, count);
     auto c = make<C>(numbers, m, n, extra, count);
     if (beta == 0.0f)
-        for (C& x : c.data) set(x, NAN);            // must not be read
+        for (C& x : c.data) set(x, NAN);  // must not be read
     std::vector<C> bias(m);
     for (C& x : bias) set(x, call == BIASED ? numbers.uniform() : 0.0f);
     C* dbias = to_device(bias);
@@ -79,15 +93,20 @@ template <class AB, class C> static void test(cublasHandle_t handle, Call call, 
     cudaDataType ab_type = type_of(AB()), c_type = type_of(C());
     cublasStatus_t status;
     if (call == SGEMM)
-        status = cublasSgemm(handle, opa, opb, m, n, k, &alpha, (const float*)da, a.ld, (const float*)db, b.ld, &beta, (float*)dc, c.ld);
+        status = cublasSgemm(handle, opa, opb, m, n, k, &alpha, (const float*)da, a.ld,
+                             (const float*)db, b.ld, &beta, (float*)dc, c.ld);
     else if (call == GEMM_EX)
-        status = cublasGemmEx(handle, opa, opb, m, n, k, &alpha, da, ab_type, a.ld, db, ab_type, b.ld, &beta, dc, c_type, c.ld,
-                              CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+        status =
+            cublasGemmEx(handle, opa, opb, m, n, k, &alpha, da, ab_type, a.ld, db, ab_type, b.ld,
+                         &beta, dc, c_type, c.ld, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     else if (call == BIASED)
-        status = biased(handle, ta, tb, m, n, k, &alpha, da, db, ab_type, a.ld, b.ld, &beta, dc, c_type, c.ld, dbias, 16);
+        status = biased(handle, ta, tb, m, n, k, &alpha, da, db, ab_type, a.ld, b.ld, &beta, dc,
+                        c_type, c.ld, dbias, 16);
     else
-        status = cublasGemmStridedBatchedEx(handle, opa, opb, m, n, k, &alpha, da, ab_type, a.ld, a.stride, db, ab_type, b.ld, b.stride, &beta,
-                                            dc, c_type, c.ld, c.stride, count, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+        status = cublasGemmStridedBatchedEx(handle, opa, opb, m, n, k, &alpha, da, ab_type, a.ld,
+                                            a.stride, db, ab_type, b.ld, b.stride, &beta, dc,
+                                            c_type, c.ld, c.stride, count, CUBLAS_COMPUTE_32F,
+                                            CUBLAS_GEMM_DEFAULT);
     CHECK(status == CUBLAS_STATUS_SUCCESS);
     auto got = to_host(dc, c.data.size());
     int wrong = 0;
@@ -97,8 +116,10 @@ template <class AB, class C> static void test(cublasHandle_t handle, Call call, 
             for (int row = 0; row < m; row++) {
                 double sum = 0.0, size = 0.0;
                 for (int q = 0; q < k; q++) {
-                    double x = as_float(a.data[i * a.stride + (ta ? (long long)row * a.ld + q : (long long)q * a.ld + row)]);
-                    double y = as_float(b.data[i * b.stride + (tb ? (long long)q * b.ld + col : (long long)col * b.ld + q)]);
+                    double x = as_float(a.data[i * a.stride + (ta ? (long long)row * a.ld + q
+                                                                  : (long long)q * a.ld + row)]);
+                    double y = as_float(b.data[i * b.stride + (tb ? (long long)q * b.ld + col
+                                                                  : (long long)col * b.ld + q)]);
                     sum += x * y;
                     size += fabs(x * y);
                 }
@@ -108,51 +129,67 @@ template <class AB, class C> static void test(cublasHandle_t handle, Call call, 
                 if (beta != 0.0f) want += beta * before;
                 want += as_float(bias[row]);
                 // k + 3 roundings in fp32 of at most `size`, then one to C's type
-                double bound = (k + 4) * 6e-8 * (fabs(alpha) * size + fabs(beta == 0.0f ? 0.0 : beta * before) + fabs(as_float(bias[row]))) + 1e-30;
+                double bound = (k + 4) * 6e-8 *
+                                   (fabs(alpha) * size + fabs(beta == 0.0f ? 0.0 : beta * before) +
+                                    fabs(as_float(bias[row]))) +
+                               1e-30;
                 if (c_type == CUDA_R_16BF) bound += fabs(want) / 256;
                 wrong += !(fabs(as_float(got[at]) - want) <= bound);
             }
-    for (size_t i = 0; i < got.size(); i++)         // what is not C stays as it was, bit for bit
+    for (size_t i = 0; i < got.size(); i++)  // what is not C stays as it was, bit for bit
         if (!part[i]) wrong += memcmp(&got[i], &c.data[i], sizeof(C)) != 0;
     if (wrong)
-        printf("call %d, types %d %d, transposed %d %d, m %d n %d k %d, alpha %g, beta %g, extra %d: %d wrong\n", call, ab_type, c_type, ta, tb,
-               m, n, k, alpha, beta, extra, wrong);
+        printf(
+            "call %d, types %d %d, transposed %d %d, m %d n %d k %d, alpha %g, beta %g, extra %d: "
+            "%d wrong\n",
+            call, ab_type, c_type, ta, tb, m, n, k, alpha, beta, extra, wrong);
     failures += wrong;
-    CUDA(cudaFree(da)); CUDA(cudaFree(db)); CUDA(cudaFree(dc)); CUDA(cudaFree(dbias));
+    CUDA(cudaFree(da));
+    CUDA(cudaFree(db));
+    CUDA(cudaFree(dc));
+    CUDA(cudaFree(dbias));
 }
 
-static void test_refusals(cublasHandle_t h)
-{
+static void test_refusals(cublasHandle_t h) {
     float one = 1.0f, zero = 0.0f;
     std::vector<float> ones(100, 1.0f);
     float* d = to_device(ones);
-    auto sgemm = [&](cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k, int lda, int ldb, int ldc) {
+    auto sgemm = [&](cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k, int lda,
+                     int ldb, int ldc) {
         return cublasSgemm(h, ta, tb, m, n, k, &one, d, lda, d, ldb, &zero, d + 50, ldc);
     };
     CHECK(sgemm(CUBLAS_OP_N, CUBLAS_OP_N, 4, 3, 5, 4, 5, 4) == CUBLAS_STATUS_SUCCESS);
-    CHECK(sgemm(CUBLAS_OP_N, CUBLAS_OP_N, 4, 3, 5, 3, 5, 4) == CUBLAS_STATUS_INVALID_VALUE);    // lda < m
-    CHECK(sgemm(CUBLAS_OP_T, CUBLAS_OP_N, 4, 3, 5, 4, 5, 4) == CUBLAS_STATUS_INVALID_VALUE);    // lda < k
-    CHECK(sgemm(CUBLAS_OP_N, CUBLAS_OP_N, 4, 3, 5, 4, 4, 4) == CUBLAS_STATUS_INVALID_VALUE);    // ldb < k
-    CHECK(sgemm(CUBLAS_OP_N, CUBLAS_OP_T, 4, 3, 5, 4, 2, 4) == CUBLAS_STATUS_INVALID_VALUE);    // ldb < n
-    CHECK(sgemm(CUBLAS_OP_N, CUBLAS_OP_N, 4, 3, 5, 4, 5, 3) == CUBLAS_STATUS_INVALID_VALUE);    // ldc < m
+    // lda < m
+    CHECK(sgemm(CUBLAS_OP_N, CUBLAS_OP_N, 4, 3, 5, 3, 5, 4) == CUBLAS_STATUS_INVALID_VALUE);
+    // lda < k
+    CHECK(sgemm(CUBLAS_OP_T, CUBLAS_OP_N, 4, 3, 5, 4, 5, 4) == CUBLAS_STATUS_INVALID_VALUE);
+    // ldb < k
+    CHECK(sgemm(CUBLAS_OP_N, CUBLAS_OP_N, 4, 3, 5, 4, 4, 4) == CUBLAS_STATUS_INVALID_VALUE);
+    // ldb < n
+    CHECK(sgemm(CUBLAS_OP_N, CUBLAS_OP_T, 4, 3, 5, 4, 2, 4) == CUBLAS_STATUS_INVALID_VALUE);
+    // ldc < m
+    CHECK(sgemm(CUBLAS_OP_N, CUBLAS_OP_N, 4, 3, 5, 4, 5, 3) == CUBLAS_STATUS_INVALID_VALUE);
     CHECK(sgemm(CUBLAS_OP_N, CUBLAS_OP_N, -1, 3, 5, 4, 5, 4) == CUBLAS_STATUS_INVALID_VALUE);
     CHECK(sgemm(CUBLAS_OP_N, CUBLAS_OP_N, 0, 3, 5, 1, 5, 1) == CUBLAS_STATUS_SUCCESS);
-    CHECK(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 2, 2, 2, &one, d, CUDA_R_16BF, 2, d, CUDA_R_32F, 2, &zero, d + 50, CUDA_R_32F, 2,
-                       CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_NOT_SUPPORTED);
-    CHECK(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 2, 2, 2, &one, d, CUDA_R_32F, 2, d, CUDA_R_32F, 2, &zero, d + 50, CUDA_R_16BF, 2,
-                       CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_NOT_SUPPORTED);
+    CHECK(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 2, 2, 2, &one, d, CUDA_R_16BF, 2, d, CUDA_R_32F,
+                       2, &zero, d + 50, CUDA_R_32F, 2, CUBLAS_COMPUTE_32F,
+                       CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_NOT_SUPPORTED);
+    CHECK(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 2, 2, 2, &one, d, CUDA_R_32F, 2, d, CUDA_R_32F,
+                       2, &zero, d + 50, CUDA_R_16BF, 2, CUBLAS_COMPUTE_32F,
+                       CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_NOT_SUPPORTED);
     auto aligned = [&](const float* a, const void* bias) {
-        return biased(h, 0, 0, 4, 3, 4, &one, a, d, CUDA_R_32F, 4, 4, &zero, d + 60, CUDA_R_32F, 4, bias, 16);
+        return biased(h, 0, 0, 4, 3, 4, &one, a, d, CUDA_R_32F, 4, 4, &zero, d + 60, CUDA_R_32F, 4,
+                      bias, 16);
     };
     CHECK(aligned(d, d + 1) == CUBLAS_STATUS_SUCCESS);
-    CHECK(aligned(d + 1, d + 1) == CUBLAS_STATUS_INVALID_VALUE);   // the choice was told 16 bytes
+    CHECK(aligned(d + 1, d + 1) == CUBLAS_STATUS_INVALID_VALUE);  // the choice was told 16 bytes
     CHECK(aligned(d, nullptr) == CUBLAS_STATUS_NOT_SUPPORTED);
-    CHECK(cublasSgemm(nullptr, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 1, &one, d, 1, d, 1, &zero, d, 1) == CUBLAS_STATUS_NOT_INITIALIZED);
+    CHECK(cublasSgemm(nullptr, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 1, &one, d, 1, d, 1, &zero, d, 1) ==
+          CUBLAS_STATUS_NOT_INITIALIZED);
     CUDA(cudaFree(d));
 }
 
-int main()
-{
+int main() {
     cublasHandle_t handle;
     if (cublasCreate(&handle) != CUBLAS_STATUS_SUCCESS) return 1;
     cudaStream_t stream;
@@ -162,22 +199,35 @@ int main()
     void* workspace = device_array<char>(1 << 20);
     CHECK(cublasSetWorkspace(handle, workspace, 1 << 20) == CUBLAS_STATUS_SUCCESS);
 
-    const int shapes[][3] = {{1, 1, 1}, {16, 6, 8}, {17, 7, 3}, {5, 40, 33}, {64, 50, 300}, {200, 195, 20}, {33, 1, 257}, {8, 8, 0}};
+    const int shapes[][3] = {{1, 1, 1},     {16, 6, 8},     {17, 7, 3},   {5, 40, 33},
+                             {64, 50, 300}, {200, 195, 20}, {33, 1, 257}, {8, 8, 0}};
     const float factors[][2] = {{1.0f, 0.0f}, {-0.5f, 1.0f}, {1.5f, 0.25f}, {0.0f, 2.0f}};
     for (auto& s : shapes)
         for (int transposes = 0; transposes < 4; transposes++)
             for (auto& f : factors)
                 for (int extra : {0, 5}) {
                     bool ta = transposes & 1, tb = transposes & 2;
-                    if (s[2] == 0 && (f[0] != 1.0f || extra)) continue;         // k = 0: C = beta C, once
-                    if (s[2] == 0) extra = 1;                                   // leading dimensions must still be 1
+                    // k = 0: C = beta C, once
+                    if (s[2] == 0 && (f[0] != 1.0f || extra)) continue;
+                    // leading dimensions must still be 1
+                    if (s[2] == 0) extra = 1;
                     test<float, float>(handle, SGEMM, ta, tb, s[0], s[1], s[2], f[0], f[1], extra);
-                    test<__nv_bfloat16, float>(handle, GEMM_EX, ta, tb, s[0], s[1], s[2], f[0], f[1], extra);
-                    test<__nv_bfloat16, __nv_bfloat16>(handle, GEMM_EX, ta, tb, s[0], s[1], s[2], f[0], f[1], extra);
-                    if (s[2]) test<float, float>(handle, BIASED, ta, tb, s[0], s[1], s[2], f[0], f[1], extra);
-                    if (s[2]) test<__nv_bfloat16, __nv_bfloat16>(handle, BIASED, ta, tb, s[0], s[1], s[2], f[0], f[1], extra);
-                    if (s[0] < 100) test<__nv_bfloat16, __nv_bfloat16>(handle, STRIDED_BATCHED, ta, tb, s[0], s[1], s[2], f[0], f[1], extra);
-                    if (s[0] < 20) test<float, float>(handle, STRIDED_BATCHED, ta, tb, s[0], s[1], s[2], f[0], f[1], extra);
+                    test<__nv_bfloat16, float>(handle, GEMM_EX, ta, tb, s[0], s[1], s[2], f[0],
+                                               f[1], extra);
+                    test<__nv_bfloat16, __nv_bfloat16>(handle, GEMM_EX, ta, tb, s[0], s[1], s[2],
+                                                       f[0], f[1], extra);
+                    if (s[2])
+                        test<float, float>(handle, BIASED, ta, tb, s[0], s[1], s[2], f[0], f[1],
+                                           extra);
+                    if (s[2])
+                        test<__nv_bfloat16, __nv_bfloat16>(handle, BIASED, ta, tb, s[0], s[1], s[2],
+                                                           f[0], f[1], extra);
+                    if (s[0] < 100)
+                        test<__nv_bfloat16, __nv_bfloat16>(handle, STRIDED_BATCHED, ta, tb, s[0],
+                                                           s[1], s[2], f[0], f[1], extra);
+                    if (s[0] < 20)
+                        test<float, float>(handle, STRIDED_BATCHED, ta, tb, s[0], s[1], s[2], f[0],
+                                           f[1], extra);
                 }
     test_refusals(handle);
     CHECK(cublasDestroy(handle) == CUBLAS_STATUS_SUCCESS);
