@@ -14,9 +14,11 @@ hf.py import SOURCE MODEL.bin
 hf.py export MODEL.bin FOLDER
     Writes FOLDER/config.json, model.safetensors and generation_config.json, in
     fp32 without the padding, for GPT2LMHeadModel.from_pretrained(FOLDER).
+    llama.cpp's convert_hf_to_gguf.py takes the folder where the tokenizer is
+    GPT-2's; it refuses those that it does not know, bytes among them.
 
 hf.py gguf MODEL.bin FILE.gguf
-    Writes the model and its tokenizer in one file.
+    Writes the model and its tokenizer, whichever it is, in one file.
 
 The tokenizer of an export is --tokenizer FILE, else tokenizer.bin beside
 MODEL.bin, where a run leaves it, else bytes where the vocabulary is 256.
