@@ -76,7 +76,7 @@ NVCC_FLAGS = -std=c++17 -O3 -DPRECISION_$(PRECISION) -DREVISION='"$(REVISION)"' 
 NOGPU = $(CXX) -std=c++17 -fopenmp -Wall -Wextra $(EXTRA) -D__NOGPU__ -Idev/nogpu/include \
   -isystem $(CUDA_HOME)/include
 NOGPU_HEADERS := $(wildcard dev/nogpu/include/*)
-SANITIZE = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE = -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
 TARGETS = $(if $(TOO_OLD),; compute capability $(call dotted,$(TOO_OLD)) is too old,$(if \
   $(NVCC),; building for $(CC_GPU:%=sm_%) and PTX))
@@ -148,8 +148,10 @@ setup:
 
 PYTEST = OMP_WAIT_POLICY=passive PATH="$$PATH:$$(realpath $(or $(CUDA_HOME),/)/bin)" \
   build/venv/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup
+# As many at once as there are processors, where the make around this has not said how many.
+JOBS = $(if $(filter -j%,$(MAKEFLAGS)),,-j$$(getconf _NPROCESSORS_ONLN))
 check test: setup
-	@$(MAKE) --no-print-directory $@ed
+	@$(MAKE) --no-print-directory $(JOBS) $@ed
 
 TEST_LIBS = $(BLAS_LIBS) $$(pkg-config --cflags --libs gtest)
 ifneq ($(wildcard $(CUDA_HOME)/include/curand_kernel.h),)
