@@ -525,23 +525,23 @@ static void tensors(const Setup& u) {
 }
 
 // Heads of 64 are the tensor cores' in bf16, all others and fp32 the plain kernels'. T ends inside a tile of 64 or of 128, on
-// it, one beyond; C, V and the ranks are odd in some rows; the last rows have GPT-2's own widths. 10 updates with --gap 4, and
+// it, one beyond; C, V and the ranks are odd in some rows; the last rows have GPT-2's own widths. 5 updates with --gap 2, and
 // 3 with --gap 1, cross two epochs.
 static const Setup setups[] = {
     // name, B, T, C, NH, L, V, Vp, rank, compress, projection, moments, gap, recompute, micros, steps, savings
     {"full-rank", 1, 64, 128, 2, 2, 257, 384, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 4, 0, 1, 3},
-    {"full-rank-level-2", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 4, 2, 2, 10},
-    {"gaussian-keep-level-1", 1, 33, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::KEEP, 4, 1, 1, 10},
+    {"full-rank-level-2", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 2, 2, 2, 5},
+    {"gaussian-keep-level-1", 1, 33, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::KEEP, 2, 1, 1, 5},
     {"gaussian-move", 1, 65, 128, 2, 2, 257, 320, 1.0 / 2, PAPER, gpu::GAUSSIAN, gpu::MOVE, 1, 0, 1, 3},
-    {"gaussian-reset-level-2-all", 1, 33, 64, 1, 2, 256, 256, 1.0 / 8, ALL, gpu::GAUSSIAN, gpu::RESET, 4, 2, 1, 10},
+    {"gaussian-reset-level-2-all", 1, 33, 64, 1, 2, 256, 256, 1.0 / 8, ALL, gpu::GAUSSIAN, gpu::RESET, 2, 2, 1, 5},
     {"gaussian-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::GAUSSIAN, gpu::MOVE, 1, 0, 2, 3},
     {"gaussian-rank-1", 1, 33, 64, 2, 2, 257, 257, 1.0 / 64, ALL, gpu::GAUSSIAN, gpu::MOVE, 1, 1, 1, 3},
     {"rademacher-keep-level-2", 1, 65, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::RADEMACHER, gpu::KEEP, 1, 2, 1, 3},
-    {"rademacher-move-all", 2, 17, 64, 1, 2, 257, 384, 1.0 / 8, ALL, gpu::RADEMACHER, gpu::MOVE, 4, 0, 1, 10},
+    {"rademacher-move-all", 2, 17, 64, 1, 2, 257, 384, 1.0 / 8, ALL, gpu::RADEMACHER, gpu::MOVE, 2, 0, 1, 5},
     {"rademacher-rank-3", 2, 17, 48, 3, 2, 257, 257, 3, PAPER, gpu::RADEMACHER, gpu::RESET, 1, 1, 1, 3},
     {"sparse-keep-all", 1, 100, 64, 1, 2, 257, 257, 1.0 / 2, ALL, gpu::SPARSE, gpu::KEEP, 1, 0, 1, 3},
-    {"sparse-move-level-2", 1, 33, 128, 2, 2, 257, 384, 1.0 / 4, PAPER, gpu::SPARSE, gpu::MOVE, 4, 2, 1, 10},
-    {"sparse-reset-level-1-all", 1, 33, 64, 1, 2, 257, 257, 1.0 / 8, ALL, gpu::SPARSE, gpu::RESET, 4, 1, 2, 10},
+    {"sparse-move-level-2", 1, 33, 128, 2, 2, 257, 384, 1.0 / 4, PAPER, gpu::SPARSE, gpu::MOVE, 2, 2, 1, 5},
+    {"sparse-reset-level-1-all", 1, 33, 64, 1, 2, 257, 257, 1.0 / 8, ALL, gpu::SPARSE, gpu::RESET, 2, 1, 2, 5},
     {"sparse-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::SPARSE, gpu::MOVE, 1, 0, 2, 3},
     {"sparse-rank-1", 1, 33, 64, 2, 2, 257, 257, 1.0 / 64, ALL, gpu::SPARSE, gpu::KEEP, 1, 1, 1, 3},
     {"one-token", 3, 1, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 3},

@@ -18,6 +18,11 @@ def pytest_configure(config):
                             "since the tests share something that takes long to make")
 
 
+def pytest_collection_modifyitems(items):
+    """What takes longest begins first, so that no worker is left with it alone at the end."""
+    items.sort(key=lambda item: "test_sanitized" not in item.nodeid)
+
+
 def note(report, outcome):
     if report.skipped:
         reason = str(getattr(report, "wasxfail", ""))

@@ -180,6 +180,7 @@ BITS = {"fp32": 32, "bf16": 16, "int32": 32, "int8": 8, "2bit": 2, "byte": 8}
 def plan(*args, trainer=None, **kw):
     """What --plan=json says, of the CPU trainer or of another."""
     command = [trainer or formats.trainer_path(), *map(str, args), "--plan=json"]
+    kw.setdefault("env", environment())  # as for the runs: a plan has attention's tiles for each thread
     done = subprocess.run(command, capture_output=True, text=True, **kw)
     assert done.returncode == 0 and done.stderr == "", done
     return json.loads(done.stdout)  # which fails where there is anything else

@@ -152,6 +152,6 @@ def run_trainer(args, trainer=None, **kw):
     kw.setdefault("capture_output", True)
     kw.setdefault("text", True)
     kw.setdefault("timeout", 600)
-    # threads that wait give their core away: the models are tiny, and tests may share the machine
-    kw.setdefault("env", {"OMP_WAIT_POLICY": "passive", **os.environ})
+    # one thread, as the models are tiny: it would spend its time waking up the others
+    kw.setdefault("env", {"OMP_NUM_THREADS": "1", **os.environ})
     return subprocess.run([trainer or trainer_path()] + [str(a) for a in args], **kw)

@@ -43,7 +43,7 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("precision", NOGPU)
-@pytest.mark.parametrize("method", ["--rank 1", "--rank 0.25", "--projection gaussian", "--projection sparse -r 4", "--gelu 2bit --tape int8 --master none"])
+@pytest.mark.parametrize("method", ["--rank 1", "--projection gaussian", "--projection sparse -r 4", "--gelu 2bit --tape int8 --master none"])
 def test_learns_like_the_cpu_trainer(corpus, tmp_path, precision, method):
     flags = ["--train", corpus, *SHAPE, *method.split(), "-x", 12, "--gap", 5]
     for name, binary in ("cpu", CPU), ("cuda", NOGPU[precision]):
@@ -145,7 +145,7 @@ def test_plan_is_what_the_device_gives(part, shard):
     """A context is chosen by which the plan lies within a KiB or so below a whole MiB. A device of that size is enough, and all
     that the run ever asks for; by a few positions more the plan lies above it, and the device says no."""
     rng, asked = random.Random(100 + part), 0
-    while asked < 10:
+    while asked < 6:
         flags, contradictory = random_flags(rng)
         trainer = NOGPU[rng.choice(["bf16", "fp32"])]
         flags = ["--train", shard, "-e", "d1", *flags, "-v", 0, "-x", rng.choice([1, 2])]

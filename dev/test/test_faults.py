@@ -34,6 +34,13 @@ def trainer(request):
     return NOGPU
 
 
+def cases(names, *values):
+    """Each on the CPU trainer. The CUDA trainer has the same text for them, byte for byte (test_cuda.py), and under nogpu its
+    steps are slow: there the last one."""
+    tried = [("cpu", *value) for value in values] + [pytest.param("nogpu", *values[-1], marks=pytest.mark.slow)]
+    return pytest.mark.parametrize("trainer, " + names, tried, indirect=["trainer"])
+
+
 def start(trainer, *args, **kw):
     return subprocess.Popen([trainer, *map(str, args)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
 
@@ -70,7 +77,7 @@ def plain_environment():
     return {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
 
 
-@pytest.mark.parametrize("given", ["", "OMP_WAIT_POLICY=active", "GOMP_SPINCOUNT=100", "KMP_BLOCKTIME=1"])
+@cases("given", ["OMP_WAIT_POLICY=active"], ["GOMP_SPINCOUNT=100"], ["KMP_BLOCKTIME=1"], [""])
 def test_waiting_threads_sleep(given, trainer, text):
     """Whatever the OpenMP runtime: it reads its variables from the environment that the process began
     with. Who has chosen how threads wait keeps that. The process keeps its name."""
@@ -136,7 +143,7 @@ def test_threads_keep_to_a_quota(text):
 
 # ---------------------------------------------------------------------------- descriptors
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@cases("closed", [">&-"], ["2>&-"], ["<&-"], [">&- 2>&-"], ["<&- >&- 2>&-"])
 def test_closed_descriptors(closed, trainer, text, tmp_path):
     """What is printed goes to no file that the run opens, and the run does its work."""
     out = tmp_path / "out"
@@ -312,8 +319,8 @@ def test_saved_at_the_end(trainer, text, tmp_path):
     check_one_line(go(trainer, *args, "-n", -1, status=2).stderr, "--checkpoint-every", "--out")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("options", [["-o", "out"], ["-o", "out", "-n", 0], ["-n", 0]])
+@cases("number, options", *((number, options) for options in (["-n", 0], ["-o", "out", "-n", 0], ["-o", "out"])
+                            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)))
 def test_signal_saves(number, options, trainer, text, tmp_path):
     """The step is finished; what is saved is as if the run had been that long, and the run goes on from it."""
     args = [*TINY, "--train", text, "-v", 0, "-k", "constant", *options]
@@ -472,8 +479,7 @@ def test_each_start_writes_its_header(trainer, text, tmp_path):
     assert first["data"]["train"] == second["data"]["train"] == first["data"]["val"] != second["data"]["val"]
 
 
-@pytest.mark.parametrize("place", [0, 0.5, -1])
-@pytest.mark.parametrize("size", [6000, 3000000])
+@cases("place, size", *((place, size) for size in (6000, 3000000) for place in (0, 0.5, -1)))
 def test_changed_data_are_noticed(place, size, trainer, tmp_path):
     """By what they hold: the size is the same, and so is the name. A large file's middle is looked at here and there."""
     data = tmp_path / "data.txt"

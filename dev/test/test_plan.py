@@ -275,9 +275,8 @@ def test_memory_that_does_not_suffice():
         check_refused(formats.run_trainer([*SMALL, *more, "--memory", least - 1, "--plan"]), "--memory", f"{least - 1:,} bytes")
 
 
-def test_memory_says_what_it_chose(train, text, monkeypatch):
+def test_memory_says_what_it_chose(train, text):
     """In the plan's text, and in a run: its log has what it ran with, and it trains like a run that was given just that."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as for the runs: a plan has attention's tiles for each thread
     size = plan(*TINY, "--train", text, "-b", 5, "-r", 3)["total_bytes"]
     given = ["--train", text, "-b", 5, "-r", 1, "--memory", size]
     said = formats.run_trainer([*TINY, *given, "--plan"]).stdout

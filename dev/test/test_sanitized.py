@@ -12,7 +12,8 @@ FILES = ["test_cpu.py", "test_training.py", "test_checkpoint.py", "test_options.
 # that the others do not reach too, and is half of the work: losses of many steps, the same with other numbers.
 LEFT_OUT = ["loss_curve", "random_moments", "live", "takes_what_its_plan", "needs_no_memory", "not_enough_memory",
             "without_master_weights", "overfit", "killed_while_saving", "goldens_are_what", "updates_over_three_epochs",
-            "files_beyond_2_gib", "(compressed_updates and not odd)", "(resume_is_exact and 10)"]
+            "files_beyond_2_gib", "(compressed_updates and not odd)", "(resume_is_exact and 10)",
+            "test_flops[", "test_memory[", "(test_sizes and not GiB)", "ten_muon_steps"]
 
 
 @pytest.mark.slow
