@@ -1036,6 +1036,7 @@ static void too_large() {
 
 // ---- a training run: 100 steps of a small model that learns to count, from GPT-2's initialisation
 
+#ifndef __NOGPU__  // which takes half a minute for what test_cuda_training.py sees in twelve steps
 static void curve(double rank, int projection) {
     Setup u = {"", 2, 16, 32, 2, 1, 61, 64, rank, PAPER, projection, gpu::MOVE, 20, 0, 1, 0};
     Cpu c(u);
@@ -1066,6 +1067,7 @@ static void curve(double rank, int projection) {
     expect("losses apart, at most", apart, bounds.curve);
     expect("last loss over the first", last / first, 0.3);  // or there was nothing to see
 }
+#endif
 
 // ---- main
 
@@ -1112,8 +1114,10 @@ static std::vector<Case> all_cases() {
     cases.push_back({"kernel-int8", [] { kernel_int8(); }});
     cases.push_back({"kernel-round", [] { kernel_round(); }});
     cases.push_back({"too-large", [] { too_large(); }});
+#ifndef __NOGPU__
     cases.push_back({"curve-full-rank", [] { curve(1.0, gpu::GAUSSIAN); }});
     cases.push_back({"curve-gaussian", [] { curve(1.0 / 4, gpu::GAUSSIAN); }});
+#endif
     for (int layers : {1, 2, 3, 5}) cases.push_back({"offload-" + gpu::join(layers), [layers] { offload(layers); }});
     return cases;
 }

@@ -15,10 +15,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 900  # a case takes up to 40 s; the rest is for a busy machine
+SECONDS = 900  # a case takes up to 15 s; the rest is for a busy machine
 # The kernels' threads take turns on one processor; more of them gain little here and would wait for each other in the CPU trainer.
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 RULER = "// " + "=" * 97
+# Where the CUDA trainer is held to itself, bit by bit, and where it writes and reads files in other
+# shapes: in bf16 these reach all that they reach in fp32, whose kernels are the same with another type.
+IN_BF16_ALONE = re.compile("levels-|repeat-|offload-|(evaluate|resume|model-file|memory|dump)-")
 
 
 def cases():
@@ -31,6 +34,8 @@ def cases():
             continue
         listed = subprocess.run([path, "--list"], capture_output=True, text=True, timeout=60, check=True)
         for case in listed.stdout.split():
+            if precision == "fp32" and not named and IN_BF16_ALONE.match(case):
+                continue
             yield pytest.param(path, case, id=f"{precision}-{case}")
 
 

@@ -35,10 +35,12 @@ def trainer(request):
 
 
 def cases(names, *values):
-    """Each on the CPU trainer. The CUDA trainer has the same text for them, byte for byte (test_cuda.py), and under nogpu its
-    steps are slow: there the last one."""
-    tried = [("cpu", *value) for value in values] + [pytest.param("nogpu", *values[-1], marks=pytest.mark.slow)]
-    return pytest.mark.parametrize("trainer, " + names, tried, indirect=["trainer"])
+    """Each on the CPU trainer. The CUDA trainer has the same text for them, byte for byte
+    (test_cuda.py), and under nogpu its steps are slow: there the last one."""
+    on_nogpu = pytest.param("nogpu", *values[-1], marks=pytest.mark.slow)
+    return pytest.mark.parametrize("trainer, " + names,
+                                   [("cpu", *value) for value in values] + [on_nogpu],
+                                   indirect=["trainer"])
 
 
 def start(trainer, *args, **kw):
@@ -319,7 +321,8 @@ def test_saved_at_the_end(trainer, text, tmp_path):
     check_one_line(go(trainer, *args, "-n", -1, status=2).stderr, "--checkpoint-every", "--out")
 
 
-@cases("number, options", *((number, options) for options in (["-n", 0], ["-o", "out", "-n", 0], ["-o", "out"])
+@cases("number, options", *((number, options)
+                            for options in (["-n", 0], ["-o", "out", "-n", 0], ["-o", "out"])
                             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)))
 def test_signal_saves(number, options, trainer, text, tmp_path):
     """The step is finished; what is saved is as if the run had been that long, and the run goes on from it."""
