@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
-"""The predicted time of a training step on a GPU, kernel by kernel, from bytes and FLOPs; and that of llm.c's step for the same model.
+"""
+The predicted time of a training step on a GPU, kernel by kernel, from bytes and FLOPs; and that of
+llm.c's step for the same model.
 
-    dev/roofline.py --card h100 -e d12 -b 64          a table; all flags but --card and --json are the trainer's
+    dev/roofline.py --card h100 -e d12 -b 64          a table; other flags are the trainer's
     dev/roofline.py --card 3060 --json -e d48 -b 1    one JSON object
 
-Nothing is run but the trainer's --plan=json. A kernel takes the longer of the times of its bytes and of its FLOPs at the card's rates
-times the efficiencies below, and LAUNCH for each launch; its floor is the same at the data sheet's rates. Bytes are those that must come
-from memory: what a thread reads again within a row comes from the caches. test_roofline.py holds the launches to those of a real step.
+Nothing is run but the trainer's --plan=json. A kernel takes the longer of the times of its bytes
+and of its FLOPs, at the card's rates times the efficiencies below, and LAUNCH for each launch. Its
+floor is the same at the data sheet's rates. Bytes are those that must come from memory: what a
+thread reads again within a row comes from the caches. test_roofline.py holds the launches to those
+of a real step.
 """
+
 import argparse
 import json
 import subprocess
@@ -15,38 +20,52 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BINARIES = ["train_gpt2_compactcu", "train_gpt2_compact_nogpu", "train_gpt2_compact"]  # the last one's plan has the same shapes, in fp32
+# the last one's plan has the same shapes, in fp32
+BINARIES = ["train_gpt2_compactcu", "train_gpt2_compact_nogpu", "train_gpt2_compact"]
 X = 2  # bytes of an activation or weight: bf16
 
-# GB/s, bf16 TFLOP/s with fp32 sums, without sparsity (data sheets), then the share of the latter that is reached by large products, by
-# attention forward and backward. H100: cuBLAS's 600 TFLOP/s as published by many, attention as simulated in dev/cuda/attention.md (mma.sync has
-# 62 % of wgmma's rate there). A100: 260 TFLOP/s, and attention as FlashAttention-2 published. GeForce halves the rate of tensor cores with
-# fp32 sums, so they come near it. An L4's clock falls under load: 72 W.
-CARDS = {"h100": (3350, 989, 0.61, 0.375, 0.43), "a100": (2039, 312, 0.83, 0.55, 0.50), "4090": (1008, 165.2, 0.92, 0.75, 0.70),
-         "3060": (360, 25.5, 0.92, 0.75, 0.70), "l4": (300, 121, 0.60, 0.45, 0.40)}
-NAMES = {"h100": "H100 80GB HBM3", "a100": "A100-SXM4-80GB", "4090": "GeForce RTX 4090", "3060": "GeForce RTX 3060", "l4": "NVIDIA L4"}  # the driver's
+# GB/s; bf16 TFLOP/s with fp32 sums, without sparsity (both by the data sheets); then the share of
+# the latter that is reached by large products, and by attention forward and backward. H100:
+# cuBLAS's 600 TFLOP/s as published by many, attention as simulated in dev/cuda/attention.md
+# (mma.sync has 62 % of wgmma's rate there). A100: 260 TFLOP/s, and attention as FlashAttention-2
+# published. GeForce halves the rate of tensor cores with fp32 sums, so they come near it. An L4's
+# clock falls under load: 72 W.
+CARDS = {"h100": (3350, 989, 0.61, 0.375, 0.43), "a100": (2039, 312, 0.83, 0.55, 0.50),
+         "4090": (1008, 165.2, 0.92, 0.75, 0.70), "3060": (360, 25.5, 0.92, 0.75, 0.70),
+         "l4": (300, 121, 0.60, 0.45, 0.40)}
+# as the driver calls them
+NAMES = {"h100": "H100 80GB HBM3", "a100": "A100-SXM4-80GB", "4090": "GeForce RTX 4090",
+         "3060": "GeForce RTX 3060", "l4": "NVIDIA L4"}
 MEMORY = 0.9  # of the data sheet's bandwidth, as large copies reach
 PLAIN = 0.02  # of the tensor cores' rate: attention without them, for heads that are not of 64
 LAUNCH = 2e-6  # seconds between a kernel's end and the next one's first results
-HOST = 0.3e-3  # seconds a micro batch in which the device waits: a synchronisation, 65,536 losses summed, tokens that are there copied, a line written
-CUDNN = (0.29, 0.35)  # attention in llm.c, of the data sheet, forward and backward, on an H100 as FlashAttention-3's paper has it; else as above
+# seconds a micro batch in which the device waits: a synchronisation, 65,536 losses summed, tokens
+# that are there copied, a line written
+HOST = 0.3e-3
+# attention in llm.c, of the data sheet, forward and backward, on an H100 as FlashAttention-3's
+# paper has it; else as above
+CUDNN = (0.29, 0.35)
 
-LINEARS = {"qkv": (3, 1), "attproj": (1, 1), "fc": (4, 1), "fcproj": (1, 4)}  # outputs, inputs in channels
-Z_OF = {"qkv": "ln1", "fc": "ln2", "fcproj": "fch_gelu"}  # the row of the tape that z stands in for
+# outputs, inputs in channels
+LINEARS = {"qkv": (3, 1), "attproj": (1, 1), "fc": (4, 1), "fcproj": (1, 4)}
+# the row of the tape that z stands in for
+Z_OF = {"qkv": "ln1", "fc": "ln2", "fcproj": "fch_gelu"}
 
 
 class Launches:
-    """{name: [launches, bytes, FLOPs, seconds, least seconds]} on a card; a name has one kind of rate."""
+    """{name: [launches, bytes, FLOPs, seconds, least seconds]} on a card."""
 
     def __init__(self, card):
         self.bandwidth, peak, product, forward, backward = CARDS[card]
         self.peak = peak * 1e12
-        self.reached = {"product": product, "forward": forward, "backward": backward, "plain": PLAIN}
+        self.reached = {"product": product, "forward": forward, "backward": backward,
+                        "plain": PLAIN}
         self.kernels, self.times = {}, 1
 
     def add(self, name, size, flops=0.0, rate="product", launches=1, late=0):
-        """late: of the bytes, those that are read when the sums are done, behind which nothing is computed."""
-        sizes, sums, last = (size - late) / (self.bandwidth * 1e9), flops / self.peak, late / (self.bandwidth * 1e9)
+        """late: of the bytes, those that are read when the sums are done: nothing hides them."""
+        bandwidth, sums = self.bandwidth * 1e9, flops / self.peak
+        sizes, last = (size - late) / bandwidth, late / bandwidth
         seconds = max(sizes / MEMORY, sums / self.reached[rate]) + last / MEMORY + launches * LAUNCH
         entry = self.kernels.setdefault(name, [0] * 5)
         for i, part in enumerate((launches, size, flops, seconds, max(sizes + last, sums))):
@@ -54,28 +73,35 @@ class Launches:
 
     def product(self, name, m, n, k, out=X, beta=False, launches=1):
         """c (m, n) = a b, or with beta added to what stands there; the sizes of one launch."""
-        self.add("matmul " + name, launches * (X * (m + n) * k + out * m * n * (1 + beta)), launches * 2.0 * m * n * k, launches=launches,
-                 late=launches * beta * out * m * n)
+        self.add("matmul " + name, launches * (X * (m + n) * k + out * m * n * (1 + beta)),
+                 launches * 2.0 * m * n * k, launches=launches, late=launches * beta * out * m * n)
 
     def report(self, tokens, wait):
-        rows = [{"name": name, "launches": a, "bytes": round(b), "flops": round(f), "floor_ms": 1e3 * least, "ms": 1e3 * s}
-                for name, (a, b, f, s, least) in self.kernels.items()]
-        rows.append({"name": "waiting for the host", "launches": 0, "bytes": 0, "flops": 0, "floor_ms": 0.0, "ms": 1e3 * wait})
+        rows = {**self.kernels, "waiting for the host": (0, 0, 0, wait, 0.0)}
+        rows = [{"name": name, "launches": a, "bytes": round(b), "flops": round(f),
+                 "floor_ms": 1e3 * least, "ms": 1e3 * seconds}
+                for name, (a, b, f, seconds, least) in rows.items()]
         total = sum(row["ms"] for row in rows)
-        return {"total_ms": total, "tokens_per_second": 1e3 * tokens / total, "kernels": sorted(rows, key=lambda row: -row["ms"])}
+        return {"total_ms": total, "tokens_per_second": 1e3 * tokens / total,
+                "kernels": sorted(rows, key=lambda row: -row["ms"])}
 
 
 class Shape:
-    """What the plan says: the model's shape, the options, and how the tape keeps each row (absent: not at all)."""
+    """
+    What the plan says: the model's shape, the options, and how the tape keeps each row (absent: not
+    at all).
+    """
 
     def __init__(self, plan):
-        tensors = {t["name"]: t for t in plan["tensors"] if t["type"] != "byte" and t["name"] != "alignment"}
+        tensors = {t["name"]: t for t in plan["tensors"]
+                   if t["type"] != "byte" and t["name"] != "alignment"}
         self.options = o = plan["options"]
         self.Vp, self.C = tensors["wte"]["shape"]
         self.L = tensors["ln1w"]["shape"][0]
         self.B, self.T = o["batch"], o["seq"]
         self.N, self.NH = self.B * self.T, tensors["lse"]["shape"][-1]
-        self.params = {name: t["shape"] for name, t in tensors.items() if t["category"] == "parameters"}
+        self.params = {name: t["shape"] for name, t in tensors.items()
+                       if t["category"] == "parameters"}
         self.r = {which: tensors[f"grad.{which}w"]["shape"][2] for which in LINEARS}
         names = [t["name"].split(".") for t in plan["tensors"] if t["category"] == "tape"]
         self.kept = {name: how[0] if how else "whole" for name, *how in names if how != ["scale"]}
@@ -96,7 +122,7 @@ def count(shape):
 
 
 class Step(Launches):
-    """The trainer's step, in the order of train_gpt2_compact.cu, whose functions' names these are."""
+    """The trainer's step, in the order of train_gpt2_compact.cu and by its functions' names."""
 
     def __init__(self, card, s):
         super().__init__(card)
@@ -108,7 +134,8 @@ class Step(Launches):
         self.layernorm_backward(accumulate=False)
         for _ in range(s.L):
             self.block_backward()
-        self.add("word_backward_kernel", self.NC + 8 * min(s.N, s.Vp) * s.C)  # at most so many words occur
+        words = min(s.N, s.Vp)  # at most so many occur
+        self.add("word_backward_kernel", self.NC + 8 * words * s.C)
         self.add("position_backward_kernel", self.NC + 8 * s.T * s.C)
         self.times = 1
         self.update()
@@ -133,7 +160,8 @@ class Step(Launches):
             self.product(f"{which} z", self.s.N, r, n)
 
     def layernorm(self, which, delta, wanted):
-        self.add("layernorm_kernel", self.NC * (2 + 2 * delta) + 8 * self.s.N + self.fold(which, wanted))
+        self.add("layernorm_kernel",
+                 self.NC * (2 + 2 * delta) + 8 * self.s.N + self.fold(which, wanted))
 
     def linear_forward(self, which, training):
         m, n, _, _ = self.s.linear(which)
@@ -142,9 +170,13 @@ class Step(Launches):
             self.make_z(which)
 
     def attention(self, backward):
-        """Tensor cores: tiles on the diagonal count whole; keys and values, or queries and dout, are read again from the cache."""
+        """
+        Tensor cores: tiles on the diagonal count whole; keys and values, or queries and dout, are
+        read again from the cache.
+        """
         s = self.s
-        square, flash = 2.0 * s.B * s.NH * s.T * s.T / 2 * (s.C // s.NH), s.C == 64 * s.NH  # FLOPs of one causal product
+        flash = s.C == 64 * s.NH
+        square = 2.0 * s.B * s.NH * s.T * s.T / 2 * (s.C // s.NH)  # FLOPs of one causal product
         whole = square * (1 + 0.5 / ((s.T + 127) // 128))
         again = (s.T + 127) // 128 / 2  # plain: from memory for every 128 rows
         if not backward and flash:
@@ -180,8 +212,9 @@ class Step(Launches):
         for layer in range(self.s.L):
             self.attention_half(layer > 0, True)
             self.linear_forward("fc", True)
-            bits = self.s.kept.get("fch") == "2bit"
-            self.add("gelu_forward_kernel", 8 * self.NC + bits * self.s.N * self.s.C + self.fold("fcproj", self.s.on_tape("fcproj")))
+            bits = self.s.N * self.s.C if self.s.kept.get("fch") == "2bit" else 0
+            folded = self.fold("fcproj", self.s.on_tape("fcproj"))
+            self.add("gelu_forward_kernel", 8 * self.NC + bits + folded)
             self.linear_forward("fcproj", True)
         self.layernorm(None, True, False)
 
@@ -192,7 +225,8 @@ class Step(Launches):
         for first in range(0, s.N, chunk):
             rows = min(chunk, s.N - first)
             self.product("logits", rows, s.Vp, s.C)
-            self.add("cross_entropy_kernel", 3 * X * rows * s.ld)  # a large cache may spare it the second reading
+            # a large cache may spare it the second reading
+            self.add("cross_entropy_kernel", 3 * X * rows * s.ld)
             self.product("dlnf", rows, s.C, s.Vp)
             self.product("dwte", s.Vp, s.C, rows, out=4, beta=first > 0)
 
@@ -203,7 +237,8 @@ class Step(Launches):
 
     def layernorm_backward(self, accumulate=True):
         bands = -(-self.s.N // max(8, -(-self.s.N // 1024)))
-        self.sum_columns("layernorm_backward_kernel", self.NC * (3 + accumulate), bands * 3 * self.s.C)
+        self.sum_columns("layernorm_backward_kernel", self.NC * (3 + accumulate),
+                         bands * 3 * self.s.C)
 
     def linear_backward(self, which, folded=False):
         m, n, r, compressed = self.s.linear(which)
@@ -214,7 +249,9 @@ class Step(Launches):
 
     def block_backward(self):
         s, kept = self.s, self.s.kept
-        now = {which: self.sparse and s.linear(which)[3] and not s.on_tape(which) for which in LINEARS}  # folded where it is made again
+        # z that is folded where its input is made again
+        now = {which: self.sparse and s.linear(which)[3] and not s.on_tape(which)
+               for which in LINEARS}
         self.tape("dequantize_kernel", {"residual": 1, "atty": 1, "residual2": 1})
         if "atty" not in kept:
             self.attention_half(False, False)
@@ -226,7 +263,8 @@ class Step(Launches):
         if again["fch_gelu"]:
             self.add("gelu_forward_kernel", 8 * self.NC + self.fold("fcproj", now["fcproj"]))
         self.linear_backward("fcproj", again["fch_gelu"] and now["fcproj"])
-        self.sum_columns("gelu_backward_kernel", (8.5 if kept.get("fch") == "2bit" else 12) * self.NC, 64 * 4 * s.C)
+        widths = 8.5 if kept.get("fch") == "2bit" else 12
+        self.sum_columns("gelu_backward_kernel", widths * self.NC, 64 * 4 * s.C)
         if again["ln2"]:
             self.layernorm("fc", False, now["fc"])
         self.linear_backward("fc", again["ln2"] and now["fc"])
@@ -244,10 +282,12 @@ class Step(Launches):
 
     def update(self):
         s, muon = self.s, self.s.options["optimizer"] == "muon"
-        moved = 2 * X if s.options["master"] == "none" else 8 + X  # bytes of a weight that moves, with its fp32 copy
+        # bytes of a weight that moves, with its fp32 copy
+        moved = 2 * X if s.options["master"] == "none" else 8 + X
         weights = {which + "w": which for which in LINEARS}
-        self.add("squares_kernel", 4 * sum(count(shape) if name not in weights else s.L * shape[1] * s.r[weights[name]]
-                                           for name, shape in s.params.items()))
+        gradients = [s.L * shape[1] * s.r[weights[name]] if name in weights else count(shape)
+                     for name, shape in s.params.items()]
+        self.add("squares_kernel", 4 * sum(gradients))
         self.add("norm_kernel", 0)
         for name, shape in s.params.items():
             if name not in weights:
@@ -259,7 +299,8 @@ class Step(Launches):
 
     def linear_update(self, which, moved, muon):
         m, n, r, compressed = self.s.linear(which)
-        direction = X if muon else 4 + 16  # bytes of an element of the optimizer's step: Muon's, or Adam's gradient and moments
+        # bytes of an element of the optimizer's step: Muon's, or Adam's gradient and moments
+        direction = X if muon else 4 + 16
         if not compressed:
             self.add("lift_kernel" if muon else "adam_kernel", m * n * (moved + direction))
             return
@@ -283,8 +324,11 @@ class Step(Launches):
             size = batch * rows * r
             self.add("muon_momentum_kernel", size * (12 + X))
             self.add("muon_scale_kernel", 2 * size * X)
-            for m, n, inner, beta in ((k, k, max(rows, r), False), (k, k, k, True), (rows, r, k, True)):
-                self.add("matmul Newton-Schulz", 5 * batch * X * ((m + n) * inner + m * n * (1 + beta)), 5 * 2.0 * batch * m * n * inner, launches=5)
+            products = [(k, k, max(rows, r), False), (k, k, k, True), (rows, r, k, True)]
+            for m, n, inner, beta in products:
+                elements = (m + n) * inner + m * n * (1 + beta)
+                self.add("matmul Newton-Schulz", 5 * batch * X * elements,
+                         5 * 2.0 * batch * m * n * inner, launches=5)
             self.add("copies of Newton-Schulz", 5 * 2 * X * (2 * size + batch * k * k), launches=15)
 
     def muon_shape(self, which):
@@ -293,8 +337,10 @@ class Step(Launches):
         return blocks, m // blocks, r, min(m // blocks, r)
 
     def wide_rows(self):
-        muon = self.s.options["optimizer"] == "muon"
-        return max([self.s.N] + [-(-self.muon_elements(which) // (4 * self.s.C)) for which in LINEARS if muon])
+        rows = [self.s.N]
+        if self.s.options["optimizer"] == "muon":
+            rows += [-(-self.muon_elements(which) // (4 * self.s.C)) for which in LINEARS]
+        return max(rows)
 
     def muon_elements(self, which):
         blocks, rows, r, k = self.muon_shape(which)
@@ -302,7 +348,10 @@ class Step(Launches):
 
 
 class LlmC(Launches):
-    """llm.c's step at full rank with cuDNN's attention and its defaults: bf16 gradients, GELU again in the backward pass, one chunk of logits."""
+    """
+    llm.c's step at full rank, with cuDNN's attention and its defaults: bf16 gradients, GELU again
+    in the backward pass, one chunk of logits.
+    """
 
     def __init__(self, card, s):
         super().__init__(card)
@@ -340,14 +389,15 @@ class LlmC(Launches):
 
 
 def card_of(device):
-    """The card that the driver's name for a device means, or None: a laptop's or a cut one is another card."""
+    """The card that the driver's name for a device means, or None: a laptop's is another card."""
     return next((card for card, name in NAMES.items() if device.endswith(name)), None)
 
 
 def ask_plan(flags):
     binary = next((ROOT / b for b in BINARIES if (ROOT / b).exists()), None)
     if binary is None:
-        stop(f"none of {', '.join(BINARIES)} is there to be asked for its plan; make train_gpt2_compact builds one")
+        stop(f"none of {', '.join(BINARIES)} is there to be asked for its plan; "
+             "make train_gpt2_compact builds one")
     done = subprocess.run([str(binary), *flags, "--plan=json"], capture_output=True, text=True)
     if done.returncode != 0:
         stop(done.stderr.strip())
@@ -367,15 +417,19 @@ def stop(why):
 
 def table(rows, total):
     lines = [f"{'kernel':26} {'launches':>8} {'GB':>9} {'TFLOP':>8} {'floor, ms':>10} {'ms':>9}"]
-    lines += [f"{r['name']:26} {r['launches']:8,} {r['bytes'] / 1e9:9.2f} {r['flops'] / 1e12:8.2f} {r['floor_ms']:10.2f} {r['ms']:9.2f}"
+    lines += [f"{r['name']:26} {r['launches']:8,} {r['bytes'] / 1e9:9.2f} "
+              f"{r['flops'] / 1e12:8.2f} {r['floor_ms']:10.2f} {r['ms']:9.2f}"
               for r in rows if r["ms"] >= 0.0005 * total]
     return "\n".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--card", choices=CARDS, default="h100", type=str.lower)
-    parser.add_argument("--json", action="store_true", help="one object: total_ms, tokens_per_second, kernels, and llmc likewise")
+    parser.add_argument("--json", action="store_true",
+                        help="one object: total_ms, tokens_per_second, kernels, and llmc likewise")
     args, flags = parser.parse_known_args()
     plan = ask_plan(flags)
     found = predict(args.card, plan)
@@ -383,8 +437,9 @@ def main():
         print(json.dumps(found))
         return
     for title, part in ("This trainer", found), ("llm.c at full rank", found["llmc"]):
-        print(f"{title}, predicted for one {args.card.upper()}: {part['total_ms']:.1f} ms a step, {part['tokens_per_second']:,.0f} tokens a second\n\n"
-              f"{table(part['kernels'], part['total_ms'])}\n")
+        print(f"{title}, predicted for one {args.card.upper()}: {part['total_ms']:.1f} ms a step, "
+              f"{part['tokens_per_second']:,.0f} tokens a second\n")
+        print(table(part["kernels"], part["total_ms"]) + "\n")
     print(f"memory, by the plan: {plan['total_bytes'] / 1e9:.2f} GB")
 
 
