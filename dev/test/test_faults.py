@@ -327,7 +327,8 @@ def test_saved_at_the_end(trainer, text, tmp_path):
 def test_signal_saves(number, options, trainer, text, tmp_path):
     """The step is finished; what is saved is as if the run had been that long, and the run goes on from it."""
     args = [*TINY, "--train", text, "-v", 0, "-k", "constant", *options]
-    with start(trainer, *args, "-x", 1000000, cwd=tmp_path, env=environment()) as process:
+    with start(trainer, *args, "-x", 1000000, cwd=tmp_path, env=environment(),
+               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as process:  # which nohup ignores
         first_step(process)
         process.send_signal(number)
         shown, said = process.communicate(timeout=60)
