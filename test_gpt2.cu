@@ -1,12 +1,18 @@
-// test_gpt2.cu: holds the CUDA trainer to the CPU trainer: tensor by tensor in many configurations, then over training runs.
+// test_gpt2.cu: holds the CUDA trainer to the CPU trainer: tensor by tensor in many configurations,
+// then over training runs.
 //
-//   make test_gpt2cu       for a GPU, make test_gpt2_nogpu for a CPU (dev/nogpu); PRECISION=FP32 for the other precision
-//   ./test_gpt2cu [--list] [--figures] [NAME]    the case called NAME, or all whose names contain it; --figures prints all
+//   make test_gpt2cu             for a GPU; make test_gpt2_nogpu for a CPU (dev/nogpu);
+//                                PRECISION=FP32 for the other precision
+//   ./test_gpt2cu [--list] [--figures] [NAME]
+//                                the case called NAME, or all whose names contain it;
+//                                --figures prints all
 //
-// A line for each case: the figure that came nearest to its bound, or beyond it. Both trainers start from the same weights,
-// numbers that bf16 holds, all of them large enough to matter: biases, LayerNorm's weights, padded words too.
+// A line for each case: the figure that came nearest to its bound, or beyond it. Both trainers
+// start from the same weights, numbers that bf16 holds, all of them large enough to matter: biases,
+// LayerNorm's weights, padded words too.
 
-// All headers of both trainers stand here first: within the namespaces below, their guards leave nothing of them.
+// All headers of both trainers stand here first: within the namespaces below, their guards leave
+// nothing of them.
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -57,9 +63,9 @@ namespace cpu {
 #include "train_gpt2_compact.cpp"
 }
 
-// ---- two streams under nogpu, which runs everything at once: here the second one is as late and as early as it may be on a
-// GPU. Late: its copies are made when something waits for them. Early: a copy has to have waited for all that the first stream
-// was given before it, or the two could meet.
+// ---- two streams under nogpu, which runs everything at once: here the second one is as late and
+// as early as it may be on a GPU. Late: its copies are made when something waits for them. Early: a
+// copy has to have waited for all that the first stream was given before it, or the two could meet.
 
 #ifdef __NOGPU__
 struct Copy {
@@ -69,8 +75,9 @@ struct Copy {
     cudaMemcpyKind kind;
     cudaEvent_t recorded;  // not a copy: an event that comes to pass here
 };
-static std::vector<Copy> copies;               // of the second stream, not yet made
-static int64_t given, waited_for;              // work of the first stream, and how much of it the second one has waited for
+static std::vector<Copy> copies;  // of the second stream, not yet made
+// Work of the first stream, and how much of it the second one has waited for.
+static int64_t given, waited_for;
 static std::map<cudaEvent_t, int64_t> events;  // of the first stream: the work before them
 
 static cudaError_t make_copies(size_t count) {
@@ -86,7 +93,8 @@ static cudaError_t make_copies(size_t count) {
 static cudaError_t copy_on_stream(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
                                   cudaStream_t stream = nullptr) {
     if (!stream) return given++, cudaMemcpyAsync(to, from, bytes, kind);
-    if (waited_for < given) cpu::fail("a copy on the second stream has not waited for the first one's work");
+    if (waited_for < given)
+        cpu::fail("a copy on the second stream has not waited for the first one's work");
     copies.push_back({to, from, bytes, kind, nullptr});
     return cudaSuccess;
 }
@@ -137,44 +145,49 @@ typedef std::vector<float> Floats;
 
 struct Bounds {
     double activation, gradient;  // norm of a tensor's difference over its norm
-    double moment, moved;         // the same for Adam's moments, and for what the steps have added to the weights
-    double norm;                  // of all gradients
-    double normal;                // of a projection, in units of its standard deviation
-    double curve;                 // losses over a hundred steps, absolute
-    double rounded;               // the share of weights rounded at random that become another number
+    double moment,
+        moved;      // the same for Adam's moments, and for what the steps have added to the weights
+    double norm;    // of all gradients
+    double normal;  // of a projection, in units of its standard deviation
+    double curve;   // losses over a hundred steps, absolute
+    double rounded;  // the share of weights rounded at random that become another number
 };
 
-// log, sin and cos are other code than the CPU's; on a GPU cuRAND takes the fast ones, whose absolute error is 2^-20 or so.
+// log, sin and cos are other code than the CPU's; on a GPU cuRAND takes the fast ones, whose
+// absolute error is 2^-20 or so.
 #ifdef __NOGPU__
 static const double NORMAL_ERROR = 1.0 / (1 << 18);
 #else
 static const double NORMAL_ERROR = 1.0 / (1 << 16);
 #endif
 
-// A rounding to p bits errs by 2^-p at most, and by about 0.4 * 2^-p in the root of the mean square; k of them in a row by
-// sqrt(k) times that.
+// A rounding to p bits errs by 2^-p at most, and by about 0.4 * 2^-p in the root of the mean
+// square; k of them in a row by sqrt(k) times that.
 #ifdef PRECISION_FP32
-// p = 24: a sum of n terms in another order differs by about sqrt(n) 2^-24, 5e-6 for the longest here, and rarely more than
-// some such stand in a row. Then Adam: an element whose gradient is all but zero steps by noise over --eps.
+// p = 24: a sum of n terms in another order differs by about sqrt(n) 2^-24, 5e-6 for the longest
+// here, and rarely more than some such stand in a row. Then Adam: an element whose gradient is all
+// but zero steps by noise over --eps.
 static const Bounds bounds = {2e-5, 2e-5, 5e-5, 2e-4, 3e-5, NORMAL_ERROR, 1e-4, 2e-3};
 #else
-// p = 8: 0.0016 for each tensor written in bf16. Forward some 10 of them stand in a row (0.005, as is seen), backward twice as
-// many, and the gradient of the stream is rounded again and again. Adam makes steps of equal size of gradients large and
-// small, thus of errors. What is wrong errs more: a scale by several percent, a bias or a head left out by tens of them.
+// p = 8: 0.0016 for each tensor written in bf16. Forward some 10 of them stand in a row (0.005, as
+// is seen), backward twice as many, and the gradient of the stream is rounded again and again. Adam
+// makes steps of equal size of gradients large and small, thus of errors. What is wrong errs more:
+// a scale by several percent, a bias or a head left out by tens of them.
 static const Bounds bounds = {0.02, 0.03, 0.05, 0.1, 0.02, NORMAL_ERROR, 0.02, 0.06};
 #endif
-// Of codes as many differ as an activation's error spans, a quarter of its bound or less. int8: the largest of a group, about 3
-// times its root mean square, is 127 of them; bf16 rounds the scale, too. 2 bits: fch near one of the cuts, that is near 0,
-// where it has a density of 0.4 at most, being about 1 itself. A code of int8 that differs is off by 1/40 of its group's root
-// mean square, attention's scores, which are about 2, treble that, and there are three such tensors in its backward pass. fch's
-// slope is off by 1.1 where it is 0.75 in the root of the mean square, and two layers add up. So the gradients are off by the
-// root of the share that differs, times:
+// Of codes as many differ as an activation's error spans, a quarter of its bound or less. int8: the
+// largest of a group, about 3 times its root mean square, is 127 of them; bf16 rounds the scale,
+// too. 2 bits: fch near one of the cuts, that is near 0, where it has a density of 0.4 at most,
+// being about 1 itself. A code of int8 that differs is off by 1/40 of its group's root mean square,
+// attention's scores, which are about 2, treble that, and there are three such tensors in its
+// backward pass. fch's slope is off by 1.1 where it is 0.75 in the root of the mean square, and two
+// layers add up. So the gradients are off by the root of the share that differs, times:
 static const double CODES = 20, BITS = 0.25, FLIPPED_CODE = 1.0 / 7, FLIPPED_BIT = 2;
-// Weights without master copies differ by the distance of neighbours, 2^-8 to 2^-7 of themselves, where they do; attention as
-// above makes more of it.
+// Weights without master copies differ by the distance of neighbours, 2^-8 to 2^-7 of themselves,
+// where they do; attention as above makes more of it.
 static const double ROUNDED = sqrt(bounds.rounded) / 64;
-// A row by itself (a token, a word, an output) may err more than the tensor: the worst of thousands of normal errors is 4 of
-// their standard deviations off.
+// A row by itself (a token, a word, an output) may err more than the tensor: the worst of thousands
+// of normal errors is 4 of their standard deviations off.
 static const double ROW = 5;
 
 // ---- the report
@@ -192,41 +205,50 @@ static Worst worst;
 static void expect(const std::string& what, double figure, double bound) {
     double ratio = figure == 0 ? 0 : fabs(figure) / bound;
     if (std::isnan(ratio)) ratio = INFINITY;
-    if (show_figures || ratio > 1) fprintf(report, "    %-44s %9.2e of %9.2e\n", what.c_str(), figure, bound);
+    if (show_figures || ratio > 1)
+        fprintf(report, "    %-44s %9.2e of %9.2e\n", what.c_str(), figure, bound);
     if (worst.what.empty() || ratio > worst.ratio) worst = {ratio, figure, bound, what};
 }
 
 static void expect_equal(const std::string& what, const Floats& got, const Floats& want) {
     int64_t differ = got.size() != want.size();
-    for (size_t i = 0; !differ && i < got.size(); i++) differ += memcmp(&got[i], &want[i], sizeof(float)) != 0;
+    for (size_t i = 0; !differ && i < got.size(); i++)
+        differ += memcmp(&got[i], &want[i], sizeof(float)) != 0;
     expect(what + ": bits that differ", double(differ), 0);
 }
 
-// got against want in rows of `row` numbers. A row is measured against its own size, or a typical row's where it is smaller:
-// what cancels out in a sum leaves the rounding of its parts. Rounding is noise, it turns a tensor rather than scales it: so
-// the cosine is held more closely than the norm of the difference would hold it, which is to bound^2 / 2.
-static void expect_close(const std::string& what, const Floats& got, const float* want, int64_t row, double bound) {
+// got against want in rows of `row` numbers. A row is measured against its own size, or a typical
+// row's where it is smaller: what cancels out in a sum leaves the rounding of its parts. Rounding
+// is noise, it turns a tensor rather than scales it: so the cosine is held more closely than the
+// norm of the difference would hold it, which is to bound^2 / 2.
+static void expect_close(const std::string& what, const Floats& got, const float* want, int64_t row,
+                         double bound) {
     double difference = 0, size = 0, got_size = 0, dot = 0, worst_row = 0;
     std::vector<double> row_difference(got.size() / row), row_size(got.size() / row);
     for (size_t i = 0; i < got.size(); i++) {
         double d = double(got[i]) - want[i], w = double(want[i]) * want[i];
-        difference += d * d, size += w, got_size += double(got[i]) * got[i], dot += double(got[i]) * want[i];
+        difference += d * d, size += w, got_size += double(got[i]) * got[i],
+            dot += double(got[i]) * want[i];
         row_difference[i / row] += d * d, row_size[i / row] += w;
     }
     if (size == 0) return expect(what + ", zeros", sqrt(difference), 0);
     expect(what, sqrt(difference / size), bound);
-    if (gpu::IS_BF16) expect(what + ", 1 - cosine", 1 - dot / sqrt(size * got_size), bound * bound / 4);
+    if (gpu::IS_BF16)
+        expect(what + ", 1 - cosine", 1 - dot / sqrt(size * got_size), bound * bound / 4);
     double typical = size / row_size.size();
     for (size_t i = 0; i < row_size.size(); i++)
         worst_row = std::max(worst_row, sqrt(row_difference[i] / std::max(row_size[i], typical)));
     expect(what + ", worst row", worst_row, ROW * bound);
 }
 
-// Codes differ where what they stand for lies between two of them. Returns the share that does, which is to be no more than
-// `bound`, a single one aside; and that of those that are not next to each other but a small part of that.
-static double expect_codes(const std::string& what, const Floats& got, const Floats& want, double bound) {
+// Codes differ where what they stand for lies between two of them. Returns the share that does,
+// which is to be no more than `bound`, a single one aside; and that of those that are not next to
+// each other but a small part of that.
+static double expect_codes(const std::string& what, const Floats& got, const Floats& want,
+                           double bound) {
     double differ = 0, far = 0, count = double(got.size());
-    for (size_t i = 0; i < got.size(); i++) differ += !(got[i] == want[i]), far += !(fabs(got[i] - want[i]) <= 1);
+    for (size_t i = 0; i < got.size(); i++)
+        differ += !(got[i] == want[i]), far += !(fabs(got[i] - want[i]) <= 1);
     expect(what + ", share that differs", differ / count, bound + 1 / count);
     expect(what + ", share that is not next to it", far / count, bound / 20 + 1 / count);
     return differ / count;
@@ -245,10 +267,17 @@ struct Setup {
     int savings = 0;  // of memory: any of these
     int optimizer = gpu::ADAMW;
 };
-enum { TWO_BITS = 1, INT8 = 2, NO_MASTER = 4, OFFLOAD = 8, GENERATES = 16 };  // the fourth on the GPU alone
+enum {
+    TWO_BITS = 1,
+    INT8 = 2,
+    NO_MASTER = 4,
+    OFFLOAD = 8,
+    GENERATES = 16
+};  // the fourth on the GPU alone
 
-// lr and weight decay are large: a few steps move the weights, and decay is a good part of it. Without master weights a step is
-// shorter than the way to a weight's neighbour, so that it is for the random bits to say which of the two it becomes.
+// lr and weight decay are large: a few steps move the weights, and decay is a good part of it.
+// Without master weights a step is shorter than the way to a weight's neighbour, so that it is for
+// the random bits to say which of the two it becomes.
 template <class Options>
 static void set_options(Options& o, const Setup& u) {
     o.batch = u.B, o.seq = u.T, o.total_batch = u.micros * u.B * u.T;
@@ -259,7 +288,8 @@ static void set_options(Options& o, const Setup& u) {
     if (u.savings & INT8) o.tape = gpu::TAPE_INT8;
     if (u.savings & NO_MASTER) o.master = gpu::MASTER_NONE;
     o.generates = u.savings & GENERATES;
-    o.alpha = 0.7, o.lr = u.savings & NO_MASTER ? 2e-4 : 2e-3, o.weight_decay = 1, o.clip = 0.5, o.eps = 1e-4;
+    o.alpha = 0.7, o.lr = u.savings & NO_MASTER ? 2e-4 : 2e-3, o.weight_decay = 1, o.clip = 0.5,
+    o.eps = 1e-4;
 }
 
 template <class Tensor>
@@ -288,9 +318,9 @@ struct Cpu {
     }
 };
 
-// All that a step has to write before it reads it begins as NaN. Under nogpu, too, each tensor stands alone, so that
-// AddressSanitizer sees a step out of one into the next; gradients stay together, since the norm takes them for one.
-// One at a time: the trainer has one handle of cuBLAS.
+// All that a step has to write before it reads it begins as NaN. Under nogpu, too, each tensor
+// stands alone, so that AddressSanitizer sees a step out of one into the next; gradients stay
+// together, since the norm takes them for one. One at a time: the trainer has one handle of cuBLAS.
 struct Gpu {
     gpu::Model s;
     gpu::Plan plan;
@@ -307,12 +337,14 @@ struct Gpu {
             alone = apart && category != "gradients";
 #endif
             for (const gpu::Tensor& t : plan.tensors) {
-                if (t.category != category || t.type == "byte") continue;  // or a gap, which has no place of its own
+                if (t.category != category || t.type == "byte")
+                    continue;  // or a gap, which has no place of its own
                 char* data = data_of(t);
                 if (arena) (host ? pinned : memory).push_back(data);
                 arena = false;
                 if (alone) {
-                    CUDA(host ? cudaMallocHost((void**)&data, t.bytes()) : cudaMalloc((void**)&data, t.bytes()));
+                    CUDA(host ? cudaMallocHost((void**)&data, t.bytes())
+                              : cudaMalloc((void**)&data, t.bytes()));
                     memcpy(t.home, &data, sizeof(data));
                     (host ? pinned : memory).push_back(data);
                 }
@@ -323,13 +355,15 @@ struct Gpu {
             }
         }
         for (int i = 0; i < gpu::PARAMS && !gpu::IS_BF16; i++) s.master[i] = (float*)s.params[i];
-        for (void* data : {(void*)s.inputs, (void*)s.targets, (void*)s.sorted, (void*)s.losses}) pinned.push_back(data);
+        for (void* data : {(void*)s.inputs, (void*)s.targets, (void*)s.sorted, (void*)s.losses})
+            pinned.push_back(data);
     }
     Gpu(const Gpu&) = delete;
     ~Gpu() {
         for (void* data : memory) cudaFree(data);
         for (void* data : pinned) cudaFreeHost(data);
-        for (int i = 0; i < 2 && s.options.offload; i++) cudaEventDestroy(s.computed[i]), cudaEventDestroy(s.copied[i]);
+        for (int i = 0; i < 2 && s.options.offload; i++)
+            cudaEventDestroy(s.computed[i]), cudaEventDestroy(s.copied[i]);
         if (s.options.offload) cudaStreamDestroy(s.copies);
         cublasDestroy(gpu::cublas);
     }
@@ -344,15 +378,17 @@ static const cpu::Tensor& tensor_of(const cpu::Plan& plan, const std::string& na
 
 static Floats fetch(const gpu::Tensor& t) {
     Floats out(t.count());
-    gpu::visit(t, 0, t.count(), false,
-               [&](const float* from, int64_t at, int64_t n) { std::copy(from, from + n, out.begin() + at); });
+    gpu::visit(t, 0, t.count(), false, [&](const float* from, int64_t at, int64_t n) {
+        std::copy(from, from + n, out.begin() + at);
+    });
     return out;
 }
 
 static Floats fetch(const cpu::Tensor& t) {
     Floats out(t.count());
-    cpu::visit(t, 0, t.count(), false,
-               [&](const float* from, int64_t at, int64_t n) { std::copy(from, from + n, out.begin() + at); });
+    cpu::visit(t, 0, t.count(), false, [&](const float* from, int64_t at, int64_t n) {
+        std::copy(from, from + n, out.begin() + at);
+    });
     return out;
 }
 
@@ -360,7 +396,8 @@ static Floats fetch(const cpu::Tensor& t) {
 static Floats fetch_all(const gpu::Plan& plan, std::initializer_list<const char*> categories) {
     Floats all;
     for (const gpu::Tensor& t : plan.tensors) {
-        bool wanted = t.type != "byte" && std::find(categories.begin(), categories.end(), t.category) != categories.end();
+        bool wanted = t.type != "byte" && std::find(categories.begin(), categories.end(),
+                                                    t.category) != categories.end();
         if (!wanted) continue;
         Floats one = fetch(t);
         all.insert(all.end(), one.begin(), one.end());
@@ -368,15 +405,17 @@ static Floats fetch_all(const gpu::Plan& plan, std::initializer_list<const char*
     return all;
 }
 
-// Weights that make every part count: the streams of about 1 / sqrt(C), where LayerNorm's epsilon shows, everything after it
-// of about 1; attention that prefers some keys, biases and LayerNorm's weights that differ, padded words that are not zero.
+// Weights that make every part count: the streams of about 1 / sqrt(C), where LayerNorm's epsilon
+// shows, everything after it of about 1; attention that prefers some keys, biases and LayerNorm's
+// weights that differ, padded words that are not zero.
 static void set_cpu_weights(Cpu& c) {
     for (int i = 0; i < cpu::PARAMS; i++) {
         const cpu::ParamRow& row = cpu::param_rows[i];
         bool norm = i == cpu::LN1W || i == cpu::LN2W || i == cpu::LNFW;
         float scale = row.columns == 0 ? 0.3f : 1 / sqrtf(float(row.columns * c.s.config.C));
         int64_t count = cpu::param_count(c.s.config, i);
-        cpu::draw_normals(c.s.params[i], 0, count, i == cpu::QKVW ? 1.5f * scale : scale, SEED, cpu::stream_of(99, i, 0));
+        cpu::draw_normals(c.s.params[i], 0, count, i == cpu::QKVW ? 1.5f * scale : scale, SEED,
+                          cpu::stream_of(99, i, 0));
         for (int64_t j = 0; j < count; j++) {
             float x = c.s.params[i][j] + (norm ? 1.0f : 0.0f);
             c.s.params[i][j] = gpu::IS_BF16 ? cpu::float_of_bf16(cpu::bf16_of_float(x)) : x;
@@ -389,7 +428,9 @@ static void copy_weights(Gpu& g, const Cpu& c) {
     int i = 0;
     for (const gpu::Tensor& t : gpu::weights_of(g.plan)) {
         const float* from = c.s.params[i++];
-        gpu::visit(t, 0, t.count(), true, [&](float* to, int64_t at, int64_t n) { std::copy(from + at, from + at + n, to); });
+        gpu::visit(t, 0, t.count(), true, [&](float* to, int64_t at, int64_t n) {
+            std::copy(from + at, from + at + n, to);
+        });
     }
     gpu::model_round(g.s);
 }
@@ -410,13 +451,15 @@ static void set_tokens(Model& s, const Setup& u, uint64_t number, int N) {
 
 // ---- one optimizer step against the CPU's, tensor by tensor, and ten of them
 
-static void compare_losses(const Gpu& g, const Cpu& c, const std::string& what, int N, double bound = bounds.activation / 2) {
+static void compare_losses(const Gpu& g, const Cpu& c, const std::string& what, int N,
+                           double bound = bounds.activation / 2) {
     gpu::model_wait();
     expect_close(what, Floats(g.s.losses, g.s.losses + N), c.s.losses, 1, bound);
 }
 
 // Tensors of a category that are on both sides: under one name, in one shape.
-static void compare_category(const Gpu& g, const Cpu& c, const std::string& category, const Setup& u, double bound) {
+static void compare_category(const Gpu& g, const Cpu& c, const std::string& category,
+                             const Setup& u, double bound) {
     int found = 0, wanted = 0;
     for (const cpu::Tensor& t : c.plan.tensors) wanted += t.category == category;
     for (const gpu::Tensor& t : g.plan.tensors) {
@@ -430,15 +473,16 @@ static void compare_category(const Gpu& g, const Cpu& c, const std::string& cate
     expect(category + ": tensors of the CPU that the GPU has not", wanted - found, 0);
 }
 
-// The tape's codes, made of activations that differ by no more than `activation`. Returns the relative error that those which
-// differ bring to the gradients.
-static double compare_codes(const Gpu& g, const Cpu& c, const std::string& when, double activation) {
+// The tape's codes, made of activations that differ by no more than `activation`. Returns the
+// relative error that those which differ bring to the gradients.
+static double compare_codes(const Gpu& g, const Cpu& c, const std::string& when,
+                            double activation) {
     double error = 0;
     for (const gpu::Tensor& t : g.plan.tensors) {
         if (t.type != "2bit" && t.type != "int8") continue;
         bool bits = t.type == "2bit";
-        double share =
-            expect_codes(when + t.name, fetch(t), fetch(tensor_of(c.plan, t.name)), (bits ? BITS : CODES) * activation);
+        double share = expect_codes(when + t.name, fetch(t), fetch(tensor_of(c.plan, t.name)),
+                                    (bits ? BITS : CODES) * activation);
         error = std::max(error, (bits ? FLIPPED_BIT : FLIPPED_CODE) * sqrt(share));
     }
     return error;
@@ -448,17 +492,20 @@ static double compare_codes(const Gpu& g, const Cpu& c, const std::string& when,
 static void compare_projections(Gpu& g, Cpu& c, const std::string& when) {
     for (int which = 0; which < gpu::LINEARS; which++) {
         for (int layer = 0; g.s.linear[which].compressed() && layer < g.s.config.L; layer++) {
-            Floats got = gpu::model_projection(g.s, which, layer), want = cpu::model_projection(c.s, which, layer);
+            Floats got = gpu::model_projection(g.s, which, layer),
+                   want = cpu::model_projection(c.s, which, layer);
             double worst_one = 0, unit = 1 / sqrt(double(g.s.linear[which].r));
             bool gaussian = g.s.options.projection == gpu::GAUSSIAN;
             for (size_t i = 0; i < got.size(); i++) {
-                double exact = gaussian || !gpu::IS_BF16 ? want[i] : cpu::float_of_bf16(cpu::bf16_of_float(want[i]));
+                double exact = gaussian || !gpu::IS_BF16
+                                   ? want[i]
+                                   : cpu::float_of_bf16(cpu::bf16_of_float(want[i]));
                 double free = gaussian && gpu::IS_BF16 ? fabs(exact) / 256 : 0;
                 worst_one = std::max(worst_one, (fabs(got[i] - exact) - free) / unit);
                 if (std::isnan(got[i])) worst_one = NAN;
             }
-            expect(when + gpu::param_rows[gpu::weight_of(which)].name + "." + gpu::join(layer), worst_one,
-                   gaussian ? bounds.normal : 0);
+            expect(when + gpu::param_rows[gpu::weight_of(which)].name + "." + gpu::join(layer),
+                   worst_one, gaussian ? bounds.normal : 0);
         }
     }
 }
@@ -483,7 +530,8 @@ static void tensors(const Setup& u) {
             gpu::model_accumulate(g.s, u.B, u.T, micro == 0, 1.0f / (u.micros * N));
             cpu::model_accumulate(c.s, u.B, u.T, micro == 0, 1.0f / (u.micros * N));
             compare_losses(g, c, when + "losses", N, b.activation / 2);
-            if (gpu::IS_BF16 && step > 0) continue;  // the weights that compute are rounded on one side only by now
+            if (gpu::IS_BF16 && step > 0)
+                continue;  // the weights that compute are rounded on one side only by now
             flipped = std::max(flipped, compare_codes(g, c, when, b.activation));
         }
         if (step == 0) {
@@ -494,7 +542,8 @@ static void tensors(const Setup& u) {
         double got = gpu::model_update(g.s, g.plan, step, g.s.options.lr),
                want = cpu::model_update(c.s, c.plan, step, c.s.options.lr);
         expect(when + "norm", fabs(got - want) / want, b.norm + flipped);
-        if (u.savings & NO_MASTER) b.activation = bounds.activation + ROUNDED, b.norm = bounds.norm + ROUNDED;
+        if (u.savings & NO_MASTER)
+            b.activation = bounds.activation + ROUNDED, b.norm = bounds.norm + ROUNDED;
     }
     if (u.savings & NO_MASTER) flipped += ROUNDED;
     compare_category(g, c, "moments", u, b.moment + 2 * flipped);
@@ -502,13 +551,18 @@ static void tensors(const Setup& u) {
     for (const gpu::Tensor& t : gpu::weights_of(g.plan)) {
         Floats got = fetch(t), want = fetch(tensor_of(c.plan, gpu::param_rows[i].name));
         for (size_t j = 0; j < got.size(); j++) {
-            bool key_bias = i == gpu::QKVB && int(j) / u.C % 3 == 1;  // its gradient is 0: softmax does not see it; noise only
-            got[j] = key_bias ? 0 : got[j] - start[i][j], want[j] = key_bias ? 0 : want[j] - start[i][j];
+            bool key_bias =
+                i == gpu::QKVB &&
+                int(j) / u.C % 3 == 1;  // its gradient is 0: softmax does not see it; noise only
+            got[j] = key_bias ? 0 : got[j] - start[i][j],
+            want[j] = key_bias ? 0 : want[j] - start[i][j];
         }
         if (u.savings & NO_MASTER) {
             double slack = (b.moved + 2 * flipped) * g.s.options.lr * u.steps;
-            for (size_t j = 0; j < got.size(); j++) {  // 0: alike but for what the steps differ by, 1: neighbours, 2: neither
-                double apart = fabs(double(got[j]) - want[j]), w = start[i][j], step = fabs(w + got[j]) / 128;
+            for (size_t j = 0; j < got.size();
+                 j++) {  // 0: alike but for what the steps differ by, 1: neighbours, 2: neither
+                double apart = fabs(double(got[j]) - want[j]), w = start[i][j],
+                       step = fabs(w + got[j]) / 128;
                 got[j] = apart <= slack ? 0.0f : apart <= slack + step ? 1.0f : 2.0f;
                 want[j] = 0;
             }
@@ -524,66 +578,114 @@ static void tensors(const Setup& u) {
     expect_equal("the rounded weights", fetch_all(g.plan, {"parameters"}), master);
 }
 
-// Heads of 64 are the tensor cores' in bf16, all others and fp32 the plain kernels'. T ends inside a tile of 64 or of 128, on
-// it, one beyond; C, V and the ranks are odd in some rows; the last rows have GPT-2's own widths. 5 updates with --gap 2, and
-// 3 with --gap 1, cross two epochs.
+// Heads of 64 are the tensor cores' in bf16, all others and fp32 the plain kernels'. T ends inside
+// a tile of 64 or of 128, on it, one beyond; C, V and the ranks are odd in some rows; the last rows
+// have GPT-2's own widths. 5 updates with --gap 2, and 3 with --gap 1, cross two epochs.
 static const Setup setups[] = {
-    // name, B, T, C, NH, L, V, Vp, rank, compress, projection, moments, gap, recompute, micros, steps, savings
+    // name, B, T, C, NH, L, V, Vp, rank, compress, projection, moments, gap, recompute, micros,
+    // steps, savings
     {"full-rank", 1, 64, 128, 2, 2, 257, 384, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 4, 0, 1, 3},
-    {"full-rank-level-2", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 2, 2, 2, 5},
-    {"gaussian-keep-level-1", 1, 33, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::KEEP, 2, 1, 1, 5},
-    {"gaussian-move", 1, 65, 128, 2, 2, 257, 320, 1.0 / 2, PAPER, gpu::GAUSSIAN, gpu::MOVE, 1, 0, 1, 3},
-    {"gaussian-reset-level-2-all", 1, 33, 64, 1, 2, 256, 256, 1.0 / 8, ALL, gpu::GAUSSIAN, gpu::RESET, 2, 2, 1, 5},
+    {"full-rank-level-2", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 2, 2, 2,
+     5},
+    {"gaussian-keep-level-1", 1, 33, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::KEEP,
+     2, 1, 1, 5},
+    {"gaussian-move", 1, 65, 128, 2, 2, 257, 320, 1.0 / 2, PAPER, gpu::GAUSSIAN, gpu::MOVE, 1, 0, 1,
+     3},
+    {"gaussian-reset-level-2-all", 1, 33, 64, 1, 2, 256, 256, 1.0 / 8, ALL, gpu::GAUSSIAN,
+     gpu::RESET, 2, 2, 1, 5},
     {"gaussian-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::GAUSSIAN, gpu::MOVE, 1, 0, 2, 3},
-    {"gaussian-rank-1", 1, 33, 64, 2, 2, 257, 257, 1.0 / 64, ALL, gpu::GAUSSIAN, gpu::MOVE, 1, 1, 1, 3},
-    {"rademacher-keep-level-2", 1, 65, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::RADEMACHER, gpu::KEEP, 1, 2, 1, 3},
-    {"rademacher-move-all", 2, 17, 64, 1, 2, 257, 384, 1.0 / 8, ALL, gpu::RADEMACHER, gpu::MOVE, 2, 0, 1, 5},
-    {"rademacher-rank-3", 2, 17, 48, 3, 2, 257, 257, 3, PAPER, gpu::RADEMACHER, gpu::RESET, 1, 1, 1, 3},
-    {"sparse-keep-all", 1, 100, 64, 1, 2, 257, 257, 1.0 / 2, ALL, gpu::SPARSE, gpu::KEEP, 1, 0, 1, 3},
-    {"sparse-move-level-2", 1, 33, 128, 2, 2, 257, 384, 1.0 / 4, PAPER, gpu::SPARSE, gpu::MOVE, 2, 2, 1, 5},
-    {"sparse-reset-level-1-all", 1, 33, 64, 1, 2, 257, 257, 1.0 / 8, ALL, gpu::SPARSE, gpu::RESET, 2, 1, 2, 5},
+    {"gaussian-rank-1", 1, 33, 64, 2, 2, 257, 257, 1.0 / 64, ALL, gpu::GAUSSIAN, gpu::MOVE, 1, 1, 1,
+     3},
+    {"rademacher-keep-level-2", 1, 65, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::RADEMACHER,
+     gpu::KEEP, 1, 2, 1, 3},
+    {"rademacher-move-all", 2, 17, 64, 1, 2, 257, 384, 1.0 / 8, ALL, gpu::RADEMACHER, gpu::MOVE, 2,
+     0, 1, 5},
+    {"rademacher-rank-3", 2, 17, 48, 3, 2, 257, 257, 3, PAPER, gpu::RADEMACHER, gpu::RESET, 1, 1, 1,
+     3},
+    {"sparse-keep-all", 1, 100, 64, 1, 2, 257, 257, 1.0 / 2, ALL, gpu::SPARSE, gpu::KEEP, 1, 0, 1,
+     3},
+    {"sparse-move-level-2", 1, 33, 128, 2, 2, 257, 384, 1.0 / 4, PAPER, gpu::SPARSE, gpu::MOVE, 2,
+     2, 1, 5},
+    {"sparse-reset-level-1-all", 1, 33, 64, 1, 2, 257, 257, 1.0 / 8, ALL, gpu::SPARSE, gpu::RESET,
+     2, 1, 2, 5},
     {"sparse-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::SPARSE, gpu::MOVE, 1, 0, 2, 3},
     {"sparse-rank-1", 1, 33, 64, 2, 2, 257, 257, 1.0 / 64, ALL, gpu::SPARSE, gpu::KEEP, 1, 1, 1, 3},
     {"one-token", 3, 1, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 3},
     {"level-3", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 2, 3, 2, 3},
-    {"level-4-gaussian-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::GAUSSIAN, gpu::KEEP, 2, 4, 1, 3},
-    {"level-5-sparse-all", 1, 65, 64, 1, 2, 257, 257, 1.0 / 4, ALL, gpu::SPARSE, gpu::KEEP, 1, 5, 1, 2},
+    {"level-4-gaussian-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::GAUSSIAN, gpu::KEEP, 2, 4, 1,
+     3},
+    {"level-5-sparse-all", 1, 65, 64, 1, 2, 257, 257, 1.0 / 4, ALL, gpu::SPARSE, gpu::KEEP, 1, 5, 1,
+     2},
     {"2bit", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 3, TWO_BITS},
-    {"2bit-level-2-sparse-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::SPARSE, gpu::MOVE, 2, 2, 2, 3, TWO_BITS},
+    {"2bit-level-2-sparse-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::SPARSE, gpu::MOVE, 2, 2, 2,
+     3, TWO_BITS},
     {"int8", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 3, INT8},
-    {"int8-level-4-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::GAUSSIAN, gpu::MOVE, 2, 4, 2, 3, INT8},
-    {"int8-level-5-sparse", 1, 65, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::SPARSE, gpu::KEEP, 1, 5, 1, 2, INT8},
-    {"no-master", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 3, NO_MASTER},
-    {"no-master-gaussian-level-3", 2, 17, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::MOVE, 2, 3, 1, 3, NO_MASTER},
-    {"no-master-rademacher", 2, 17, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::RADEMACHER, gpu::KEEP, 1, 0, 1, 3, NO_MASTER},
-    {"no-master-sparse-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::SPARSE, gpu::RESET, 1, 0, 1, 3, NO_MASTER},
-    {"saving-all", 1, 33, 64, 1, 2, 257, 257, 1.0 / 4, ALL, gpu::SPARSE, gpu::KEEP, 1, 2, 2, 2, TWO_BITS | INT8 | NO_MASTER},
-    {"saving-all-level-5", 1, 33, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 5, 2, 2, INT8 | NO_MASTER},
+    {"int8-level-4-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::GAUSSIAN, gpu::MOVE, 2, 4, 2, 3,
+     INT8},
+    {"int8-level-5-sparse", 1, 65, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::SPARSE, gpu::KEEP, 1, 5,
+     1, 2, INT8},
+    {"no-master", 2, 17, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 3,
+     NO_MASTER},
+    {"no-master-gaussian-level-3", 2, 17, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN,
+     gpu::MOVE, 2, 3, 1, 3, NO_MASTER},
+    {"no-master-rademacher", 2, 17, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::RADEMACHER, gpu::KEEP,
+     1, 0, 1, 3, NO_MASTER},
+    {"no-master-sparse-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::SPARSE, gpu::RESET, 1, 0, 1, 3,
+     NO_MASTER},
+    {"saving-all", 1, 33, 64, 1, 2, 257, 257, 1.0 / 4, ALL, gpu::SPARSE, gpu::KEEP, 1, 2, 2, 2,
+     TWO_BITS | INT8 | NO_MASTER},
+    {"saving-all-level-5", 1, 33, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1,
+     5, 2, 2, INT8 | NO_MASTER},
     {"heads-of-64", 2, 130, 192, 3, 1, 61, 61, 1.0 / 4, PAPER, gpu::SPARSE, gpu::KEEP, 1, 0, 1, 1},
     {"heads-of-160", 1, 150, 320, 2, 1, 61, 61, 1.0 / 4, PAPER, gpu::SPARSE, gpu::KEEP, 1, 0, 1, 1},
     {"heads-of-8", 2, 260, 24, 3, 1, 61, 61, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 1},
     {"two-chunks", 130, 8, 16, 1, 1, 61, 64, 1.0 / 4, PAPER, gpu::SPARSE, gpu::KEEP, 1, 0, 1, 1},
     {"many-words", 1, 21, 16, 2, 1, 9001, 9088, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 2},
-    {"width-of-d12", 1, 12, 768, 12, 1, 61, 64, 1.0 / 8, PAPER, gpu::GAUSSIAN, gpu::MOVE, 1, 0, 1, 2},
-    {"width-of-d12-sparse", 1, 12, 768, 12, 1, 61, 64, 1.0 / 2, ALL, gpu::SPARSE, gpu::KEEP, 1, 2, 1, 1},
-    {"width-of-d48", 1, 5, 1600, 25, 1, 61, 64, 1.0 / 64, PAPER, gpu::SPARSE, gpu::KEEP, 1, 0, 1, 1},
-    {"muon-full-rank", 2, 65, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 4, 2, 1, 3, 0, gpu::MUON},
-    {"muon-gaussian-move", 1, 65, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::MOVE, 1, 0, 1, 3, 0, gpu::MUON},
-    {"muon-sparse-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::SPARSE, gpu::KEEP, 2, 0, 2, 3, 0, gpu::MUON},
-    {"muon-no-master", 2, 33, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::SPARSE, gpu::RESET, 1, 0, 1, 3, NO_MASTER, gpu::MUON},
+    {"width-of-d12", 1, 12, 768, 12, 1, 61, 64, 1.0 / 8, PAPER, gpu::GAUSSIAN, gpu::MOVE, 1, 0, 1,
+     2},
+    {"width-of-d12-sparse", 1, 12, 768, 12, 1, 61, 64, 1.0 / 2, ALL, gpu::SPARSE, gpu::KEEP, 1, 2,
+     1, 1},
+    {"width-of-d48", 1, 5, 1600, 25, 1, 61, 64, 1.0 / 64, PAPER, gpu::SPARSE, gpu::KEEP, 1, 0, 1,
+     1},
+    {"muon-full-rank", 2, 65, 64, 1, 2, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 4, 2, 1, 3,
+     0, gpu::MUON},
+    {"muon-gaussian-move", 1, 65, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::MOVE, 1,
+     0, 1, 3, 0, gpu::MUON},
+    {"muon-sparse-odd", 3, 11, 48, 3, 2, 61, 64, 0.1, ALL, gpu::SPARSE, gpu::KEEP, 2, 0, 2, 3, 0,
+     gpu::MUON},
+    {"muon-no-master", 2, 33, 64, 1, 2, 257, 257, 1.0 / 4, PAPER, gpu::SPARSE, gpu::RESET, 1, 0, 1,
+     3, NO_MASTER, gpu::MUON},
 #ifndef __NOGPU__
     {"long", 2, 1024, 128, 2, 2, 257, 257, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::KEEP, 4, 0, 1, 10},
-    {"long-plain", 1, 1024, 96, 2, 2, 257, 257, 1.0 / 4, PAPER, gpu::SPARSE, gpu::KEEP, 4, 2, 1, 10},
+    {"long-plain", 1, 1024, 96, 2, 2, 257, 257, 1.0 / 4, PAPER, gpu::SPARSE, gpu::KEEP, 4, 2, 1,
+     10},
 #endif
 };
 
 // ---- what must be equal bit for bit on the GPU
 
-const Setup small = {"", 2, 33, 64, 1, 2, 257, 384, 1.0 / 4, PAPER, gpu::GAUSSIAN, gpu::MOVE, 2, 0, 1, 0};
-const Setup odd = {"", 3, 21, 48, 3, 2, 61, 61, 0.1, ALL, gpu::SPARSE, gpu::MOVE, 2, 0, 2, 0};  // tensors end between 256 bytes
+const Setup small = {"",        2, 33, 64, 1, 2, 257, 384, 1.0 / 4, PAPER, gpu::GAUSSIAN,
+                     gpu::MOVE, 2, 0,  1,  0};
+// Tensors end between 256 bytes.
+const Setup odd = {"", 3, 21, 48, 3, 2, 61, 61, 0.1, ALL, gpu::SPARSE, gpu::MOVE, 2, 0, 2, 0};
 // All that saves memory; of five layers' tapes three wait on the host.
-const Setup saving = {
-    "", 1, 14, 32, 2, 5, 61, 61, 1.0 / 4, ALL, gpu::SPARSE, gpu::RESET, 2, 2, 2, 0, TWO_BITS | INT8 | NO_MASTER | OFFLOAD};
+const Setup saving = {"",
+                      1,
+                      14,
+                      32,
+                      2,
+                      5,
+                      61,
+                      61,
+                      1.0 / 4,
+                      ALL,
+                      gpu::SPARSE,
+                      gpu::RESET,
+                      2,
+                      2,
+                      2,
+                      0,
+                      TWO_BITS | INT8 | NO_MASTER | OFFLOAD};
 
 static void start_gpu(Gpu& g, const Setup& u) {
     Cpu c(u);
@@ -591,7 +693,8 @@ static void start_gpu(Gpu& g, const Setup& u) {
     copy_weights(g, c);
 }
 
-// Steps [first, last) of a run; returns the losses of all micro batches. An evaluation after each of them is to change nothing.
+// Steps [first, last) of a run; returns the losses of all micro batches. An evaluation after each
+// of them is to change nothing.
 static Floats train(Gpu& g, const Setup& u, int first, int last, bool evaluations = false) {
     Floats losses;
     for (int step = first; step < last; step++) {
@@ -601,7 +704,8 @@ static Floats train(Gpu& g, const Setup& u, int first, int last, bool evaluation
             gpu::model_accumulate(g.s, u.B, u.T, micro == 0, 1.0f / (u.micros * u.B * u.T));
             gpu::model_wait();
             losses.insert(losses.end(), g.s.losses, g.s.losses + u.B * u.T);
-            if (evaluations) set_tokens(g.s, u, 99, u.T), gpu::model_evaluate(g.s, 1, u.T), gpu::model_wait();
+            if (evaluations)
+                set_tokens(g.s, u, 99, u.T), gpu::model_evaluate(g.s, 1, u.T), gpu::model_wait();
         }
         if (u.steps == 0) gpu::model_update(g.s, g.plan, step, g.s.options.lr);
     }
@@ -612,24 +716,29 @@ static Floats train(Gpu& g, const Setup& u, int first, int last, bool evaluation
 static void levels(Setup u) {
     Floats losses, gradients;
     u.steps = 1;  // no update: gradients stay
-    for (u.recompute = 0; u.recompute < (u.savings & TWO_BITS ? gpu::tape_rows[gpu::FCH].gone_from : gpu::NEVER);
+    for (u.recompute = 0;
+         u.recompute < (u.savings & TWO_BITS ? gpu::tape_rows[gpu::FCH].gone_from : gpu::NEVER);
          u.recompute++) {
         Gpu g(u);
         start_gpu(g, u);
         Floats now = train(g, u, 0, 1);
         if (u.recompute == 0) losses = now, gradients = fetch_all(g.plan, {"gradients"});
         expect_equal("losses at level " + gpu::join(u.recompute), now, losses);
-        expect_equal("gradients at level " + gpu::join(u.recompute), fetch_all(g.plan, {"gradients"}), gradients);
+        expect_equal("gradients at level " + gpu::join(u.recompute),
+                     fetch_all(g.plan, {"gradients"}), gradients);
     }
 }
 
-// The layers whose tape waits on the host have the gradients that they have on the device, at any level, whatever the tape
-// keeps and how; evaluations in between are not in the way. Of one layer or two none has to wait.
+// The layers whose tape waits on the host have the gradients that they have on the device, at any
+// level, whatever the tape keeps and how; evaluations in between are not in the way. Of one layer
+// or two none has to wait.
 static void offload(int layers) {
     Setup u = {"", 1, 5, 16, 2, layers, 61, 61, 1.0, PAPER, gpu::SPARSE, gpu::KEEP, 1, 0, 2, 1};
     for (int i = 0; i < 2 * gpu::NEVER; i++) {
         u.recompute = i / 2, u.rank = (u.recompute + i) % 2 ? 0.2 : 1.0;
-        int codes = i % 2 == 0 ? 0 : u.recompute < gpu::tape_rows[gpu::FCH].gone_from ? INT8 | TWO_BITS : INT8;
+        int codes = i % 2 == 0                                         ? 0
+                    : u.recompute < gpu::tape_rows[gpu::FCH].gone_from ? INT8 | TWO_BITS
+                                                                       : INT8;
         if (layers <= 2 && u.recompute % 5 != 0) continue;
         Floats losses[2], gradients[2];
         for (int away = 0; away < 2; away++) {
@@ -639,8 +748,8 @@ static void offload(int layers) {
             losses[away] = train(g, u, 0, 1, away);
             gradients[away] = fetch_all(g.plan, {"gradients"});
         }
-        std::string what =
-            "level " + gpu::join(u.recompute) + (codes & INT8 ? ", int8" : "") + (codes & TWO_BITS ? ", 2bit" : "");
+        std::string what = "level " + gpu::join(u.recompute) + (codes & INT8 ? ", int8" : "") +
+                           (codes & TWO_BITS ? ", 2bit" : "");
         expect_equal(what + ", losses", losses[1], losses[0]);
         expect_equal(what + ", gradients", gradients[1], gradients[0]);
     }
@@ -659,8 +768,8 @@ static void repeat(const Setup& u) {
     expect_equal("weights and moments", state[1], state[0]);
 }
 
-// An evaluation of fewer and shorter sequences than planned gives the CPU's losses, and the training after it is none the
-// wiser.
+// An evaluation of fewer and shorter sequences than planned gives the CPU's losses, and the
+// training after it is none the wiser.
 static void evaluate(const Setup& u) {
     Cpu c(u);
     Gpu g(u);
@@ -713,7 +822,8 @@ static Floats normals(size_t count, float scale, int purpose) {
     return out;
 }
 
-// GELU with its bits, of numbers as near to the cuts as the type has them, of the cuts themselves in fp32, and of any others.
+// GELU with its bits, of numbers as near to the cuts as the type has them, of the cuts themselves
+// in fp32, and of any others.
 static void kernel_gelu() {
     const int rows = 2, n = 4 * 768, count = rows * n;  // more than a block takes at once
     Floats x = normals(count, 2, 0), d = normals(count, 1, 1), y(count);
@@ -730,7 +840,8 @@ static void kernel_gelu() {
     Array<uint8_t> got(Floats(count / 4, 255)), got_in_place(Floats(count / 4, 255));
     gpu::gelu_forward_kernel<<<rows, 256>>>(dy.data, got.data, from.data, gpu::Fold{}, n);
     LAUNCHED();
-    gpu::gelu_forward_kernel<<<rows, 256>>>(in_place.data, got_in_place.data, in_place.data, gpu::Fold{}, n);
+    gpu::gelu_forward_kernel<<<rows, 256>>>(in_place.data, got_in_place.data, in_place.data,
+                                            gpu::Fold{}, n);
     LAUNCHED();
     expect_equal("bits", got.get(), Floats(bits.begin(), bits.end()));
     expect_equal("bits, in place", got_in_place.get(), Floats(bits.begin(), bits.end()));
@@ -746,8 +857,8 @@ static void kernel_gelu() {
     expect_equal("its sums", sums.get(), want);
 }
 
-// int8 and back: zeros, a number that dwarfs its group, numbers so small that the scale is rounded to 0, or so far down that
-// the largest of them are beyond 127 times the scale.
+// int8 and back: zeros, a number that dwarfs its group, numbers so small that the scale is rounded
+// to 0, or so far down that the largest of them are beyond 127 times the scale.
 static void kernel_int8() {
     const int groups = 9;
     const float least = ldexpf(1, gpu::IS_BF16 ? -133 : -149);
@@ -770,11 +881,14 @@ static void kernel_int8() {
         }
         cpu::dequantize(back.data(), codes.data(), scales.data(), groups, width);
         for (float& one : back) one = narrow(one);
-        Array<gpu::floatX> from(x), got_scales(Floats(groups, NAN)), got_back(Floats(x.size(), NAN));
+        Array<gpu::floatX> from(x), got_scales(Floats(groups, NAN)),
+            got_back(Floats(x.size(), NAN));
         Array<int8_t> got(Floats(x.size(), -128));
-        gpu::quantize_kernel<<<gpu::blocks_for(groups, 4), 128>>>(got.data, got_scales.data, from.data, groups, width);
+        gpu::quantize_kernel<<<gpu::blocks_for(groups, 4), 128>>>(got.data, got_scales.data,
+                                                                  from.data, groups, width);
         LAUNCHED();
-        gpu::dequantize_kernel<<<gpu::blocks_for(groups, 4), 128>>>(got_back.data, got.data, got_scales.data, groups, width);
+        gpu::dequantize_kernel<<<gpu::blocks_for(groups, 4), 128>>>(got_back.data, got.data,
+                                                                    got_scales.data, groups, width);
         LAUNCHED();
         std::string what = "groups of " + gpu::join(width) + ": ";
         expect_equal(what + "scales", got_scales.get(), scales);
@@ -785,9 +899,9 @@ static void kernel_int8() {
     }
 }
 
-// Weights moved and rounded at random, under many streams: as the CPU rounds them, to one of the two neighbours, and by no more
-// off the mean than chance allows. W - 2^-10 U has an exact product, so that it does not matter whether it is fused with the
-// sum.
+// Weights moved and rounded at random, under many streams: as the CPU rounds them, to one of the
+// two neighbours, and by no more off the mean than chance allows. W - 2^-10 U has an exact product,
+// so that it does not matter whether it is fused with the sum.
 static void kernel_round() {
     const int count = 1000, first = 3 * count, streams = 400;
     Floats w = normals(count, 0.1f, 0), u = normals(count, 1, 1), exact(count);
@@ -801,15 +915,18 @@ static void kernel_round() {
     for (int i = 0; i < count; i++) exact[i] = w[i] - u[i] / 1024;
     for (int stream = 0; stream < streams; stream++) {
         to.set(w);
-        gpu::Weights weights = {to.data, gpu::IS_BF16 ? nullptr : (float*)to.data, true, SEED, uint64_t(stream), first};
-        gpu::lift_kernel<<<gpu::blocks_for(count, 256 * gpu::QUAD), 256>>>(weights, step.data, nullptr, count, 1.0f, 1.0f / 1024);
+        gpu::Weights weights = {
+            to.data, gpu::IS_BF16 ? nullptr : (float*)to.data, true, SEED, uint64_t(stream), first};
+        gpu::lift_kernel<<<gpu::blocks_for(count, 256 * gpu::QUAD), 256>>>(
+            weights, step.data, nullptr, count, 1.0f, 1.0f / 1024);
         LAUNCHED();
         Floats got = to.get(), want(first + count);
         std::copy(exact.begin(), exact.end(), want.begin() + first);
         cpu::round_stochastically(want.data(), first + count, SEED, stream);
         expect_equal("stream " + gpu::join(stream), got, Floats(want.begin() + first, want.end()));
         for (int i = 0; i < count; i++) {
-            uint32_t down = cpu::bits_of_float(exact[i]) & 0xFFFF0000u, bits = cpu::bits_of_float(got[i]);
+            uint32_t down = cpu::bits_of_float(exact[i]) & 0xFFFF0000u,
+                     bits = cpu::bits_of_float(got[i]);
             bool on_the_spot = cpu::bits_of_float(exact[i]) == down;
             strangers += bits != down && (on_the_spot || bits != down + 0x10000u);
             sum[i] += got[i];
@@ -818,15 +935,16 @@ static void kernel_round() {
     expect("neither of the two neighbours", strangers, 0);
     for (int i = 0; i < count; i++) {
         uint32_t bits = cpu::bits_of_float(exact[i]), down = bits & 0xFFFF0000u;
-        double up = (bits - down) / 65536.0, step = cpu::float_of_bits(down + 0x10000u) - cpu::float_of_bits(down);
+        double up = (bits - down) / 65536.0,
+               step = cpu::float_of_bits(down + 0x10000u) - cpu::float_of_bits(down);
         if (up < 0.05 || up > 0.95) continue;  // chance is not normal there
         double error = (sum[i] / streams - exact[i]) / (step * sqrt(up * (1 - up) / streams));
         off += error, off_squared += error * error, chances++;
     }
     expect("weights that chance decides", 800 / chances, 1);
     expect("mean, in standard errors", off / sqrt(chances), 4);
-    expect("its variance, over what chance makes of it, in standard errors", (off_squared / chances - 1) / sqrt(2 / chances),
-           4);
+    expect("its variance, over what chance makes of it, in standard errors",
+           (off_squared / chances - 1) / sqrt(2 / chances), 4);
 }
 
 // ---- files
@@ -842,7 +960,8 @@ struct Folder {
     }
 };
 
-// A run that is saved, in the middle of an epoch or at its end, and goes on in a new process's memory.
+// A run that is saved, in the middle of an epoch or at its end, and goes on in a new process's
+// memory.
 static void resume(const Setup& u) {
     Folder folder;
     const gpu::Identity identity = {{"--seed", gpu::join(SEED)}};
@@ -857,7 +976,8 @@ static void resume(const Setup& u) {
             gpu::write_state(g.plan, identity, stop, path)->commit();
         }
         Gpu g(u, false);
-        if (stop > 0) expect("step of the state", double(gpu::read_state(g.plan, identity, path)) - stop, 0);
+        if (stop > 0)
+            expect("step of the state", double(gpu::read_state(g.plan, identity, path)) - stop, 0);
         stop > 0 ? gpu::model_round(g.s) : start_gpu(g, u);
         train(g, u, stop, last);
         Floats end = fetch_all(g.plan, {"parameters", "master", "moments"});
@@ -871,15 +991,17 @@ static std::string contents(const std::string& path) {
     return std::string(std::istreambuf_iterator<char>(file), {});
 }
 
-static void compare_logits(const Gpu& g, const Cpu& c, const std::string& what, int first, int rows) {
+static void compare_logits(const Gpu& g, const Cpu& c, const std::string& what, int first,
+                           int rows) {
     Floats got(size_t(rows) * g.s.config.V), want(got.size());
     gpu::model_logits(g.s, got.data(), first, rows);
     cpu::model_logits(c.s, want.data(), first, rows);
     expect_close(what, got, want.data(), g.s.config.V, bounds.activation);
 }
 
-// llm.c's model file, fp32 and bf16, made by the CPU trainer: both read the same weights from it and compute the same logits,
-// and the GPU's writes the same bytes again; but for what is lost without master weights.
+// llm.c's model file, fp32 and bf16, made by the CPU trainer: both read the same weights from it
+// and compute the same logits, and the GPU's writes the same bytes again; but for what is lost
+// without master weights.
 static void model_file(const Setup& u) {
     Folder folder;
     for (int type : {int(cpu::TYPE_FP32), int(cpu::TYPE_BF16)}) {
@@ -889,7 +1011,8 @@ static void model_file(const Setup& u) {
         Cpu c(u);
         set_cpu_weights(c);
         for (int i = 0; i < cpu::PARAMS; i++) {  // no longer what bf16 holds
-            for (int64_t j = 0; j < cpu::param_count(c.s.config, i); j++) c.s.params[i][j] *= 1.001f;
+            for (int64_t j = 0; j < cpu::param_count(c.s.config, i); j++)
+                c.s.params[i][j] *= 1.001f;
         }
         cpu::write_model(c.plan, c.s.config, type, path)->commit();
         cpu::read_model(c.plan, path);
@@ -901,7 +1024,8 @@ static void model_file(const Setup& u) {
         gpu::read_model(g.plan, path);
         gpu::model_round(g.s);
         int i = 0;
-        for (const gpu::Tensor& t : gpu::weights_of(g.plan)) expect_equal(name + t.name, fetch(t), fetch(c.plan.tensors[i++]));
+        for (const gpu::Tensor& t : gpu::weights_of(g.plan))
+            expect_equal(name + t.name, fetch(t), fetch(c.plan.tensors[i++]));
         set_tokens(g.s, u, 3, u.B * u.T);
         set_tokens(c.s, u, 3, u.B * u.T);
         gpu::model_forward(g.s, u.B, u.T, gpu::NO_CACHE, false);
@@ -912,8 +1036,8 @@ static void model_file(const Setup& u) {
     }
 }
 
-// The logits of a model that generates, through the cache and however the text is cut, are those of the CPU's training forward
-// pass. The last token sees more keys than attention takes at a time.
+// The logits of a model that generates, through the cache and however the text is cut, are those of
+// the CPU's training forward pass. The last token sees more keys than attention takes at a time.
 static void generating() {
     Setup u = {"", 1, 140, 64, 2, 2, 257, 384, 1.0, 0, gpu::GAUSSIAN, gpu::KEEP, 0, 0, 1, 0};
     Cpu c(u);
@@ -923,7 +1047,8 @@ static void generating() {
     copy_weights(g, c);
     set_tokens(c.s, u, 0, u.T);
     cpu::model_forward(c.s, 1, u.T, cpu::NO_CACHE, false);
-    for (const std::vector<int>& pieces : {std::vector<int>{140}, {129, 1, 1, 7, 2}, {1, 1, 126, 1, 11}}) {
+    for (const std::vector<int>& pieces :
+         {std::vector<int>{140}, {129, 1, 1, 7, 2}, {1, 1, 126, 1, 11}}) {
         int past = 0;
         for (int n : pieces) {
             std::copy_n(c.s.inputs + past, n, g.s.inputs);
@@ -932,7 +1057,8 @@ static void generating() {
             gpu::model_logits(g.s, got.data(), 0, n);
             cpu::model_logits(c.s, want.data(), past, n);
             past += n;
-            expect_close("logits of " + gpu::join(pieces.size()) + " pieces", got, want.data(), u.V, bounds.activation);
+            expect_close("logits of " + gpu::join(pieces.size()) + " pieces", got, want.data(), u.V,
+                         bounds.activation);
         }
     }
 }
@@ -950,7 +1076,8 @@ static std::vector<Record> read_dump(const std::string& path) {
         Record r = {std::string(length, '\0'), {}, {}};
         file.read(&r.name[0], length).read((char*)&dims, 4);
         int64_t count = 1;
-        for (int64_t d; dims > 0 && file.read((char*)&d, 8); dims--) r.shape.push_back(d), count *= d;
+        for (int64_t d; dims > 0 && file.read((char*)&d, 8); dims--)
+            r.shape.push_back(d), count *= d;
         r.data.resize(count);
         if (!file.read((char*)r.data.data(), count * 4)) gpu::fail(path + " is cut short");
         records.push_back(r);
@@ -981,13 +1108,15 @@ static void dump(const Setup& u) {
         bool same = got[i].name == want[i].name && got[i].shape == want[i].shape;
         expect(want[i].name + ": name or shape differ from " + got[i].name, !same, 0);
         int64_t row = want[i].name == "logits" ? u.V : want[i].data.size();
-        if (same) expect_close(want[i].name, got[i].data, want[i].data.data(), row, bounds.gradient);
+        if (same)
+            expect_close(want[i].name, got[i].data, want[i].data.data(), row, bounds.gradient);
     }
 }
 
 // ---- memory
 
-// The device gives what the plan says and no more; tensors begin on 256 bytes; a fresh model is the CPU's, bit for bit.
+// The device gives what the plan says and no more; tensors begin on 256 bytes; a fresh model is the
+// CPU's, bit for bit.
 static void memory(const Setup& u) {
     Cpu c(u);
     size_t before, after, total;
@@ -1006,12 +1135,15 @@ static void memory(const Setup& u) {
     cpu::model_round(c.s);
     gpu::model_round(g.s);
     int i = 0;
-    for (const gpu::Tensor& t : gpu::weights_of(g.plan)) expect_equal(t.name, fetch(t), fetch(c.plan.tensors[i++]));
+    for (const gpu::Tensor& t : gpu::weights_of(g.plan))
+        expect_equal(t.name, fetch(t), fetch(c.plan.tensors[i++]));
 }
 
-// A plan that no device holds is refused, and the batch named instead is the largest divisor that fits: of a power of 2.
+// A plan that no device holds is refused, and the batch named instead is the largest divisor that
+// fits: of a power of 2.
 static void too_large() {
-    Setup u = {"", 1 << 15, 1024, 256, 4, 4, 257, 257, 1.0, PAPER, gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1, 0};
+    Setup u = {"",  1 << 15, 1024,          256,       4, 4, 257, 257,
+               1.0, PAPER,   gpu::GAUSSIAN, gpu::KEEP, 1, 0, 1,   0};
     std::string said;
     size_t free_bytes, total;
     CUDA(cudaMemGetInfo(&free_bytes, &total));
@@ -1056,11 +1188,13 @@ static void curve(double rank, int projection) {
         gpu::model_begin_step(g.s, step);
         cpu::model_accumulate(c.s, u.B, u.T, true, 1.0f / N);
         gpu::model_accumulate(g.s, u.B, u.T, true, 1.0f / N);
-        double loss = cpu::mean_loss(c.s, 0, N), difference = fabs(gpu::mean_loss(g.s, 0, N) - loss);
+        double loss = cpu::mean_loss(c.s, 0, N),
+               difference = fabs(gpu::mean_loss(g.s, 0, N) - loss);
         if (!(difference <= apart)) apart = difference;
         if (step == 0) first = loss;
         last = loss;
-        if (show_figures && step % 10 == 9) fprintf(report, "    step %d: loss %.6f, %.2e apart\n", step + 1, loss, difference);
+        if (show_figures && step % 10 == 9)
+            fprintf(report, "    step %d: loss %.6f, %.2e apart\n", step + 1, loss, difference);
         cpu::model_update(c.s, c.plan, step, 5e-3);
         gpu::model_update(g.s, g.plan, step, 5e-3);
     }
@@ -1078,11 +1212,15 @@ struct Case {
 
 static std::vector<Case> all_cases() {
     std::vector<Case> cases;
-    for (const Setup& u : setups) cases.push_back({std::string("tensors-") + u.name, [&u] { tensors(u); }});
+    for (const Setup& u : setups)
+        cases.push_back({std::string("tensors-") + u.name, [&u] { tensors(u); }});
     for (int i = 0; i < 4; i++) {
         Setup u = small;
         u.projection = i % 3, u.rank = i < 3 ? u.rank : 1.0, u.compress = i == 2 ? ALL : PAPER;
-        std::string name = i == 0 ? "gaussian" : i == 1 ? "rademacher" : i == 2 ? "sparse" : "full-rank";
+        std::string name = i == 0   ? "gaussian"
+                           : i == 1 ? "rademacher"
+                           : i == 2 ? "sparse"
+                                    : "full-rank";
         cases.push_back({"levels-" + name, [u] { levels(u); }});
         cases.push_back({"repeat-" + name, [u] { repeat(u); }});
     }
@@ -1106,8 +1244,9 @@ static std::vector<Case> all_cases() {
         cases.push_back({std::string("resume") + which, [&shape] { resume(shape); }});
         cases.push_back({std::string("model-file") + which, [&shape] { model_file(shape); }});
         cases.push_back({std::string("memory") + which, [&shape] { memory(shape); }});
+        // It needs all of the tape.
         if (!(shape.savings & OFFLOAD))
-            cases.push_back({std::string("dump") + which, [&shape] { dump(shape); }});  // it needs all of the tape
+            cases.push_back({std::string("dump") + which, [&shape] { dump(shape); }});
     }
     cases.push_back({"generating", [] { generating(); }});
     cases.push_back({"kernel-gelu", [] { kernel_gelu(); }});
@@ -1118,12 +1257,14 @@ static std::vector<Case> all_cases() {
     cases.push_back({"curve-full-rank", [] { curve(1.0, gpu::GAUSSIAN); }});
     cases.push_back({"curve-gaussian", [] { curve(1.0 / 4, gpu::GAUSSIAN); }});
 #endif
-    for (int layers : {1, 2, 3, 5}) cases.push_back({"offload-" + gpu::join(layers), [layers] { offload(layers); }});
+    for (int layers : {1, 2, 3, 5})
+        cases.push_back({"offload-" + gpu::join(layers), [layers] { offload(layers); }});
     return cases;
 }
 
 int main(int argc, char** argv) {
-    if (argc > 99) cpu::run(argc, argv), gpu::run(argc, argv);  // used, so that the compiler does not miss their uses
+    // Used, so that the compiler does not miss their uses.
+    if (argc > 99) cpu::run(argc, argv), gpu::run(argc, argv);
     report = fdopen(dup(1), "w");
     setvbuf(report, nullptr, _IOLBF, 1024);
     if (!freopen("/dev/null", "w", stdout)) return 2;
@@ -1159,8 +1300,10 @@ int main(int argc, char** argv) {
         }
         bool good = error.empty() && !worst.what.empty() && worst.ratio <= 1;
         std::string figure = gpu::text("%.2e of %.2e", worst.figure, worst.bound);
-        fprintf(report, "%-36s %-46s %-20s %6.1f s  %s\n", one.name.c_str(), error.empty() ? worst.what.c_str() : error.c_str(),
-                error.empty() ? figure.c_str() : "", gpu::seconds() - began, good ? "ok" : "FAILED");
+        fprintf(report, "%-36s %-46s %-20s %6.1f s  %s\n", one.name.c_str(),
+                error.empty() ? worst.what.c_str() : error.c_str(),
+                error.empty() ? figure.c_str() : "", gpu::seconds() - began,
+                good ? "ok" : "FAILED");
         ++(good ? passed : failed);
     }
     if (list) return 0;

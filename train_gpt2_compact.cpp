@@ -37,15 +37,6 @@
 #include <string>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_max_threads() { return 1; }
-static int omp_get_thread_num() { return 0; }
-static int omp_get_num_threads() { return 1; }
-static void omp_set_num_threads(int) {}
-#endif
-
 // What went wrong, for the person at the terminal. The status is 2 for bad input, else 1.
 struct Failure {
     int status;
@@ -267,6 +258,15 @@ static Flops matrix_flops(const Config& config, const Options& options, const Li
 // layers: forward beside backward. Any number of threads gives the same result, but in a matrix
 // product: there a thread's share, and so a library's order of additions, depends on their number.
 // =================================================================================================
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads() { return 1; }
+static int omp_get_thread_num() { return 0; }
+static int omp_get_num_threads() { return 1; }
+static void omp_set_num_threads(int) {}
+#endif
 
 // ---- embedding: x = wte[token] + wpe[position]
 

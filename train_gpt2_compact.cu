@@ -1,20 +1,17 @@
-// train_gpt2_compact.cu: trains GPT-2 with compressed activations (CompAct, arXiv 2410.15352) on one NVIDIA GPU, in one file.
+// train_gpt2_compact.cu: trains GPT-2 with compressed activations on one NVIDIA GPU, in one file.
 //
-// The method and its reference on the CPU are in train_gpt2_compact.cpp: a linear layer keeps z = x P instead of its input x,
-// with a random P (n, r) that is never stored; weight gradient and the optimizer's moments have r columns instead of n; the
-// rest is exact.
+// The method (CompAct, arXiv 2410.15352) and its reference on the CPU are in
+// train_gpt2_compact.cpp: a linear layer keeps z = x P instead of its input x, with a random P (n,
+// r) that is never stored. Weight gradient and the optimizer's moments have r columns instead of n;
+// the rest is exact.
 //
-// How to read it, top to bottom:
-//   1. the host, in short           options, random numbers, memory plan, tape (as in the .cpp file)
-//   2. device                       types, packs of 16 bytes, reductions, tensor cores, cuBLAS
-//   3. layers                       forward beside backward; AdamW and Muon
-//   4. the compressed linear layer  where P is drawn, and z made, kept and used; the step lifted
-//   5. the model                    parameters, tape, forward, backward, update
-//   6. all else of the host         files, data, samples, checkpoints, log, main (as in the .cpp)
+// How to read it, top to bottom: the host, in short; layers, forward beside backward; the
+// compressed linear layer; the optimizer; the model; all else of the host. The first and the last
+// of these are the same text as in the .cpp file, which says more of each.
 //
-// Shapes: B sequences of T tokens, N = B*T; C channels, NH heads of hs = C/NH; L layers; V words, Vp with padding.
-// A weight is (m, n) = (outputs, inputs), row-major, as llm.c stores it. Gradients of a compressed weight are (m, r).
-// bf16 with fp32 master weights by default, -DPRECISION_FP32 for fp32. Every sum has a fixed order: two runs agree bit for bit.
+// Shapes: B sequences of T tokens, N = B*T; C channels, NH heads of hs = C/NH; L layers; V words,
+// Vp with padding. A weight is (m, n) = (outputs, inputs), row-major, as llm.c stores it. bf16 with
+// fp32 master weights by default, fp32 with -DPRECISION_FP32.
 
 // =================================================================================================
 // the host, in short: what a model needs of it; the same text in both trainers
@@ -33,15 +30,6 @@
 #include <sstream>
 #include <string>
 #include <vector>
-
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_max_threads() { return 1; }
-static int omp_get_thread_num() { return 0; }
-static int omp_get_num_threads() { return 1; }
-static void omp_set_num_threads(int) {}
-#endif
 
 // What went wrong, for the person at the terminal. The status is 2 for bad input, else 1.
 struct Failure {
@@ -261,7 +249,7 @@ static int scales_of(const Config& config, int row);  // the int8 scales of a ro
 static Flops matrix_flops(const Config& config, const Options& options, const Linear* linears);
 
 // =================================================================================================
-// device: errors, types, packs of 16 bytes, reductions, the tensor cores' instructions
+// layers: forward beside backward. Sums have a fixed order: two runs agree bit for bit.
 // =================================================================================================
 
 #include <cublasLt.h>
@@ -269,25 +257,7 @@ static Flops matrix_flops(const Config& config, const Options& options, const Li
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <curand_kernel.h>
-
-static void check(cudaError_t status, const char* file, int line) {
-    if (status == cudaSuccess) return;
-    const char* hint =
-        status == cudaErrorMemoryAllocation         ? "a smaller --batch, --seq or --rank, or --recompute 5, takes less memory"
-        : status == cudaErrorNoKernelImageForDevice ? "build for this device: make GPU_COMPUTE_CAPABILITY=NN"
-        : status == cudaErrorUnsupportedPtxVersion ? "the driver is older than the toolkit that built this: update one of them"
-        : status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver ? "is a GPU there, and its driver new enough?"
-                                                                               : "compute-sanitizer finds the place";
-    fail(text("%s:%d: %s (%s); ", file, line, cudaGetErrorString(status), cudaGetErrorName(status)) + hint);
-}
-
-static void check(cublasStatus_t status, const char* file, int line) {
-    if (status != CUBLAS_STATUS_SUCCESS)
-        fail(text("%s:%d: cuBLAS failed with status %d; is memory left for its workspace?", file, line, int(status)));
-}
-
-#define CUDA(call) check(call, __FILE__, __LINE__)
-#define LAUNCHED() check(cudaGetLastError(), __FILE__, __LINE__)  // after each kernel
+#include <omp.h>
 
 // Weights, activations and their gradients; everything that accumulates is fp32.
 #ifdef PRECISION_FP32
@@ -299,18 +269,105 @@ typedef __nv_bfloat16 floatX;
 static const char* const TYPE_X = "bf16";
 static const cudaDataType_t CUDA_X = CUDA_R_16BF;
 #endif
-static const bool IS_BF16 = sizeof(floatX) == 2;
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline void store(float* to, float x) { *to = x; }
 __device__ inline void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
 
-// 16 bytes of activations: one load or store. Channels are a multiple of PACK, so rows begin on 16 bytes.
+// 16 bytes of activations: one load or store. Channels are a multiple of PACK: rows begin on 16.
 enum { PACK = 16 / sizeof(floatX), WARP = 32 };
 struct alignas(16) Pack {
     floatX x[PACK];
 };
+__device__ inline Pack load_pack(const floatX* from);
+__device__ inline void store_pack(floatX* to, const Pack& pack);
+
+// ---- embedding: x = wte[token] + wpe[position]
+
+// A block a token.
+__global__ void embedding_forward_kernel(floatX* x, const int* tokens, const floatX* wte,
+                                         const floatX* wpe, int T, int C) {
+    size_t at = size_t(blockIdx.x) * C, word = size_t(tokens[blockIdx.x]) * C;
+    size_t position = size_t(blockIdx.x % T) * C;
+    for (int j = threadIdx.x * PACK; j < C; j += blockDim.x * PACK) {
+        Pack a = load_pack(wte + word + j), b = load_pack(wpe + position + j);
+        for (int k = 0; k < PACK; k++) store(&a.x[k], to_float(a.x[k]) + to_float(b.x[k]));
+        store_pack(x + at + j, a);
+    }
+}
+
+// A block (8, 32) takes 8 packs of columns, each thread every 32nd row. These are the column of the
+// block that a thread owns, and the sum of all in that column.
+enum { SUM_ROWS = 32, SUM_PACKS = 8, SUM_COLUMNS = SUM_PACKS * PACK };
+__device__ inline int own_column() { return threadIdx.y * SUM_PACKS + threadIdx.x; }
+__device__ inline float column_sum(const float sum[PACK]) {
+    __shared__ float sums[SUM_ROWS][SUM_COLUMNS + 1];
+    for (int k = 0; k < PACK; k++) sums[threadIdx.y][threadIdx.x * PACK + k] = sum[k];
+    __syncthreads();
+    float total = 0;
+    for (int i = 0; i < SUM_ROWS && own_column() < SUM_COLUMNS; i++) total += sums[i][own_column()];
+    return total;
+}
+
+// dwte += gradient. Grid (words, ceil(C / (8 packs))), block (8, 32): for a word that occurs, whose
+// tokens are order[starts[w]] to order[starts[w + 1] - 1], so that no two blocks add to one place.
+// 32 tokens at a time, since a word may be a sixth of all.
+__global__ void __launch_bounds__(SUM_ROWS* SUM_PACKS)
+    word_backward_kernel(float* dwte, const floatX* dx, const int* order, const int* starts,
+                         const int* words, int C) {
+    int last = starts[blockIdx.x + 1], column = blockIdx.y * SUM_COLUMNS + threadIdx.x * PACK;
+    float sum[PACK] = {};
+    for (int i = starts[blockIdx.x] + threadIdx.y; i < last && column < C; i += SUM_ROWS) {
+        Pack p = load_pack(dx + size_t(order[i]) * C + column);
+        for (int k = 0; k < PACK; k++) sum[k] += to_float(p.x[k]);
+    }
+    float total = column_sum(sum);
+    int to = blockIdx.y * SUM_COLUMNS + own_column();
+    if (own_column() < SUM_COLUMNS && to < C) dwte[size_t(words[blockIdx.x]) * C + to] += total;
+}
+
+// dwpe += gradient. A block a position.
+__global__ void position_backward_kernel(float* dwpe, const floatX* dx, int B, int T, int C) {
+    for (int j = threadIdx.x * PACK; j < C; j += blockDim.x * PACK) {
+        float sum[PACK] = {};
+        for (int b = 0; b < B; b++) {
+            Pack p = load_pack(dx + (size_t(b) * T + blockIdx.x) * C + j);
+            for (int k = 0; k < PACK; k++) sum[k] += to_float(p.x[k]);
+        }
+        for (int k = 0; k < PACK; k++) dwpe[size_t(blockIdx.x) * C + j + k] += sum[k];
+    }
+}
+
+// ---- what kernels share: calls that are checked, packs and quads, reductions
+
+static const bool IS_BF16 = sizeof(floatX) == 2;
+
+static void check(cudaError_t status, const char* file, int line) {
+    if (status == cudaSuccess) return;
+    const std::pair<cudaError_t, const char*> hints[] = {
+        {cudaErrorMemoryAllocation,
+         "a smaller --batch, --seq or --rank, or --recompute 5, takes less memory"},
+        {cudaErrorNoKernelImageForDevice, "build for this device: make GPU_COMPUTE_CAPABILITY=NN"},
+        {cudaErrorUnsupportedPtxVersion,
+         "the driver is older than the toolkit that built this: update one of them"},
+        {cudaErrorNoDevice, "is a GPU there, and its driver new enough?"},
+        {cudaErrorInsufficientDriver, "is a GPU there, and its driver new enough?"}};
+    std::string hint = "compute-sanitizer finds the place";
+    for (auto& row : hints)
+        if (row.first == status) hint = row.second;
+    fail(file, ":", line, ": ", cudaGetErrorString(status), " (", cudaGetErrorName(status), "); ",
+         hint);
+}
+
+static void check(cublasStatus_t status, const char* file, int line) {
+    if (status != CUBLAS_STATUS_SUCCESS)
+        fail(file, ":", line, ": cuBLAS failed with status ", int(status),
+             "; is memory left for its workspace?");
+}
+
+#define CUDA(call) check(call, __FILE__, __LINE__)
+#define LAUNCHED() check(cudaGetLastError(), __FILE__, __LINE__)  // after each kernel
 
 __device__ inline Pack load_pack(const floatX* from) {
     int4 bits = *reinterpret_cast<const int4*>(from);
@@ -325,14 +382,17 @@ __device__ inline void store_pack(floatX* to, const Pack& pack) {
     *reinterpret_cast<int4*>(to) = bits;
 }
 
-// Four fp32 of the optimizer's: one load or store. Every tensor's count is a multiple of 8, since the channels are.
+// Four fp32 of the optimizer's: one load or store. Every tensor's count is a multiple of 8, since
+// the channels are.
 enum { QUAD = 4 };
 
-__device__ inline float4 load_quad(const float* from) { return *reinterpret_cast<const float4*>(from); }
-__device__ inline float4 load_quad(const __nv_bfloat16* from) {
+__device__ inline float4 load_quad(const float* from) {
+    return *reinterpret_cast<const float4*>(from);
+}
+__device__ inline float4 load_quad(const __nv_bfloat16* from) {  // bf16 is fp32's upper half
     int2 bits = *reinterpret_cast<const int2*>(from);
     return {__uint_as_float(uint32_t(bits.x) << 16), __uint_as_float(bits.x & 0xFFFF0000u),
-            __uint_as_float(uint32_t(bits.y) << 16), __uint_as_float(bits.y & 0xFFFF0000u)};  // bf16 is fp32's upper half
+            __uint_as_float(uint32_t(bits.y) << 16), __uint_as_float(bits.y & 0xFFFF0000u)};
 }
 __device__ inline void store_quad(float* to, float4 x) { *reinterpret_cast<float4*>(to) = x; }
 __device__ inline void store_quad(__nv_bfloat16* to, float4 x) {
@@ -344,16 +404,19 @@ __device__ inline void store_quad(__nv_bfloat16* to, float4 x) {
 
 // The sum over a warp, in every lane; the order of additions is fixed.
 __device__ inline float warp_sum(float x) {
-    for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
+    for (int offset = WARP / 2; offset > 0; offset /= 2)
+        x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
     return x;
 }
 
 __device__ inline float warp_max(float x) {
-    for (int offset = WARP / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
+    for (int offset = WARP / 2; offset > 0; offset /= 2)
+        x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
     return x;
 }
 
-// The sum (or maximum) over a block of whole warps, in every thread. shared: 32 floats; two calls in a row may share them.
+// The sum (or maximum) over a block of whole warps, in every thread. shared: 32 floats; two calls
+// in a row may share them.
 __device__ inline float block_reduce(float x, float* shared, bool maximum) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     x = maximum ? warp_max(x) : warp_sum(x);
@@ -373,140 +436,22 @@ __device__ inline uint4 philox_block(uint64_t seed, uint64_t stream, uint64_t in
 
 static int blocks_for(int64_t count, int each) { return int((count + each - 1) / each); }
 
-#if !defined(__NOGPU__) && !defined(PRECISION_FP32)  // for bf16 alone: compute capability 8.0 and newer
-__device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+// ---- sums over tokens, as bias and LayerNorm gradients need them. Two stages and no atomics:
+// partial sums of every column, each over some rows, then their sum.
 
-// d (16 x 8, fp32) += a (16 x 16, bf16, by rows) b (16 x 8, bf16, by columns), over a warp. In the PTX ISA's layout lane 4g + t
-// holds rows g and g + 8 of d, columns 2t and 2t + 1.
-__device__ inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+enum { SLABS = 64, PARTS = 16 };
 
-// Four 8 x 8 matrices of bf16 from shared memory: lanes 8i to 8i + 7 point to the rows of matrix i. trans: each transposed.
-__device__ inline void ldmatrix_x4(uint32_t r[4], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-}
-
-__device__ inline void ldmatrix_x4_trans(uint32_t r[4], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-}
-
-// 16 bytes from global to shared memory, behind the compute; zeros, without reading, when not valid.
-__device__ inline void cp_async_16_zfill(void* to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
-                 : "memory");
-}
-
-__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-
-template <int N>
-__device__ inline void cp_async_wait() {  // until at most N groups of this thread are on their way
-    asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
-}
-#endif
-
-// ---- matrix products: cuBLAS, which thinks in columns: a row-major c = a b is its c^T = b^T a^T
-
-static cublasHandle_t cublas;
-enum { CUBLAS_BYTES = 32 << 20 };  // its workspace, ours: so that results do not depend on what else it serves
-
-// c (M, N) = alpha a b + beta c, all row-major; a is (M, K), or (K, M) when ta; b is (K, N), or (N, K) when tb. a and b have
-// one type, c its own; sums are fp32. With beta = 0, c is not read. lda and ldc: elements from row to row, 0 where rows are
-// tight.
-static void matmul(void* c, cudaDataType_t type_c, const void* a, bool ta, const void* b, bool tb, cudaDataType_t type_ab,
-                   int M, int N, int K, float alpha, float beta, int lda = 0, int ldc = 0) {
-    CUDA(cublasGemmEx(cublas, tb ? CUBLAS_OP_T : CUBLAS_OP_N, ta ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, b, type_ab,
-                      tb ? K : N, a, type_ab,
-                      lda  ? lda
-                      : ta ? M
-                           : K,
-                      &beta, c, type_c, ldc ? ldc : N, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
-}
-
-// The same for `batch` matrices one after another, tight, of one type.
-static void matmul_batch(floatX* c, const floatX* a, bool ta, const floatX* b, bool tb, int M, int N, int K, float alpha,
-                         float beta, int batch) {
-    CUDA(cublasGemmStridedBatchedEx(cublas, tb ? CUBLAS_OP_T : CUBLAS_OP_N, ta ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, b,
-                                    CUDA_X, tb ? K : N, int64_t(N) * K, a, CUDA_X, ta ? M : K, int64_t(M) * K, &beta, c, CUDA_X,
-                                    N, int64_t(M) * N, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
-}
-
-// y (M, N) = x (M, K) w^T + bias, with w (N, K): the bias joins the fp32 sum, so y is written once and read not at all. This is
-// cublasLt, a part of cuBLAS that takes its handle. What it chooses follows from shapes and from alignment, that of the bias
-// and 16 bytes for all else: so whatever is computed again has the same bits.
-static void matmul_bias(floatX* y, const floatX* x, const floatX* w, const floatX* bias, int M, int N, int K, void* workspace) {
-    const int32_t transposed = CUBLAS_OP_T;
-    const uint32_t epilogue = CUBLASLT_EPILOGUE_BIAS, sums = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE, alignment = 16;
-    const uint64_t bytes = CUBLAS_BYTES;
-    const float one = 1, zero = 0;
-    cublasLtMatmulDescOpaque_t product;
-    cublasLtMatrixLayoutOpaque_t of_w, of_x, of_y;
-    cublasLtMatmulPreferenceOpaque_t preference;
-    cublasLtMatmulHeuristicResult_t chosen;
-    int found;
-    CUDA(cublasLtMatmulDescInit(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    auto set = [&](cublasLtMatmulDescAttributes_t what, const void* value, size_t size) {
-        CUDA(cublasLtMatmulDescSetAttribute(&product, what, value, size));
-    };
-    set(CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof(transposed));
-    set(CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue));
-    set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias));
-    CUDA(cublasLtMatrixLayoutInit(&of_w, CUDA_X, K, N, K));
-    CUDA(cublasLtMatrixLayoutInit(&of_x, CUDA_X, K, M, K));
-    CUDA(cublasLtMatrixLayoutInit(&of_y, CUDA_X, N, M, N));
-    CUDA(cublasLtMatmulPreferenceInit(&preference));
-    auto prefer = [&](cublasLtMatmulPreferenceAttributes_t what, const void* value, size_t size) {
-        CUDA(cublasLtMatmulPreferenceSetAttribute(&preference, what, value, size));
-    };
-    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof(bytes));
-    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &sums, sizeof(sums));
-    for (auto of : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-                    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
-        prefer(of, &alignment, sizeof(alignment));
-    auto handle = (cublasLtHandle_t)cublas;
-    CUDA(cublasLtMatmulAlgoGetHeuristic(handle, &product, &of_w, &of_x, &of_y, &of_y, &preference, 1, &chosen, &found));
-    CUDA(cublasLtMatmul(handle, &product, &one, w, &of_w, x, &of_x, &zero, y, &of_y, y, &of_y, &chosen.algo, workspace,
-                        CUBLAS_BYTES, nullptr));
-}
-
-// =================================================================================================
-// layers: forward beside backward
-// =================================================================================================
-
-// ---- sums over tokens, as bias and LayerNorm gradients need them. Two stages and no atomics: partial sums of every column, each
-// over some rows, then their sum.
-
-enum { SLABS = 64, SUM_ROWS = 32, SUM_PACKS = 8, PARTS = 16 };
-
-// A block (8, 32) takes 8 packs of columns, each thread every 32nd row: column `own` of the block, and the sum of all in it.
-__device__ inline int own_column() { return threadIdx.y * SUM_PACKS + threadIdx.x; }
-__device__ inline float column_sum(const float sum[PACK]) {
-    __shared__ float sums[SUM_ROWS][SUM_PACKS * PACK + 1];
-    for (int k = 0; k < PACK; k++) sums[threadIdx.y][threadIdx.x * PACK + k] = sum[k];
-    __syncthreads();
-    float total = 0;
-    for (int i = 0; i < SUM_ROWS && own_column() < SUM_PACKS * PACK; i++) total += sums[i][own_column()];
-    return total;
-}
-
-// In a grid (ceil(m / (8 packs)), SLABS), of a slab of rows: to partial (SLABS, m).
+// Grid (ceil(m / (8 packs)), SLABS): of a slab of rows, to partial (SLABS, m).
 __device__ inline void store_column_sums(float* partial, const float sum[PACK], int m) {
     float total = column_sum(sum);
-    int to = blockIdx.x * SUM_PACKS * PACK + own_column();
-    if (own_column() < SUM_PACKS * PACK && to < m) partial[size_t(blockIdx.y) * m + to] = total;
+    int to = blockIdx.x * SUM_COLUMNS + own_column();
+    if (own_column() < SUM_COLUMNS && to < m) partial[size_t(blockIdx.y) * m + to] = total;
 }
 
-// Grid and block as above. Reads dy (N, m) once.
-__global__ void __launch_bounds__(SUM_ROWS* SUM_PACKS) column_sums(float* partial, const floatX* dy, int N, int m) {
-    int column = (blockIdx.x * SUM_PACKS + threadIdx.x) * PACK, rows = (N + SLABS - 1) / SLABS;
+// Grid as above, block (8, 32). Reads dy (N, m) once.
+__global__ void __launch_bounds__(SUM_ROWS* SUM_PACKS)
+    column_sums(float* partial, const floatX* dy, int N, int m) {
+    int column = blockIdx.x * SUM_COLUMNS + threadIdx.x * PACK, rows = (N + SLABS - 1) / SLABS;
     int last = min(N, int(blockIdx.y + 1) * rows);
     float sum[PACK] = {};
     for (int i = blockIdx.y * rows + threadIdx.y; i < last && column < m; i += SUM_ROWS) {
@@ -516,14 +461,15 @@ __global__ void __launch_bounds__(SUM_ROWS* SUM_PACKS) column_sums(float* partia
     store_column_sums(partial, sum, m);
 }
 
-// The second stage. grid (ceil(m / 32), vectors), block (32, PARTS): a, b and c, m long each, += the sums of their columns of
-// partial (parts, vectors m); a null one is left out.
+// The second stage. Grid (ceil(m / 32), vectors), block (32, PARTS): a, b and c, m long each, +=
+// the sums of their columns of partial (parts, vectors m); a null one is left out.
 __global__ void __launch_bounds__(PARTS* WARP)
     add_partial_sums(float* a, float* b, float* c, const float* partial, int parts, int m) {
     __shared__ float sums[PARTS][WARP];
     int column = blockIdx.x * WARP + threadIdx.x, width = gridDim.y * m;
     float sum = 0, *to = blockIdx.y == 0 ? a : blockIdx.y == 1 ? b : c;
-    for (int i = threadIdx.y; i < parts && column < m; i += PARTS) sum += partial[size_t(i) * width + blockIdx.y * m + column];
+    for (int i = threadIdx.y; i < parts && column < m; i += PARTS)
+        sum += partial[size_t(i) * width + blockIdx.y * m + column];
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y > 0 || column >= m || !to) return;
@@ -531,24 +477,33 @@ __global__ void __launch_bounds__(PARTS* WARP)
     to[column] += sum;
 }
 
-// out (m) += sum over tokens of dy (N, m)
-static void sum_columns(float* out, float* partial, const floatX* dy, int N, int m) {
-    column_sums<<<dim3(blocks_for(m, SUM_PACKS * PACK), SLABS), dim3(SUM_PACKS, SUM_ROWS)>>>(partial, dy, N, m);
-    LAUNCHED();
-    add_partial_sums<<<dim3(blocks_for(m, WARP), 1), dim3(WARP, PARTS)>>>(out, nullptr, nullptr, partial, SLABS, m);
+// out (m) += the sums of the columns of partial (parts, m)
+static void add_partial(float* out, const float* partial, int parts, int m) {
+    dim3 grid(blocks_for(m, WARP), 1), block(WARP, PARTS);
+    add_partial_sums<<<grid, block>>>(out, nullptr, nullptr, partial, parts, m);
     LAUNCHED();
 }
 
-// ---- the sparse projection's signed fold, for the kernels that make x: z[j] = sum of sign[k] x[k] over the k that go to
-// column j. Threads `lane` of `lanes` share a row; neighbours read neighbours. x (n) has been written by these same threads.
+// out (m) += sum over tokens of dy (N, m)
+static void sum_columns(float* out, float* partial, const floatX* dy, int N, int m) {
+    dim3 grid(blocks_for(m, SUM_COLUMNS), SLABS), block(SUM_PACKS, SUM_ROWS);
+    column_sums<<<grid, block>>>(partial, dy, N, m);
+    LAUNCHED();
+    add_partial(out, partial, SLABS, m);
+}
 
+// ---- the sparse projection's signed fold, for the kernels that make x
+
+// z (N, r) = x P: z[j] = sum of sign[k] x[k] over the k that go to column j
 struct Fold {
-    floatX* z;  // (N, r), or null: no fold wanted
+    floatX* z;  // null: no fold wanted
     const float* sign;
     const int* shift;
     int n, r;
 };
 
+// Threads `lane` of `lanes` share a row; neighbours read neighbours. x (n) has been written by
+// these same threads.
 __device__ inline void fold_row(const Fold& f, size_t row, const floatX* x, int lane, int lanes) {
     for (int j = lane; j < f.r; j += lanes) {
         float sum = 0;
@@ -564,13 +519,15 @@ __device__ inline void fold_row(const Fold& f, size_t row, const floatX* x, int 
 
 static const float LAYERNORM_EPS = 1e-5f;
 
-// One warp a row, 4 rows a block; dynamic shared memory: 4 C elements, of the sum, then of y, for the fold. sum (N, C) = x + delta + bias where delta is given; y =
-// LayerNorm of that sum (or of x), rounded as it is stored, so that a later run from the stored stream gives the same bits.
-// delta and y may be one. Reads x, delta; writes sum, y, z, mean, rstd: each once.
+// sum (N, C) = x + delta + bias where delta is given. y = LayerNorm of that sum (or of x), rounded
+// as it is stored, so that a later run from the stored stream gives the same bits. delta and y may
+// be one. One warp a row, 4 rows a block; dynamic shared memory: 4 C elements, of the sum, then of
+// y, for the fold. Reads x, delta; writes sum, y, z, mean, rstd: each once.
 __global__ void __launch_bounds__(128)
-    layernorm_kernel(floatX* y, floatX* sum, float* mean, float* rstd, const floatX* x, const floatX* delta, const floatX* bias,
-                     const floatX* w, const floatX* b, Fold fold, int N, int C) {
-    extern __shared__ int4 rows[];  // 16 bytes a lane: with floats one by one, 8 lanes would meet in each bank
+    layernorm_kernel(floatX* y, floatX* sum, float* mean, float* rstd, const floatX* x,
+                     const floatX* delta, const floatX* bias, const floatX* w, const floatX* b,
+                     Fold fold, int N, int C) {
+    extern __shared__ int4 rows[];  // 16 bytes a lane: as floats, 8 lanes would meet in each bank
     int lane = threadIdx.x % WARP, i = blockIdx.x * 4 + threadIdx.x / WARP;
     if (i >= N) return;
     floatX* row = (floatX*)rows + threadIdx.x / WARP * C;
@@ -580,7 +537,8 @@ __global__ void __launch_bounds__(128)
         Pack p = load_pack(x + at + j);
         if (delta) {
             Pack d = load_pack(delta + at + j), e = load_pack(bias + j);
-            for (int k = 0; k < PACK; k++) store(&p.x[k], to_float(p.x[k]) + to_float(d.x[k]) + to_float(e.x[k]));
+            for (int k = 0; k < PACK; k++)
+                store(&p.x[k], to_float(p.x[k]) + to_float(d.x[k]) + to_float(e.x[k]));
             store_pack(sum + at + j, p);
         }
         store_pack(row + j, p);
@@ -594,27 +552,33 @@ __global__ void __launch_bounds__(128)
     float s = rsqrtf(warp_sum(squares) / C + LAYERNORM_EPS);
     for (int j = lane * PACK; j < C; j += WARP * PACK) {
         Pack p = load_pack(row + j), pw = load_pack(w + j), pb = load_pack(b + j);
-        for (int k = 0; k < PACK; k++) store(&p.x[k], (to_float(p.x[k]) - m) * s * to_float(pw.x[k]) + to_float(pb.x[k]));
+        for (int k = 0; k < PACK; k++)
+            store(&p.x[k], (to_float(p.x[k]) - m) * s * to_float(pw.x[k]) + to_float(pb.x[k]));
         store_pack(y + at + j, p);
         store_pack(row + j, p);
     }
-    if (lane == 0) mean[i] = m, rstd[i] = s;
+    if (lane == 0) {
+        mean[i] = m;
+        rstd[i] = s;
+    }
     __syncwarp();
     if (fold.z) fold_row(fold, i, row, lane, WARP);
 }
 
-// dx (N, C) = gradient, added to dx where accumulate, and the sums of weight, bias, and of what dx then is: that of the bias of
-// the projection before it. A block takes a band of rows; each thread owns a pack of channels, so its shares of the sums stay in
-// registers from row to row, and a row's dy and x there between the sums over it and dx. Two rows at a time share a barrier and
-// have their loads on the way together. Grid the bands, block C / PACK threads, rounded up to warps. partial (bands, 3C). Reads
-// dy, x, dx: each once.
+// dx (N, C) = gradient, added to dx where accumulate. partial (bands, 3C): the sums of weight, of
+// bias, and of what dx then is, which is the gradient of the bias of the projection before it.
+// A block takes a band of rows; grid the bands, block C / PACK threads, rounded up to warps. Each
+// thread owns a pack of channels: its shares of the sums stay in registers from row to row, and a
+// row's dy and x stay there between the sums over it and dx. Two rows at a time share a barrier,
+// and their loads are on the way together. Reads dy, x, dx: each once.
 __global__ void __launch_bounds__(3072 / PACK)
-    layernorm_backward_kernel(floatX* dx, float* partial, const floatX* dy, const floatX* x, const float* mean,
-                              const float* rstd, const floatX* w, int N, int C, int band, bool accumulate) {
+    layernorm_backward_kernel(floatX* dx, float* partial, const floatX* dy, const floatX* x,
+                              const float* mean, const float* rstd, const floatX* w, int N, int C,
+                              int band, bool accumulate) {
     __shared__ float sums[2][4][WARP];  // two in turn, so that one barrier a turn is enough
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP, column = threadIdx.x * PACK;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    int column = threadIdx.x * PACK, first = blockIdx.x * band, last = min(N, first + band);
     bool inside = column < C;
-    int first = blockIdx.x * band, last = min(N, first + band);
     float dw[PACK] = {}, db[PACK] = {}, below[PACK] = {};
     Pack pw = {};
     if (inside) pw = load_pack(w + column);
@@ -625,16 +589,20 @@ __global__ void __launch_bounds__(3072 / PACK)
         for (int i = 0; i < 2; i++) {
             if (first + i >= last) continue;
             size_t at = size_t(first + i) * C + column;
-            m[i] = mean[first + i], s[i] = rstd[first + i];
-            if (inside) pd[i] = load_pack(dy + at), px[i] = load_pack(x + at);
+            m[i] = mean[first + i];
+            s[i] = rstd[first + i];
+            if (inside) pd[i] = load_pack(dy + at);
+            if (inside) px[i] = load_pack(x + at);
             if (inside && accumulate) old[i] = load_pack(dx + at);
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             for (int k = 0; k < PACK; k++) {
                 float d = to_float(pd[i].x[k]), n = (to_float(px[i].x[k]) - m[i]) * s[i];
-                dw[k] += d * n, db[k] += d;
-                total[2 * i] += d * to_float(pw.x[k]), total[2 * i + 1] += d * to_float(pw.x[k]) * n;
+                dw[k] += d * n;
+                db[k] += d;
+                total[2 * i] += d * to_float(pw.x[k]);
+                total[2 * i + 1] += d * to_float(pw.x[k]) * n;
             }
         }
 #pragma unroll
@@ -654,7 +622,8 @@ __global__ void __launch_bounds__(3072 / PACK)
             if (!inside || first + i >= last) continue;
             for (int k = 0; k < PACK; k++) {
                 float n = (to_float(px[i].x[k]) - m[i]) * s[i];
-                float d = (to_float(pd[i].x[k]) * to_float(pw.x[k]) - total[2 * i] - n * total[2 * i + 1]) * s[i];
+                float d = to_float(pd[i].x[k]) * to_float(pw.x[k]);
+                d = (d - total[2 * i] - n * total[2 * i + 1]) * s[i];
                 store(&pd[i].x[k], to_float(old[i].x[k]) + d);
                 below[k] += to_float(pd[i].x[k]);
             }
@@ -663,7 +632,9 @@ __global__ void __launch_bounds__(3072 / PACK)
     }
     for (int k = 0; k < PACK && inside; k++) {
         float* to = partial + size_t(blockIdx.x) * 3 * C + column + k;
-        to[0] = dw[k], to[C] = db[k], to[2 * C] = below[k];
+        to[0] = dw[k];
+        to[C] = db[k];
+        to[2 * C] = below[k];
     }
 }
 
@@ -675,14 +646,18 @@ static int band_of(int64_t N) { return int(std::max<int64_t>(BAND, (N + BANDS - 
 
 static const float GELU_SCALE = 0.797884561f;
 
-// GELU with two bits kept of each x, and a step function for its derivative: the sum of a_i over x > c_i (Approx-BP, arXiv
-// 2406.16282, section 4.2). The forward pass stays exact.
-__device__ static const float GELU_CUTS[3] = {-3.1858810036855245f, -0.001178821281161997f, 3.190832613414926f};
-__device__ static const float GELU_SLOPES[4] = {0.0f, -0.04922261145617846f, 1.0487405950855512f, 1.0f};
+// GELU with two bits kept of each x. Its derivative is then a step function: the sum of a_i over
+// x > c_i (Approx-BP, arXiv 2406.16282, section 4.2). The forward pass stays exact.
+__device__ static const float GELU_CUTS[3] = {-3.1858810036855245f, -0.001178821281161997f,
+                                              3.190832613414926f};
+__device__ static const float GELU_SLOPES[4] = {0.0f, -0.04922261145617846f, 1.0487405950855512f,
+                                                1.0f};
 
-// A block a row of n = 4C, which to be folded is in dynamic shared memory, too. Reads x; writes y, which may be x; folded, z; and bits (n / 4 bytes a row) where they are wanted:
-// how many cuts lie below x, four elements a byte, the first in the lowest bits.
-__global__ void __launch_bounds__(256) gelu_forward_kernel(floatX* y, uint8_t* bits, const floatX* x, Fold fold, int n) {
+// A block a row of n = 4C, which stands in dynamic shared memory too if it is to be folded. Reads
+// x; writes y, which may be x; folded, z; and bits (n / 4 bytes a row) where they are wanted: how
+// many cuts lie below x, four elements a byte, the first in the lowest bits.
+__global__ void __launch_bounds__(256)
+    gelu_forward_kernel(floatX* y, uint8_t* bits, const floatX* x, Fold fold, int n) {
     extern __shared__ int4 rows[];
     floatX* row = (floatX*)rows;
     size_t at = size_t(blockIdx.x) * n;
@@ -702,27 +677,31 @@ __global__ void __launch_bounds__(256) gelu_forward_kernel(floatX* y, uint8_t* b
     if (fold.z) fold_row(fold, blockIdx.x, row, threadIdx.x, blockDim.x);
 }
 
-// d (N, n) *= gelu'(x), in place, or the step function where bits are given; on the way the sums of d's columns, for the bias.
-// Grid and block as column_sums. Reads d and x once.
+static void gelu_forward(floatX* y, uint8_t* bits, const floatX* x, Fold fold, int N, int n) {
+    gelu_forward_kernel<<<N, 256, fold.z ? n * sizeof(floatX) : 0>>>(y, bits, x, fold, n);
+    LAUNCHED();
+}
+
+// d (N, n) *= gelu'(x), in place, or the step function where bits are given; on the way the sums of
+// d's columns, for the bias. Grid and block as column_sums. Reads d and x once.
 __global__ void __launch_bounds__(SUM_ROWS* SUM_PACKS)
-    gelu_backward_kernel(floatX* d, float* partial, const floatX* x, const uint8_t* bits, int N, int n) {
-    int column = (blockIdx.x * SUM_PACKS + threadIdx.x) * PACK, rows = (N + SLABS - 1) / SLABS;
+    gelu_backward_kernel(floatX* d, float* partial, const floatX* x, const uint8_t* bits, int N,
+                         int n) {
+    int column = blockIdx.x * SUM_COLUMNS + threadIdx.x * PACK, rows = (N + SLABS - 1) / SLABS;
     int last = min(N, int(blockIdx.y + 1) * rows);
     float sum[PACK] = {};
     for (int i = blockIdx.y * rows + threadIdx.y; i < last && column < n; i += SUM_ROWS) {
         size_t at = size_t(i) * n + column;
         Pack pd = load_pack(d + at), px = {};
         uint32_t cuts = 0;
-        if (bits) {
-            for (int k = 0; k < PACK; k += 4) cuts |= uint32_t(bits[(at + k) / 4]) << 2 * k;
-        } else {
-            px = load_pack(x + at);
-        }
+        if (!bits) px = load_pack(x + at);
+        for (int k = 0; bits && k < PACK; k += 4) cuts |= uint32_t(bits[(at + k) / 4]) << 2 * k;
         for (int k = 0; k < PACK; k++) {
             float slope = GELU_SLOPES[cuts >> 2 * k & 3];
             if (!bits) {
                 float v = to_float(px.x[k]), u = GELU_SCALE * (v + 0.044715f * v * v * v);
-                float du = GELU_SCALE * (1.0f + 0.134145f * v * v), sigmoid = 1.0f / (1.0f + __expf(-2.0f * u));
+                float du = GELU_SCALE * (1.0f + 0.134145f * v * v);
+                float sigmoid = 1.0f / (1.0f + __expf(-2.0f * u));
                 slope = sigmoid + v * sigmoid * (1.0f - sigmoid) * 2.0f * du;
             }
             store(&pd.x[k], to_float(pd.x[k]) * slope);
@@ -734,22 +713,18 @@ __global__ void __launch_bounds__(SUM_ROWS* SUM_PACKS)
 }
 
 // As above; db (n) += the sums of d's columns.
-static void gelu_backward(floatX* d, float* db, float* partial, const floatX* x, const uint8_t* bits, int N, int n) {
-    gelu_backward_kernel<<<dim3(blocks_for(n, SUM_PACKS * PACK), SLABS), dim3(SUM_PACKS, SUM_ROWS)>>>(d, partial, x, bits, N, n);
+static void gelu_backward(floatX* d, float* db, float* partial, const floatX* x,
+                          const uint8_t* bits, int N, int n) {
+    dim3 grid(blocks_for(n, SUM_COLUMNS), SLABS), block(SUM_PACKS, SUM_ROWS);
+    gelu_backward_kernel<<<grid, block>>>(d, partial, x, bits, N, n);
     LAUNCHED();
-    add_partial_sums<<<dim3(blocks_for(n, WARP), 1), dim3(WARP, PARTS)>>>(db, nullptr, nullptr, partial, SLABS, n);
-    LAUNCHED();
+    add_partial(db, partial, SLABS, n);
 }
 
-// z = fold of rows x (N, n) that are there already; a block a row
-__global__ void __launch_bounds__(256) fold_kernel(Fold fold, const floatX* x) {
-    fold_row(fold, blockIdx.x, x + size_t(blockIdx.x) * fold.n, threadIdx.x, blockDim.x);
-}
+// ---- int8 for what the tape keeps, a scale for each group of neighbours (after Mesa, 2111.11124)
 
-// ---- int8 with a scale for each group of neighbours (after Mesa, arXiv 2111.11124), for what the tape keeps
-
-// codes, x (groups, width), scales (groups): x = scale * code, where the group's largest |x| has code 127 or -127. A warp a
-// group, 4 a block. Reads x twice, the second time from the cache.
+// codes, x (groups, width), scales (groups): x = scale * code. The largest |x| has code +-127. A
+// warp a group, 4 a block. Reads x twice, the second time from the cache.
 __global__ void __launch_bounds__(128)
     quantize_kernel(int8_t* codes, floatX* scales, const floatX* x, int64_t groups, int width) {
     int64_t i = int64_t(blockIdx.x) * 4 + threadIdx.x / WARP;
@@ -768,43 +743,55 @@ __global__ void __launch_bounds__(128)
 }
 
 __global__ void __launch_bounds__(128)
-    dequantize_kernel(floatX* x, const int8_t* codes, const floatX* scales, int64_t groups, int width) {
+    dequantize_kernel(floatX* x, const int8_t* codes, const floatX* scales, int64_t groups,
+                      int width) {
     int64_t i = int64_t(blockIdx.x) * 4 + threadIdx.x / WARP;
     if (i >= groups) return;
     float scale = to_float(scales[i]);
-    for (int j = threadIdx.x % WARP; j < width; j += WARP) store(x + i * width + j, scale * codes[i * width + j]);
+    for (int j = threadIdx.x % WARP; j < width; j += WARP)
+        store(x + i * width + j, scale * codes[i * width + j]);
 }
 
-// ---- attention for any type and head size, plain: tiles of ATT keys (or queries) with an online softmax, a block for each
-// query (or key) of each head. lse (B, NH, T), the log of the softmax's denominator, is kept for the backward pass. The
-// tensor-core kernels below take bf16 with heads of 64.
+// ---- attention for any type and head size, plain: tiles of ATT keys (or queries) with an online
+// softmax, a block for each query (or key) of each head. lse (B, NH, T), the logarithm of the
+// softmax's denominator, is kept for the backward pass. The tensor-core kernels below take bf16
+// with heads of 64.
 
 enum { ATT = 128, HEAD = 64 };
 
-// products[j] = sum over d of x[d] rows[j, d] for j < count, 0 from there to ATT: x (hs) in shared memory, rows `stride`
-// elements apart. 8 lanes a row: neighbours read neighbours. Has no barrier of its own.
-__device__ inline void row_products(float* products, const float* x, const floatX* rows, size_t stride, int count, int hs) {
+// products[j] = sum over d of x[d] rows[j, d] for j < count, 0 from there to ATT: x (hs) in shared
+// memory, rows `stride` elements apart. 8 lanes a row: neighbours read neighbours. Has no barrier
+// of its own.
+__device__ inline void row_products(float* products, const float* x, const floatX* rows,
+                                    size_t stride, int count, int hs) {
     const int LANES = 8;
     for (int j = threadIdx.x / LANES; j < ATT; j += ATT / LANES) {
         float sum = 0;
-        for (int d = threadIdx.x % LANES; d < hs && j < count; d += LANES) sum += x[d] * to_float(rows[j * stride + d]);
-        for (int other = LANES / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, other);
+        for (int d = threadIdx.x % LANES; d < hs && j < count; d += LANES)
+            sum += x[d] * to_float(rows[j * stride + d]);
+        for (int other = LANES / 2; other > 0; other /= 2)
+            sum += __shfl_xor_sync(0xFFFFFFFF, sum, other);
         if (threadIdx.x % LANES == 0) products[j] = sum;
     }
 }
 
-// grid (B NH, T), block ATT, dynamic shared memory ATT + 2 hs + 32 floats. out (N, C), qkv (N, 3C). Keys and values lie side by
-// side in rows of `width`: in qkv, or, with `past` tokens before these, in the cache of a text that is being generated, which
-// has no lse.
+// out (N, C), qkv (N, 3C). Keys and values lie side by side in rows of `width`: in qkv, or, with
+// `past` tokens before these, in the cache of a text that is being generated, which has no lse.
+// Grid (B NH, T), block ATT, dynamic shared memory ATT + 2 hs + 32 floats.
 __global__ void __launch_bounds__(ATT)
-    attention_plain_forward(floatX* out, float* lse, const floatX* qkv, const floatX* kv, int width, int past, int T, int C,
-                            int NH) {
+    attention_plain_forward(floatX* out, float* lse, const floatX* qkv, const floatX* kv, int width,
+                            int past, int T, int C, int NH) {
     extern __shared__ float shared[];
-    int hs = C / NH, t = blockIdx.y, b = blockIdx.x / NH, h = blockIdx.x % NH, tid = threadIdx.x, last = past + t;
+    int hs = C / NH, t = blockIdx.y, b = blockIdx.x / NH, h = blockIdx.x % NH, tid = threadIdx.x;
+    int last = past + t;
     float *p = shared, *q = p + ATT, *o = q + hs, *reduce = o + hs;
-    const floatX *query = qkv + (size_t(b) * T + t) * 3 * C + h * hs, *keys = kv + size_t(b) * T * width + h * hs;
+    const floatX* query = qkv + (size_t(b) * T + t) * 3 * C + h * hs;
+    const floatX* keys = kv + size_t(b) * T * width + h * hs;
     float top = -INFINITY, sum = 0, scale = rsqrtf(float(hs));
-    for (int d = tid; d < hs; d += ATT) q[d] = to_float(query[d]), o[d] = 0;
+    for (int d = tid; d < hs; d += ATT) {
+        q[d] = to_float(query[d]);
+        o[d] = 0;
+    }
     __syncthreads();
     for (int k0 = 0; k0 <= last; k0 += ATT) {
         int count = min(int(ATT), last - k0 + 1);
@@ -813,47 +800,54 @@ __global__ void __launch_bounds__(ATT)
         float s = tid < count ? p[tid] * scale : -INFINITY;
         float most = fmaxf(top, block_reduce(s, reduce, true)), shrink = expf(top - most);
         p[tid] = expf(s - most);
-        sum = sum * shrink + block_reduce(p[tid], reduce, false);  // its barriers make p visible, too
+        sum = sum * shrink + block_reduce(p[tid], reduce, false);  // its barriers serve p, too
         for (int d = tid; d < hs; d += ATT) {
             float total = o[d] * shrink;
-            for (int j = 0; j < count; j++) total += p[j] * to_float(keys[size_t(k0 + j) * width + C + d]);
+            for (int j = 0; j < count; j++)
+                total += p[j] * to_float(keys[size_t(k0 + j) * width + C + d]);
             o[d] = total;
         }
         top = most;
         __syncthreads();
     }
-    for (int d = tid; d < hs; d += ATT) store(out + (size_t(b) * T + t) * C + h * hs + d, o[d] / sum);
+    for (int d = tid; d < hs; d += ATT)
+        store(out + (size_t(b) * T + t) * C + h * hs + d, o[d] / sum);
     if (tid == 0 && lse) lse[size_t(blockIdx.x) * T + t] = top + logf(sum);
 }
 
-// Keys and values of qkv's rows (3C) behind the `past` rows (2C) of the cache; a block a row
+// Keys and values of qkv's rows (3C) go behind the `past` rows (2C) of the cache; a block a row.
 __global__ void cache_kernel(floatX* cache, const floatX* qkv, int past, int C) {
-    for (int j = threadIdx.x * PACK; j < 2 * C; j += blockDim.x * PACK) {
-        store_pack(cache + (past + int64_t(blockIdx.x)) * 2 * C + j, load_pack(qkv + int64_t(blockIdx.x) * 3 * C + C + j));
-    }
+    int64_t row = blockIdx.x;
+    for (int j = threadIdx.x * PACK; j < 2 * C; j += blockDim.x * PACK)
+        store_pack(cache + (past + row) * 2 * C + j, load_pack(qkv + row * 3 * C + C + j));
 }
 
 // dot (B, NH, T) = sum over d of dout out, per head; a warp each, 8 a block
 __global__ void __launch_bounds__(256)
-    attention_dot(float* dot, const floatX* dout, const floatX* out, int64_t count, int T, int C, int NH) {
+    attention_dot(float* dot, const floatX* dout, const floatX* out, int64_t count, int T, int C,
+                  int NH) {
     int64_t i = int64_t(blockIdx.x) * 8 + threadIdx.x / WARP;
     if (i >= count) return;
     int hs = C / NH, t = int(i % T), h = int(i / T % NH), b = int(i / T / NH);
     size_t at = (size_t(b) * T + t) * C + h * hs;
     float sum = 0;
-    for (int d = threadIdx.x % WARP; d < hs; d += WARP) sum += to_float(dout[at + d]) * to_float(out[at + d]);
+    for (int d = threadIdx.x % WARP; d < hs; d += WARP)
+        sum += to_float(dout[at + d]) * to_float(out[at + d]);
     sum = warp_sum(sum);
     if (threadIdx.x % WARP == 0) dot[i] = sum;
 }
 
-// dq, of one query a block: ds = p (dp - dot) scale, dq = ds k. Grid, block and shared memory (2 ATT + 3 hs floats) as forward.
-__global__ void __launch_bounds__(ATT) attention_plain_dq(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse,
-                                                          const float* dot, int T, int C, int NH) {
+// dq, of one query a block: ds = p (dp - dot) scale, dq = ds k. Grid, block and shared memory
+// (2 ATT + 3 hs floats) as forward.
+__global__ void __launch_bounds__(ATT)
+    attention_plain_dq(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse,
+                       const float* dot, int T, int C, int NH) {
     extern __shared__ float shared[];
     int hs = C / NH, t = blockIdx.y, b = blockIdx.x / NH, h = blockIdx.x % NH, tid = threadIdx.x;
     float *ds = shared, *dp = ds + ATT, *q = dp + ATT, *dout_t = q + hs, *dq = dout_t + hs;
     const floatX* base = qkv + size_t(b) * T * 3 * C + h * hs;
-    float scale = rsqrtf(float(hs)), log_sum = lse[size_t(blockIdx.x) * T + t], dot_t = dot[size_t(blockIdx.x) * T + t];
+    size_t row = size_t(blockIdx.x) * T + t;
+    float scale = rsqrtf(float(hs)), log_sum = lse[row], dot_t = dot[row];
     for (int d = tid; d < hs; d += ATT) {
         q[d] = to_float(base[size_t(t) * 3 * C + d]);
         dout_t[d] = to_float(dout[(size_t(b) * T + t) * C + h * hs + d]);
@@ -866,23 +860,28 @@ __global__ void __launch_bounds__(ATT) attention_plain_dq(floatX* dqkv, const fl
         row_products(ds, q, k, 3 * C, keys, hs);
         row_products(dp, dout_t, k + C, 3 * C, keys, hs);
         __syncthreads();
-        ds[tid] = tid < keys ? expf(ds[tid] * scale - log_sum) * (dp[tid] - dot_t) * scale : 0.0f;
+        float p = expf(ds[tid] * scale - log_sum);
+        ds[tid] = tid < keys ? p * (dp[tid] - dot_t) * scale : 0.0f;
         __syncthreads();
-        for (int d = tid; d < hs; d += ATT) {
-            for (int j = 0; j < keys; j++) dq[d] += ds[j] * to_float(base[size_t(k0 + j) * 3 * C + C + d]);
-        }
+        for (int d = tid; d < hs; d += ATT)
+            for (int j = 0; j < keys; j++)
+                dq[d] += ds[j] * to_float(base[size_t(k0 + j) * 3 * C + C + d]);
         __syncthreads();
     }
-    for (int d = tid; d < hs; d += ATT) store(dqkv + (size_t(b) * T + t) * 3 * C + h * hs + d, dq[d]);
+    for (int d = tid; d < hs; d += ATT)
+        store(dqkv + (size_t(b) * T + t) * 3 * C + h * hs + d, dq[d]);
 }
 
-// dk and dv, of one key a block: dv = p^T dout, dk = ds^T q. Dynamic shared memory 2 ATT + 4 hs floats.
-__global__ void __launch_bounds__(ATT) attention_plain_dkv(floatX* dqkv, const floatX* dout, const floatX* qkv,
-                                                           const float* lse, const float* dot, int T, int C, int NH) {
+// dk and dv, of one key a block: dv = p^T dout, dk = ds^T q. Dynamic shared memory 2 ATT + 4 hs
+// floats.
+__global__ void __launch_bounds__(ATT)
+    attention_plain_dkv(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse,
+                        const float* dot, int T, int C, int NH) {
     extern __shared__ float shared[];
     int hs = C / NH, t = blockIdx.y, b = blockIdx.x / NH, h = blockIdx.x % NH, tid = threadIdx.x;
     float *p = shared, *ds = p + ATT, *k = ds + ATT, *v = k + hs, *dk = v + hs, *dv = dk + hs;
-    const floatX *base = qkv + size_t(b) * T * 3 * C + h * hs, *dout_b = dout + size_t(b) * T * C + h * hs;
+    const floatX* base = qkv + size_t(b) * T * 3 * C + h * hs;
+    const floatX* dout_b = dout + size_t(b) * T * C + h * hs;
     float scale = rsqrtf(float(hs));
     for (int d = tid; d < hs; d += ATT) {
         k[d] = to_float(base[size_t(t) * 3 * C + C + d]);
@@ -892,11 +891,12 @@ __global__ void __launch_bounds__(ATT) attention_plain_dkv(floatX* dqkv, const f
     __syncthreads();
     for (int q0 = t; q0 < T; q0 += ATT) {
         int i = q0 + tid, queries = min(int(ATT), T - q0);
+        size_t row = size_t(blockIdx.x) * T + i;
         row_products(p, k, base + size_t(q0) * 3 * C, 3 * C, queries, hs);
         row_products(ds, v, dout_b + size_t(q0) * C, C, queries, hs);
         __syncthreads();
-        p[tid] = i < T ? expf(p[tid] * scale - lse[size_t(blockIdx.x) * T + i]) : 0.0f;
-        ds[tid] = i < T ? p[tid] * (ds[tid] - dot[size_t(blockIdx.x) * T + i]) * scale : 0.0f;
+        p[tid] = i < T ? expf(p[tid] * scale - lse[row]) : 0.0f;
+        ds[tid] = i < T ? p[tid] * (ds[tid] - dot[row]) * scale : 0.0f;
         __syncthreads();
         for (int d = tid; d < hs; d += ATT) {
             for (int j = 0; j < queries; j++) {
@@ -906,50 +906,103 @@ __global__ void __launch_bounds__(ATT) attention_plain_dkv(floatX* dqkv, const f
         }
         __syncthreads();
     }
+    floatX* to = dqkv + (size_t(b) * T + t) * 3 * C + C + h * hs;
     for (int d = tid; d < hs; d += ATT) {
-        store(dqkv + (size_t(b) * T + t) * 3 * C + C + h * hs + d, dk[d]);
-        store(dqkv + (size_t(b) * T + t) * 3 * C + 2 * C + h * hs + d, dv[d]);
+        store(to + d, dk[d]);
+        store(to + C + d, dv[d]);
     }
 }
 
 #ifndef PRECISION_FP32
-// ---- attention on tensor cores: FlashAttention-2 (arXiv 2307.08691) with mma.sync, heads of 64. A block of 4 warps takes 128
-// queries (or keys), 32 a warp, and walks the keys (or queries) in tiles of 64, which come by cp.async, the next one while this
-// one is used. What a warp reads of a tile in shared memory serves its 32 rows: with 16, reading would take longer than
-// multiplying. Products go by 8 columns: s[j] is 32 rows by columns 8j..8j+7.
+// ---- attention on tensor cores: FlashAttention-2 (arXiv 2307.08691) with mma.sync, heads of 64. A
+// block of 4 warps takes 128 queries (or keys), 32 a warp, and walks the keys (or queries) in tiles
+// of 64, which come by cp.async, the next one while this one is used. What a warp reads of a tile
+// in shared memory serves its 32 rows: with 16, reading would take longer than multiplying.
+// Products go by 8 columns: s[j] is 32 rows by columns 8j..8j+7.
 
 enum { TILE = 64, FLASH = 128, FLASH_THREADS = 128 };
-static const float LOG2E = 1.44269504f, FLASH_SCALE = LOG2E / 8;  // the softmax is one of powers of 2
+static const float LOG2E = 1.44269504f,
+                   FLASH_SCALE = LOG2E / 8;  // the softmax is one of powers of 2
 
-#ifndef __NOGPU__
+#ifndef __NOGPU__                             // compute capability 8.0 and newer
 __device__ inline float exp2_fast(float x) {  // exp2f in one instruction; below 2^-126 it is 0
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
     return y;
 }
+
+__device__ inline uint32_t shared_address(const void* p) {
+    return uint32_t(__cvta_generic_to_shared(p));
+}
+
+// d (16 x 8, fp32) += a (16 x 16, bf16, by rows) b (16 x 8, bf16, by columns), over a warp. In the
+// PTX ISA's layout lane 4g + t holds rows g and g + 8 of d, columns 2t and 2t + 1.
+__device__ inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four 8 x 8 matrices of bf16 from shared memory: lanes 8i to 8i + 7 point to the rows of matrix i.
+// trans: each transposed.
+__device__ inline void ldmatrix_x4(uint32_t r[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+__device__ inline void ldmatrix_x4_trans(uint32_t r[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// 16 bytes from global to shared memory, behind the compute; zeros, without reading, when not
+// valid.
+__device__ inline void cp_async_16_zfill(void* to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)),
+                 "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+template <int N>
+__device__ inline void cp_async_wait() {  // until at most N groups of this thread are on their way
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
+}
 #endif
 
-// A tile is TILE rows, with 16 bytes to spare each: so the 8 rows that ldmatrix reads at once lie in different banks.
+// A tile is TILE rows, with 16 bytes to spare each: so the 8 rows that ldmatrix reads at once lie
+// in different banks.
 typedef __nv_bfloat16 Row[HEAD + 8];
 
-// Rows first..first+63 and 64 columns of a matrix with leading dimension ld; zeros from row `rows` on.
-__device__ inline void load_tile(Row* tile, const __nv_bfloat16* from, int ld, int column, int first, int rows) {
+// Rows first..first+63 and 64 columns of a matrix with leading dimension ld; zeros from row `rows`
+// on.
+__device__ inline void load_tile(Row* tile, const __nv_bfloat16* from, int ld, int column,
+                                 int first, int rows) {
     int row = threadIdx.x / 8, d = threadIdx.x % 8 * 8;
     from += int64_t(first + row) * ld + column + d;
     for (int i = 0; i < TILE; i += FLASH_THREADS / 8)
         cp_async_16_zfill(&tile[row + i][d], from + int64_t(i) * ld, first + row + i < rows);
 }
 
-// This warp's 32 of 128 rows as the mma's left operand: a[m][k] is rows 16m..16m+15, columns 16k..16k+15.
+// This warp's 32 of 128 rows as the mma's left operand: a[m][k] is rows 16m..16m+15, columns
+// 16k..16k+15.
 __device__ inline void load_rows(uint32_t a[2][4][4], const Row* rows) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    for (int m = 0; m < 2; m++) {
-        for (int k = 0; k < 4; k++) ldmatrix_x4(a[m][k], &rows[32 * warp + 16 * m + lane % 16][16 * k + lane / 16 * 8]);
-    }
+    for (int m = 0; m < 2; m++)
+        for (int k = 0; k < 4; k++)
+            ldmatrix_x4(a[m][k], &rows[32 * warp + 16 * m + lane % 16][16 * k + lane / 16 * 8]);
 }
 
 // s (32, 8) += a (32, 64) times 8 rows of a tile, transposed: a column of s for each row
-__device__ inline void add_times_transpose(float s[2][4], const uint32_t a[2][4][4], const Row* rows) {
+__device__ inline void add_times_transpose(float s[2][4], const uint32_t a[2][4][4],
+                                           const Row* rows) {
     int lane = threadIdx.x % WARP;
     for (int k = 0; k < 4; k += 2) {
         uint32_t b[4];
@@ -961,13 +1014,15 @@ __device__ inline void add_times_transpose(float s[2][4], const uint32_t a[2][4]
     }
 }
 
-// o (32, 64) += s (32, 16), rounded to bf16, times 16 rows of a tile: an accumulator's layout is a left operand's.
+// o (32, 64) += s (32, 16), rounded to bf16, times 16 rows of a tile: an accumulator's layout is a
+// left operand's.
 __device__ inline void add_times(float o[8][2][4], const float s[2][2][4], const Row* rows) {
     int lane = threadIdx.x % WARP;
     uint32_t a[2][4];
     for (int m = 0; m < 2; m++) {
         for (int i = 0; i < 4; i++) {
-            __nv_bfloat162 two = __floats2bfloat162_rn(s[i / 2][m][i % 2 * 2], s[i / 2][m][i % 2 * 2 + 1]);
+            const float* pair = &s[i / 2][m][i % 2 * 2];
+            __nv_bfloat162 two = __floats2bfloat162_rn(pair[0], pair[1]);
             memcpy(&a[m][i], &two, 4);
         }
     }
@@ -981,40 +1036,48 @@ __device__ inline void add_times(float o[8][2][4], const float s[2][2][4], const
     }
 }
 
-// Row and column, in 32 x 8, of this lane's element [m][i]. It holds four rows, r = 2m + i/2; four lanes share a row.
+// Row and column, in 32 x 8, of this lane's element [m][i]. It holds four rows, r = 2m + i/2; four
+// lanes share a row.
 __device__ inline int row_of(int m, int i) { return 16 * m + threadIdx.x % WARP / 4 + i / 2 * 8; }
 __device__ inline int column_of(int i) { return threadIdx.x % 4 * 2 + i % 2; }
 
-// Hides from queries the keys after them: what is right of the diagonal where rows are queries (side 1), left of it where they
-// are keys (side -1).
+// Hides from queries the keys after them: what is right of the diagonal where rows are queries
+// (side 1), left of it where they are keys (side -1).
 __device__ inline void hide(float s[2][4], int first_row, int first_column, int side) {
     for (int m = 0; m < 2; m++) {
         for (int i = 0; i < 4; i++) {
-            if ((first_column + column_of(i) - first_row - row_of(m, i)) * side > 0) s[m][i] = -INFINITY;
+            int right = first_column + column_of(i) - first_row - row_of(m, i);
+            if (right * side > 0) s[m][i] = -INFINITY;
         }
     }
 }
 
-// Writes this warp's 32 x 64, times scale, to 64 columns of a matrix: rows first.., those below `rows`.
-__device__ inline void write_rows(__nv_bfloat16* to, int ld, int column, const float o[8][2][4], float scale, int first,
-                                  int rows) {
+// Writes this warp's 32 x 64, times scale, to 64 columns of a matrix: rows first.., those below
+// `rows`.
+__device__ inline void write_rows(__nv_bfloat16* to, int ld, int column, const float o[8][2][4],
+                                  float scale, int first, int rows) {
     for (int r = 0; r < 4; r++) {
         int m = r / 2, i = r % 2 * 2, row = first + row_of(m, i);
         if (row >= rows) continue;
+        __nv_bfloat16* at = to + int64_t(row) * ld + column + column_of(0);
         for (int j = 0; j < 8; j++) {
-            __nv_bfloat162 two = __floats2bfloat162_rn(o[j][m][i] * scale, o[j][m][i + 1] * scale);
-            *reinterpret_cast<__nv_bfloat162*>(to + int64_t(row) * ld + column + 8 * j + column_of(0)) = two;
+            const float* pair = &o[j][m][i];
+            __nv_bfloat162 two = __floats2bfloat162_rn(pair[0] * scale, pair[1] * scale);
+            *reinterpret_cast<__nv_bfloat162*>(at + 8 * j) = two;
         }
     }
 }
 
-// grid (NH, ceil(T / 128), B), block 128. out (N, C), lse (B, NH, T), qkv (N, 3C). Reads k and v once for every 128 queries; since
-// a sequence's blocks run together, what they read again, 3 MB at d12, is in the L2 cache.
+// out (N, C), lse (B, NH, T), qkv (N, 3C). Grid (NH, ceil(T / 128), B), block 128. Reads k and v
+// once for every 128 queries. A sequence's blocks run together, so what they read again, 3 MB at
+// d12, is in the L2 cache.
 __global__ void __launch_bounds__(FLASH_THREADS, 2)
-    attention_flash_forward(__nv_bfloat16* out, float* lse, const __nv_bfloat16* qkv, int T, int C, int NH) {
+    attention_flash_forward(__nv_bfloat16* out, float* lse, const __nv_bfloat16* qkv, int T, int C,
+                            int NH) {
     __shared__ __align__(16) Row tiles[4][TILE];  // k and v, two of each; at first also q
     int h = blockIdx.x, begin = blockIdx.z * T, end = begin + T, column = h * HEAD;
-    int q0 = (gridDim.y - 1 - blockIdx.y) * FLASH, first = q0 + threadIdx.x / WARP * 32;  // the longest rows first
+    int q0 = (gridDim.y - 1 - blockIdx.y) * FLASH;  // the longest rows first
+    int first = q0 + threadIdx.x / WARP * 32;
     float o[8][2][4] = {}, sum[4] = {}, top[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
     uint32_t q[2][4][4];
     load_tile(tiles[0], qkv, 3 * C, column + C, begin, end);
@@ -1027,7 +1090,8 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
     load_rows(q, tiles[2]);
     int keys = min(q0 + FLASH, T);
     for (int k0 = 0; k0 < keys; k0 += TILE) {
-        Row(*now)[TILE] = tiles + k0 / TILE % 2 * 2, (*next)[TILE] = tiles + (k0 / TILE + 1) % 2 * 2;
+        int stage = k0 / TILE % 2;
+        Row(*now)[TILE] = tiles + 2 * stage, (*next)[TILE] = tiles + 2 * (1 - stage);
         cp_async_wait<0>();
         __syncthreads();  // now is there, next is done with
         if (k0 + TILE < keys) {
@@ -1038,9 +1102,7 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
         if (k0 >= first + 32) continue;  // all keys of the tile are after all queries of the warp
         float s[8][2][4] = {};
         for (int j = 0; j < 8; j++) add_times_transpose(s[j], q, now[0] + 8 * j);
-        if (k0 + TILE > first) {
-            for (int j = 0; j < 8; j++) hide(s[j], first, k0 + 8 * j, 1);
-        }
+        for (int j = 0; j < 8 && k0 + TILE > first; j++) hide(s[j], first, k0 + 8 * j, 1);
         for (int r = 0; r < 4; r++) {
             int m = r / 2, i = r % 2 * 2;
             float most = top[r];
@@ -1048,11 +1110,15 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
             most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 1));
             most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 2));
             float shrink = exp2_fast((top[r] - most) * FLASH_SCALE);
-            for (int j = 0; j < 8; j++) o[j][m][i] *= shrink, o[j][m][i + 1] *= shrink;
+            for (int j = 0; j < 8; j++) {
+                o[j][m][i] *= shrink;
+                o[j][m][i + 1] *= shrink;
+            }
             sum[r] *= shrink;
             top[r] = most;
         }
-        for (int j = 0; j < 8; j++) {  // the tensor cores take 16 columns while the next ones become powers
+        // The tensor cores take 16 columns while the next ones become powers.
+        for (int j = 0; j < 8; j++) {
             for (int m = 0; m < 2; m++) {
                 for (int i = 0; i < 4; i++) {
                     int r = 2 * m + i / 2;
@@ -1068,17 +1134,22 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
         sum[r] += __shfl_xor_sync(0xFFFFFFFFu, sum[r], 1);
         sum[r] += __shfl_xor_sync(0xFFFFFFFFu, sum[r], 2);
         float inverse = 1 / sum[r];
-        for (int j = 0; j < 8; j++) o[j][m][i] *= inverse, o[j][m][i + 1] *= inverse;
-        if (threadIdx.x % 4 == 0 && row < T) lse[size_t(blockIdx.z * NH + h) * T + row] = top[r] / 8 + logf(sum[r]);
+        for (int j = 0; j < 8; j++) {
+            o[j][m][i] *= inverse;
+            o[j][m][i + 1] *= inverse;
+        }
+        if (threadIdx.x % 4 == 0 && row < T)
+            lse[size_t(blockIdx.z * NH + h) * T + row] = top[r] / 8 + logf(sum[r]);
     }
     write_rows(out, C, column, o, 1, begin + first, end);
 }
 
-// dq, and on the way dot (B, NH, T), the sums of dout out over a head. Grid and block as forward. For each tile of keys: p
-// again, dp = dout v^T, ds = p (dp - dot), dq += ds k.
+// dq, and on the way dot (B, NH, T), the sums of dout out over a head. Grid and block as forward.
+// For each tile of keys: p again, dp = dout v^T, ds = p (dp - dot), dq += ds k.
 __global__ void __launch_bounds__(FLASH_THREADS, 2)
-    attention_flash_dq(__nv_bfloat16* dqkv, float* dot, const __nv_bfloat16* dout, const __nv_bfloat16* qkv,
-                       const __nv_bfloat16* out, const float* lse, int T, int C, int NH) {
+    attention_flash_dq(__nv_bfloat16* dqkv, float* dot, const __nv_bfloat16* dout,
+                       const __nv_bfloat16* qkv, const __nv_bfloat16* out, const float* lse, int T,
+                       int C, int NH) {
     __shared__ __align__(16) Row tiles[4][TILE];  // k and v, two of each; at first q and dout
     int h = blockIdx.x, begin = blockIdx.z * T, end = begin + T, column = h * HEAD;
     int q0 = (gridDim.y - 1 - blockIdx.y) * FLASH, first = q0 + threadIdx.x / WARP * 32;
@@ -1114,7 +1185,8 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
     }
     int keys = min(q0 + FLASH, T);
     for (int k0 = 0; k0 < keys; k0 += TILE) {
-        Row(*now)[TILE] = tiles + k0 / TILE % 2 * 2, (*next)[TILE] = tiles + (k0 / TILE + 1) % 2 * 2;
+        int stage = k0 / TILE % 2;
+        Row(*now)[TILE] = tiles + 2 * stage, (*next)[TILE] = tiles + 2 * (1 - stage);
         cp_async_wait<0>();
         __syncthreads();
         if (k0 + TILE < keys) {
@@ -1135,7 +1207,8 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
                 for (int m = 0; m < 2; m++) {
                     for (int i = 0; i < 4; i++) {
                         int r = 2 * m + i / 2;
-                        dp[j][m][i] = exp2_fast(s[j][m][i] * FLASH_SCALE - sum[r]) * (dp[j][m][i] - dots[r]);
+                        float p = exp2_fast(s[j][m][i] * FLASH_SCALE - sum[r]);
+                        dp[j][m][i] = p * (dp[j][m][i] - dots[r]);
                     }
                 }
             }
@@ -1145,11 +1218,12 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
     write_rows(dqkv, 3 * C, column, dq, 0.125f, begin + first, end);
 }
 
-// dk and dv. Grid and block as forward, for keys; walks the tiles of queries from the diagonal on, all transposed: s^T = k q^T,
-// dp^T = v dout^T, dv += p^T dout, dk += ds^T q.
+// dk and dv. Grid and block as forward, for keys. Walks the tiles of
+// queries from the diagonal on, all transposed: s^T = k q^T, dp^T = v dout^T, dv += p^T dout,
+// dk += ds^T q.
 __global__ void __launch_bounds__(FLASH_THREADS, 2)
-    attention_flash_dkv(__nv_bfloat16* dqkv, const __nv_bfloat16* dout, const __nv_bfloat16* qkv, const float* lse,
-                        const float* dot, int T, int C, int NH) {
+    attention_flash_dkv(__nv_bfloat16* dqkv, const __nv_bfloat16* dout, const __nv_bfloat16* qkv,
+                        const float* lse, const float* dot, int T, int C, int NH) {
     __shared__ __align__(16) Row tiles[4][TILE];    // q and dout, two of each; at first k and v
     __shared__ float sums[2][TILE], dots[2][TILE];  // of the queries
     int h = blockIdx.x, begin = blockIdx.z * T, end = begin + T, column = h * HEAD;
@@ -1169,9 +1243,12 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
     load_tile(tiles[0], qkv, 3 * C, column, begin + k0, end);
     load_tile(tiles[1], dout, C, column, begin + k0, end);
     cp_async_commit();
-    // Half of the threads fetch lse, half dot, a tile ahead; both are 0 beyond T, as q and dout are.
+    // Half of the threads fetch lse, half dot, a tile ahead; both are 0 beyond T, as q and dout
+    // are.
     int query = threadIdx.x % TILE;
-    auto fetch = [&](int t) { return t < T ? (threadIdx.x < TILE ? lse : dot)[size_t(blockIdx.z * NH + h) * T + t] : 0; };
+    auto fetch = [&](int t) {
+        return t < T ? (threadIdx.x < TILE ? lse : dot)[size_t(blockIdx.z * NH + h) * T + t] : 0;
+    };
     float ahead = fetch(k0 + query);
     for (int q0 = k0; q0 < T; q0 += TILE) {
         int stage = q0 / TILE % 2;
@@ -1213,31 +1290,36 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
 }
 #endif
 
-static void attention_forward(floatX* out, float* lse, const floatX* qkv, int B, int T, int C, int NH) {
+static void attention_forward(floatX* out, float* lse, const floatX* qkv, int B, int T, int C,
+                              int NH) {
     int hs = C / NH;
 #ifndef PRECISION_FP32
     if (hs == HEAD) {
-        attention_flash_forward<<<dim3(NH, blocks_for(T, FLASH), B), FLASH_THREADS>>>(out, lse, qkv, T, C, NH);
+        dim3 grid(NH, blocks_for(T, FLASH), B);
+        attention_flash_forward<<<grid, FLASH_THREADS>>>(out, lse, qkv, T, C, NH);
         return LAUNCHED();
     }
 #endif
-    attention_plain_forward<<<dim3(B * NH, T), ATT, (ATT + 2 * hs + 32) * sizeof(float)>>>(out, lse, qkv, qkv + C, 3 * C, 0, T,
-                                                                                           C, NH);
+    attention_plain_forward<<<dim3(B * NH, T), ATT, (ATT + 2 * hs + 32) * sizeof(float)>>>(
+        out, lse, qkv, qkv + C, 3 * C, 0, T, C, NH);
     LAUNCHED();
 }
 
-// The same for n tokens that follow `past` others, whose keys and values the cache (past + n, 2C) holds: theirs join them.
-static void attention_cached(floatX* out, floatX* cache, const floatX* qkv, int past, int n, int C, int NH) {
+// The same for n tokens that follow `past` others. The cache (past + n, 2C) holds the keys and
+// values of those; the new ones join them.
+static void attention_cached(floatX* out, floatX* cache, const floatX* qkv, int past, int n, int C,
+                             int NH) {
+    int hs = C / NH;
     cache_kernel<<<n, 128>>>(cache, qkv, past, C);
     LAUNCHED();
-    attention_plain_forward<<<dim3(NH, n), ATT, (ATT + 2 * (C / NH) + 32) * sizeof(float)>>>(out, nullptr, qkv, cache, 2 * C,
-                                                                                             past, n, C, NH);
+    attention_plain_forward<<<dim3(NH, n), ATT, (ATT + 2 * hs + 32) * sizeof(float)>>>(
+        out, nullptr, qkv, cache, 2 * C, past, n, C, NH);
     LAUNCHED();
 }
 
 // dqkv (N, 3C) = gradient; dot (B, NH, T) is workspace
-static void attention_backward(floatX* dqkv, float* dot, const floatX* dout, const floatX* qkv, const floatX* out,
-                               const float* lse, int B, int T, int C, int NH) {
+static void attention_backward(floatX* dqkv, float* dot, const floatX* dout, const floatX* qkv,
+                               const floatX* out, const float* lse, int B, int T, int C, int NH) {
     int hs = C / NH;
 #ifndef PRECISION_FP32
     if (hs == HEAD) {
@@ -1249,67 +1331,29 @@ static void attention_backward(floatX* dqkv, float* dot, const floatX* dout, con
     }
 #endif
     int64_t count = int64_t(B) * NH * T;
+    dim3 grid(B * NH, T);
     attention_dot<<<blocks_for(count, 8), 256>>>(dot, dout, out, count, T, C, NH);
     LAUNCHED();
-    attention_plain_dq<<<dim3(B * NH, T), ATT, (2 * ATT + 3 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
+    attention_plain_dq<<<grid, ATT, (2 * ATT + 3 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot,
+                                                                          T, C, NH);
     LAUNCHED();
-    attention_plain_dkv<<<dim3(B * NH, T), ATT, (2 * ATT + 4 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
+    attention_plain_dkv<<<grid, ATT, (2 * ATT + 4 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse,
+                                                                           dot, T, C, NH);
     LAUNCHED();
 }
 
-// ---- embedding: x = wte[token] + wpe[position]
+// ---- softmax and cross entropy
 
-// A block a token.
-__global__ void embedding_forward_kernel(floatX* x, const int* tokens, const floatX* wte, const floatX* wpe, int T, int C) {
-    size_t at = size_t(blockIdx.x) * C, word = size_t(tokens[blockIdx.x]) * C, position = size_t(blockIdx.x % T) * C;
-    for (int j = threadIdx.x * PACK; j < C; j += blockDim.x * PACK) {
-        Pack a = load_pack(wte + word + j), b = load_pack(wpe + position + j);
-        for (int k = 0; k < PACK; k++) store(&a.x[k], to_float(a.x[k]) + to_float(b.x[k]));
-        store_pack(x + at + j, a);
-    }
-}
-
-// A block (8, 32) for 8 packs of columns of a word that occurs: its tokens are order[starts[w]] to order[starts[w + 1] - 1], so
-// no two blocks add to one place. 32 tokens at a time, since a word may be a sixth of all. Grid (words, ceil(C / (8 packs))).
-__global__ void __launch_bounds__(SUM_ROWS* SUM_PACKS)
-    word_backward_kernel(float* dwte, const floatX* dx, const int* order, const int* starts, const int* words, int C) {
-    int last = starts[blockIdx.x + 1], column = (blockIdx.y * SUM_PACKS + threadIdx.x) * PACK;
-    float sum[PACK] = {};
-    for (int i = starts[blockIdx.x] + threadIdx.y; i < last && column < C; i += SUM_ROWS) {
-        Pack p = load_pack(dx + size_t(order[i]) * C + column);
-        for (int k = 0; k < PACK; k++) sum[k] += to_float(p.x[k]);
-    }
-    float total = column_sum(sum);
-    int to = blockIdx.y * SUM_PACKS * PACK + own_column();
-    if (own_column() < SUM_PACKS * PACK && to < C) dwte[size_t(words[blockIdx.x]) * C + to] += total;
-}
-
-// A block a position.
-__global__ void position_backward_kernel(float* dwpe, const floatX* dx, int B, int T, int C) {
-    for (int j = threadIdx.x * PACK; j < C; j += blockDim.x * PACK) {
-        float sum[PACK] = {};
-        for (int b = 0; b < B; b++) {
-            Pack p = load_pack(dx + (size_t(b) * T + blockIdx.x) * C + j);
-            for (int k = 0; k < PACK; k++) sum[k] += to_float(p.x[k]);
-        }
-        for (int k = 0; k < PACK; k++) dwpe[size_t(blockIdx.x) * C + j + k] += sum[k];
-    }
-}
-
-// ---- softmax and cross entropy: losses (rows); logits (rows, ld) become their gradient, times scale. Padded words, V and above,
-// get 0. A target of -1 is not predicted: no loss, no gradient.
-
-// A pack of logits, of which `words` are words': the padding counts as -infinity, whose exponential is 0, and so is its
-// gradient.
+// A pack of logits, of which `words` are words': the padding counts as -infinity. Its exponential
+// is 0, and so is its gradient.
 __device__ inline Pack without_padding(Pack p, int words) {
-    for (int k = 0; k < PACK && words < PACK; k++) {
+    for (int k = 0; k < PACK && words < PACK; k++)
         if (k >= words) store(&p.x[k], -INFINITY);
-    }
     return p;
 }
 
-// A thread's running maximum, and its sum of exponentials relative to that (Milakov and Gimelshein, arXiv 1805.02867): 9
-// exponentials a pack.
+// A thread's running maximum, and its sum of exponentials relative to that (Milakov and Gimelshein,
+// arXiv 1805.02867): 9 exponentials a pack.
 __device__ inline void add_exponentials(const Pack& p, float* most, float* sum) {
     float larger = *most;
     for (int k = 0; k < PACK; k++) larger = fmaxf(larger, to_float(p.x[k]));
@@ -1318,10 +1362,13 @@ __device__ inline void add_exponentials(const Pack& p, float* most, float* sum) 
     *most = larger;
 }
 
-// A block a row, read twice: for maximum and sum, and for the gradient. Blocks so large that the rows of those that run at once,
-// 26 MB on an H100, stay in the second cache between the two.
+// losses (rows); logits (rows, ld) become their gradient, times scale. Padded words, V and above,
+// get 0. A target of -1 is not predicted: no loss, no gradient. A block a row, read twice: for
+// maximum and sum, and for the gradient. Blocks are so large that the rows of those that run at
+// once, 26 MB on an H100, stay in the L2 cache between the two.
 __global__ void __launch_bounds__(1024)
-    cross_entropy_kernel(floatX* logits, float* losses, const int* targets, int V, int ld, float scale, bool gradient) {
+    cross_entropy_kernel(floatX* logits, float* losses, const int* targets, int V, int ld,
+                         float scale, bool gradient) {
     __shared__ float reduce[WARP];
     floatX* row = logits + size_t(blockIdx.x) * ld;
     int target = targets[blockIdx.x];
@@ -1343,16 +1390,305 @@ __global__ void __launch_bounds__(1024)
     }
 }
 
-// ---- global norm: NORM_BLOCKS partial sums, each over its own stride of all gradients, then their sum in one block: no
-// atomics
+// ---- matrix products: cuBLAS, which thinks in columns: a row-major c = a b is its c^T = b^T a^T
+
+static cublasHandle_t cublas;
+enum { CUBLAS_BYTES = 32 << 20 };  // its workspace, ours: no result depends on what else it serves
+
+// c (M, N) = alpha a b + beta c, all row-major; a is (M, K), or (K, M) when ta; b is (K, N), or
+// (N, K) when tb. a and b have one type, c its own; sums are fp32. With beta = 0, c is not read.
+// lda and ldc: elements from row to row, 0 where rows are tight.
+static void matmul(void* c, cudaDataType_t type_c, const void* a, bool ta, const void* b, bool tb,
+                   cudaDataType_t type_ab, int M, int N, int K, float alpha, float beta,
+                   int lda = 0, int ldc = 0) {
+    if (lda == 0) lda = ta ? M : K;
+    if (ldc == 0) ldc = N;
+    cublasOperation_t op_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
+    CUDA(cublasGemmEx(cublas, op_b, op_a, N, M, K, &alpha, b, type_ab, tb ? K : N, a, type_ab, lda,
+                      &beta, c, type_c, ldc, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+// The same for `batch` matrices one after another, tight, of one type.
+static void matmul_batch(floatX* c, const floatX* a, bool ta, const floatX* b, bool tb, int M,
+                         int N, int K, float alpha, float beta, int batch) {
+    cublasOperation_t op_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
+    CUDA(cublasGemmStridedBatchedEx(cublas, op_b, op_a, N, M, K, &alpha, b, CUDA_X, tb ? K : N,
+                                    int64_t(N) * K, a, CUDA_X, ta ? M : K, int64_t(M) * K, &beta, c,
+                                    CUDA_X, N, int64_t(M) * N, batch, CUBLAS_COMPUTE_32F,
+                                    CUBLAS_GEMM_DEFAULT));
+}
+
+// y (M, N) = x (M, K) w^T + bias, with w (N, K). The bias joins the fp32 sum, so y is written once
+// and not read at all. This is cublasLt, a part of cuBLAS that takes its handle. What it chooses
+// follows from shapes and from alignment, that of the bias and 16 bytes for all else: so whatever
+// is computed again has the same bits.
+static void matmul_bias(floatX* y, const floatX* x, const floatX* w, const floatX* bias, int M,
+                        int N, int K, void* workspace) {
+    const int32_t transposed = CUBLAS_OP_T;
+    const uint32_t epilogue = CUBLASLT_EPILOGUE_BIAS, alignment = 16;
+    const uint32_t sums = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    const uint64_t bytes = CUBLAS_BYTES;
+    const float one = 1, zero = 0;
+    cublasLtMatmulDescOpaque_t product;
+    cublasLtMatrixLayoutOpaque_t of_w, of_x, of_y;
+    cublasLtMatmulPreferenceOpaque_t preference;
+    cublasLtMatmulHeuristicResult_t chosen;
+    int found;
+    CUDA(cublasLtMatmulDescInit(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    auto set = [&](cublasLtMatmulDescAttributes_t what, const void* value, size_t size) {
+        CUDA(cublasLtMatmulDescSetAttribute(&product, what, value, size));
+    };
+    set(CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof(transposed));
+    set(CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue));
+    set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias));
+    CUDA(cublasLtMatrixLayoutInit(&of_w, CUDA_X, K, N, K));
+    CUDA(cublasLtMatrixLayoutInit(&of_x, CUDA_X, K, M, K));
+    CUDA(cublasLtMatrixLayoutInit(&of_y, CUDA_X, N, M, N));
+    CUDA(cublasLtMatmulPreferenceInit(&preference));
+    auto prefer = [&](cublasLtMatmulPreferenceAttributes_t what, const void* value, size_t size) {
+        CUDA(cublasLtMatmulPreferenceSetAttribute(&preference, what, value, size));
+    };
+    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof(bytes));
+    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &sums, sizeof(sums));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &alignment, sizeof(alignment));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &alignment, sizeof(alignment));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &alignment, sizeof(alignment));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &alignment, sizeof(alignment));
+    auto handle = (cublasLtHandle_t)cublas;
+    CUDA(cublasLtMatmulAlgoGetHeuristic(handle, &product, &of_w, &of_x, &of_y, &of_y, &preference,
+                                        1, &chosen, &found));
+    CUDA(cublasLtMatmul(handle, &product, &one, w, &of_w, x, &of_x, &zero, y, &of_y, y, &of_y,
+                        &chosen.algo, workspace, CUBLAS_BYTES, nullptr));
+}
+
+// =================================================================================================
+// the compressed linear layer: follow z through it. x becomes z (make_z, or a fold in the kernel
+// that made x), z is kept (linear_forward), z makes the gradient (linear_backward), and the step
+// goes back to W (lift).
+// =================================================================================================
+
+// A linear layer of one block: its shape, its tensors, and what its P is drawn from.
+struct LinearLayer {
+    Linear shape;           // m outputs, n inputs, rank r
+    floatX *w, *b;          // (m, n), (m)
+    float* dw;              // (m, r)
+    floatX* z;              // (N, r) on the tape, or null: z is then made in the backward pass,
+    floatX* z_now;          // (N, r) here
+    int projection;         // the kind of P
+    uint64_t seed, stream;  // P's numbers: they depend on layer, linear and epoch
+    floatX* p;              // a dense P (n, r), where it stands once it is drawn
+    float* sign;            // a sparse one: (n) signs,
+    int* shift;             // and a rotation for each stripe of r inputs
+    void* workspace;        // of matrix products
+};
+
+// P (n, r) with E[P P^T] = I, drawn anew wherever it is needed, by cuRAND's Philox. gaussian:
+// N(0, 1/r) (CompAct, section 3.1). rademacher: signs / sqrt(r). sparse: one sign in each row,
+// sign[k], in column (k + shift[k / r]) mod r, so that z is a signed fold of x.
+
+// A thread a block of Philox: 4 numbers.
+__global__ void gaussian_kernel(floatX* p, int64_t count, float scale, uint64_t seed,
+                                uint64_t stream) {
+    int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
+    if (i >= count) return;
+    curandStatePhilox4_32_10_t state;
+    curand_init(seed, stream, i, &state);
+    float4 x = curand_normal4(&state);
+    store_quad(p + i, {scale * x.x, scale * x.y, scale * x.z, scale * x.w});
+}
+
+// Signs i, i+1, ... by the low bits of the result: bit i % 128 of block i / 128, 1 for minus.
+__device__ inline uint32_t random_signs(uint64_t seed, uint64_t stream, int64_t i) {
+    uint4 bits = philox_block(seed, stream, i / 128);
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+    return words[i % 128 / 32] >> i % 32;
+}
+
+// A thread 8 signs.
+__global__ void rademacher_kernel(floatX* p, int64_t count, float scale, uint64_t seed,
+                                  uint64_t stream) {
+    int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    if (i >= count) return;
+    uint32_t bits = random_signs(seed, stream, i);
+    for (int k = 0; k < 8; k++) store(p + i + k, bits >> k & 1 ? -scale : scale);
+}
+
+// A thread an input, and a stripe.
+__global__ void sparse_kernel(float* sign, int* shift, int n, int r, uint64_t seed,
+                              uint64_t stream) {
+    int k = blockIdx.x * blockDim.x + threadIdx.x;
+    if (k >= n) return;
+    sign[k] = random_signs(seed, stream, k) & 1 ? -1.0f : 1.0f;
+    if (int64_t(k) * r < n) shift[k] = philox_block(seed, stream, (1ull << 32) + k).x % r;
+}
+
+static void draw_projection(floatX* p, float* sign, int* shift, const Linear& shape, int projection,
+                            uint64_t seed, uint64_t stream) {
+    int n = shape.n, r = shape.r;
+    int64_t count = int64_t(n) * r;
+    float scale = 1.0f / sqrtf(float(r));
+    if (projection == GAUSSIAN)
+        gaussian_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(p, count, scale, seed, stream);
+    if (projection == RADEMACHER)
+        rademacher_kernel<<<blocks_for(count, 256 * 8), 256>>>(p, count, scale, seed, stream);
+    if (projection == SPARSE)
+        sparse_kernel<<<blocks_for(n, 256), 256>>>(sign, shift, n, r, seed, stream);
+    LAUNCHED();
+}
+
+// The present P of a layer, drawn to its place.
+static const floatX* projection_now(const LinearLayer& linear) {
+    draw_projection(linear.p, linear.sign, linear.shift, linear.shape, linear.projection,
+                    linear.seed, linear.stream);
+    return linear.p;
+}
+
+// What the kernel that produces x (N, n) needs to fold it into z (N, r) on the way: nothing where z
+// is not wanted, or P is dense.
+static Fold fold_into(const LinearLayer& linear, floatX* z) {
+    if (!z || linear.projection != SPARSE) return Fold{};
+    projection_now(linear);
+    return Fold{z, linear.sign, linear.shift, linear.shape.n, linear.shape.r};
+}
+
+// A block a row of an x that is there already.
+__global__ void __launch_bounds__(256) fold_kernel(Fold fold, const floatX* x) {
+    fold_row(fold, blockIdx.x, x + size_t(blockIdx.x) * fold.n, threadIdx.x, blockDim.x);
+}
+
+// x (N, n) -> z (N, r) = x P, for an x that is there already. Dense P is (n, r).
+static void make_z(const LinearLayer& linear, floatX* z, const floatX* x, int N) {
+    int n = linear.shape.n, r = linear.shape.r;
+    if (linear.projection == SPARSE) {
+        fold_kernel<<<N, 256>>>(fold_into(linear, z), x);
+        return LAUNCHED();
+    }
+    matmul(z, CUDA_X, x, false, projection_now(linear), false, CUDA_X, N, r, n, 1.0f, 0.0f);
+}
+
+// x (N, n) -> y (N, m) = x W^T, plus b where with_bias (else whoever takes y adds it). x is whole
+// here: y is exact. When training, z (N, r) = x P is kept for the backward pass, and x may be
+// overwritten. A sparse z is there by now, from the kernel that made x.
+static void linear_forward(const LinearLayer& linear, floatX* y, const floatX* x, int N,
+                           bool with_bias, bool training) {
+    int m = linear.shape.m, n = linear.shape.n;
+    if (with_bias)
+        matmul_bias(y, x, linear.w, linear.b, N, m, n, linear.workspace);
+    else
+        matmul(y, CUDA_X, x, false, linear.w, true, CUDA_X, N, m, n, 1.0f, 0.0f);
+    if (training && linear.z && linear.projection != SPARSE) make_z(linear, linear.z, x, N);
+}
+
+// dy (N, m), z (N, r) -> G (m, r) = dy^T z, added to beta times what stands there; at full rank
+// dy^T x (m, n). dy -> dx (N, n) = dy W, exact. The bias's gradient, the sum of dy, comes from the
+// kernels that made dy. x may be null where z is on the tape or, sparse, in z_now already. It may
+// be dx itself, since it is read first.
+static void linear_backward(const LinearLayer& linear, floatX* dx, const floatX* dy,
+                            const floatX* x, int N, float beta) {
+    int m = linear.shape.m, n = linear.shape.n, r = linear.shape.r;
+    const floatX* kept = x;
+    if (linear.shape.compressed()) {
+        kept = linear.z ? linear.z : linear.z_now;
+        if (!linear.z && x) make_z(linear, linear.z_now, x, N);
+    }
+    matmul(linear.dw, CUDA_R_32F, dy, true, kept, false, CUDA_X, m, r, N, 1.0f, beta);
+    matmul(dx, CUDA_X, dy, false, linear.w, false, CUDA_X, N, n, m, 1.0f, 0.0f);
+}
+
+// ---- the step's way back. How a weight is moved, and rounded, is the same for all parameters.
+
+// A parameter's share of one layer, as the optimizer moves it. master: fp32 copies, w itself in
+// fp32, or null where there are none. stochastic: the result is rounded to bf16, up or down at
+// random, so that its mean is exact; element i is then moved by 16 bits of block (first + i) / 8 of
+// a stream.
+struct Weights {
+    floatX* w;
+    float* master;
+    bool stochastic;
+    uint64_t seed, stream;
+    int64_t first;
+};
+
+__device__ inline float round_stochastically(float x, uint32_t random) {
+    return __uint_as_float((__float_as_uint(x) + (random & 0xFFFF)) & 0xFFFF0000u);
+}
+
+// Weights i to i + 3: keep w - step u.
+__device__ inline void move_weights(const Weights& to, size_t i, float4 u, float keep, float step) {
+    float4 x = to.master ? load_quad(to.master + i) : load_quad(to.w + i);
+    x = {keep * x.x - step * u.x, keep * x.y - step * u.y, keep * x.z - step * u.z,
+         keep * x.w - step * u.w};
+    if (to.stochastic) {
+        uint4 random = philox_block(to.seed, to.stream, (to.first + i) / 8);
+        uint32_t low = i % 8 ? random.z : random.x, high = i % 8 ? random.w : random.y;
+        x = {round_stochastically(x.x, low), round_stochastically(x.y, low >> 16),
+             round_stochastically(x.z, high), round_stochastically(x.w, high >> 16)};
+    }
+    if (to.master) store_quad(to.master + i, x);
+    if (IS_BF16) store_quad(to.w + i, x);
+}
+
+// w = the rounding of master, to bf16 in any case where `narrow`
+__global__ void round_kernel(floatX* w, const float* master, size_t count, bool narrow) {
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
+    if (i >= count) return;
+    float4 x = load_quad(master + i);
+    auto rounded = [](float y) { return __bfloat162float(__float2bfloat16_rn(y)); };
+    if (narrow) x = {rounded(x.x), rounded(x.y), rounded(x.z), rounded(x.w)};
+    store_quad(w + i, x);
+}
+
+static void round_weights(floatX* w, const float* master, size_t count, bool narrow) {
+    round_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(w, master, count, narrow);
+    LAUNCHED();
+}
+
+// W = keep W - step * u, u (m, n) of either type
+__global__ void lift_kernel(Weights to, const float* u, const floatX* narrow, size_t count,
+                            float keep, float step) {
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
+    if (i >= count) return;
+    move_weights(to, i, u ? load_quad(u + i) : load_quad(narrow + i), keep, step);
+}
+
+static void lift_whole(const Weights& to, const float* u, const floatX* narrow, size_t count,
+                       float keep, float step) {
+    lift_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(to, u, narrow, count, keep, step);
+    LAUNCHED();
+}
+
+// U (m, r), a dense P (n, r) -> W (m, n) = keep W - step U P^T: the step of the small space, lifted
+// (CompAct, algorithm 2). lifted: (m, n) where weights have no master copies. A sparse P lifts as
+// it steps, in sparse_update_kernel.
+static void lift(const LinearLayer& linear, const Weights& to, const floatX* u, float keep,
+                 float step, float* lifted) {
+    int m = linear.shape.m, n = linear.shape.n, r = linear.shape.r;
+    size_t count = size_t(m) * n;
+    const floatX* p = projection_now(linear);
+    if (to.stochastic) {
+        matmul(lifted, CUDA_R_32F, u, false, p, true, CUDA_X, m, n, r, 1.0f, 0.0f);
+        return lift_whole(to, lifted, nullptr, count, keep, step);
+    }
+    matmul(to.master, CUDA_R_32F, u, false, p, true, CUDA_X, m, n, r, -step, keep);
+    if (IS_BF16) round_weights(to.w, to.master, count, false);
+}
+
+// =================================================================================================
+// the optimizer: a gradient becomes a step. AdamW for all that is no linear layer's weight; AdamW
+// or Muon for those, in the space of their gradients.
+// =================================================================================================
+
+// ---- global norm: NORM_BLOCKS partial sums, each over its own stride of all gradients, then their
+// sum in one block: no atomics
 
 enum { NORM_BLOCKS = 1024 };
 
-__global__ void __launch_bounds__(256) squares_kernel(float* partial, const float* grads, size_t count) {
+__global__ void __launch_bounds__(256)
+    squares_kernel(float* partial, const float* grads, size_t count) {
     __shared__ float reduce[WARP];
     float sum = 0;
-    for (size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD; i < count;
-         i += size_t(NORM_BLOCKS) * blockDim.x * QUAD) {
+    size_t first = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
+    for (size_t i = first; i < count; i += size_t(NORM_BLOCKS) * blockDim.x * QUAD) {
         float4 g = load_quad(grads + i);
         sum += g.x * g.x + g.y * g.y + g.z * g.z + g.w * g.w;
     }
@@ -1360,13 +1696,16 @@ __global__ void __launch_bounds__(256) squares_kernel(float* partial, const floa
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-// norm[0] = the norm, norm[1] = what gradients are multiplied with so that it is at most clip (0: not clipped)
+// norm[0] = the norm, norm[1] = what gradients are multiplied with so that it is at most clip
+// (0: not clipped)
 __global__ void __launch_bounds__(256) norm_kernel(float* norm, const float* partial, float clip) {
     __shared__ float reduce[WARP];
     float sum = 0;
     for (int i = threadIdx.x; i < NORM_BLOCKS; i += blockDim.x) sum += partial[i];
     sum = sqrtf(block_reduce(sum, reduce, false));
-    if (threadIdx.x == 0) norm[0] = sum, norm[1] = clip > 0 && sum > clip ? clip / sum : 1.0f;
+    if (threadIdx.x > 0) return;
+    norm[0] = sum;
+    norm[1] = clip > 0 && sum > clip ? clip / sum : 1.0f;
 }
 
 // ---- AdamW (Loshchilov and Hutter, arXiv 1711.05101), a quad of elements a thread
@@ -1384,7 +1723,8 @@ __device__ inline float adam_element(const Adam& a, float g, float* m, float* v)
     return *m * a.correct1 / (sqrtf(*v * a.correct2) + a.eps);
 }
 
-// Moves the moments of four elements on by their gradients; returns the direction U = M^ / (sqrt(V^) + eps).
+// Moves the moments of four elements on by their gradients; returns the direction
+// U = M^ / (sqrt(V^) + eps).
 __device__ inline float4 adam_direction(const Adam& a, const float* g, float* m, float* v) {
     float4 g4 = load_quad(g), m4 = load_quad(m), v4 = load_quad(v), u;
     u.x = adam_element(a, g4.x, &m4.x, &v4.x);
@@ -1396,18 +1736,41 @@ __device__ inline float4 adam_direction(const Adam& a, const float* g, float* m,
     return u;
 }
 
-// ---- Muon (Jordan et al. 2024): the momentum's nearest orthogonal matrix as the step. Batches: all matrices of one shape.
+__global__ void adam_kernel(Weights to, const float* g, float* m, float* v, size_t count, Adam a) {
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
+    if (i >= count) return;
+    float4 u = adam_direction(a, g + i, m + i, v + i);
+    move_weights(to, i, u, 1.0f - a.lr * a.decay, a.lr);
+}
+
+static void adam_update(const Weights& to, const float* g, float* m, float* v, size_t count,
+                        const Adam& a) {
+    adam_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(to, g, m, v, count, a);
+    LAUNCHED();
+}
+
+// G (m, r) -> U (m, r): Adam's direction in the small space
+__global__ void direction_kernel(floatX* u, const float* g, float* m, float* v, size_t count,
+                                 Adam a) {
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
+    if (i < count) store_quad(u + i, adam_direction(a, g + i, m + i, v + i));
+}
+
+// ---- Muon (Jordan et al. 2024): the step is the nearest orthogonal matrix to the momentum.
+// Batches: all matrices of one shape.
 
 enum { MUON_SLABS = 64 };  // partial sums of a matrix
 
-// grid (MUON_SLABS, batch), block 256: M = mu M + g, x = g + mu M, Nesterov's form, g scaled by norm[1]; partial (batch,
-// MUON_SLABS): sums of x's squares, in double, so that no scale is too large or too small. count: elements of a matrix.
-__global__ void muon_momentum_kernel(floatX* x, double* partial, const float* g, float* m, const float* norm, size_t count) {
+// M = mu M + g, x = g + mu M, Nesterov's form, g scaled by norm[1]; partial (batch, MUON_SLABS):
+// sums of x's squares, in double, so that no scale is too large or too small. count: elements of a
+// matrix. Grid (MUON_SLABS, batch), block 256.
+__global__ void muon_momentum_kernel(floatX* x, double* partial, const float* g, float* m,
+                                     const float* norm, size_t count) {
     const float mu = 0.95f;
     __shared__ double sums[256];
     double sum = 0;
-    size_t first = blockIdx.y * count;
-    for (size_t i = (blockIdx.x * blockDim.x + threadIdx.x) * QUAD; i < count; i += size_t(MUON_SLABS) * blockDim.x * QUAD) {
+    size_t first = blockIdx.y * count, stride = size_t(MUON_SLABS) * blockDim.x * QUAD;
+    for (size_t i = (blockIdx.x * blockDim.x + threadIdx.x) * QUAD; i < count; i += stride) {
         float4 g4 = load_quad(g + first + i), m4 = load_quad(m + first + i);
         float gs[QUAD] = {g4.x, g4.y, g4.z, g4.w}, ms[QUAD] = {m4.x, m4.y, m4.z, m4.w}, xs[QUAD];
         for (int e = 0; e < QUAD; e++) {
@@ -1427,23 +1790,25 @@ __global__ void muon_momentum_kernel(floatX* x, double* partial, const float* g,
     if (threadIdx.x == 0) partial[blockIdx.y * MUON_SLABS + blockIdx.x] = sums[0];
 }
 
-// grid (MUON_SLABS, batch), block 256: x /= ||x||_F; zeros stay zeros
+// x /= ||x||_F; zeros stay zeros. Grid (MUON_SLABS, batch), block 256.
 __global__ void muon_scale_kernel(floatX* x, const double* partial, size_t count) {
     double sum = 0;
     for (int i = 0; i < MUON_SLABS; i++) sum += partial[blockIdx.y * MUON_SLABS + i];
     double scale = sum > 0 ? rsqrt(sum) : 0;
-    size_t first = blockIdx.y * count;
-    for (size_t i = (blockIdx.x * blockDim.x + threadIdx.x) * QUAD; i < count; i += size_t(MUON_SLABS) * blockDim.x * QUAD) {
+    size_t first = blockIdx.y * count, stride = size_t(MUON_SLABS) * blockDim.x * QUAD;
+    for (size_t i = (blockIdx.x * blockDim.x + threadIdx.x) * QUAD; i < count; i += stride) {
         float4 v = load_quad(x + first + i);
-        store_quad(x + first + i, {float(v.x * scale), float(v.y * scale), float(v.z * scale), float(v.w * scale)});
+        store_quad(x + first + i, {float(v.x * scale), float(v.y * scale), float(v.z * scale),
+                                   float(v.w * scale)});
     }
 }
 
-// Puts in place of each x (rows, columns) the nearest matrix with orthonormal rows or columns, whichever are fewer, by
-// Newton-Schulz iterations X <- a X + (b A + c A^2) X with A = X X^T, or X^T X on the other side, from ||X||_F = 1. Singular
-// values end between 0.7 and 1.2; those below some 1e-3 of the norm, further down. next (batch, rows, columns); gram and poly
-// (batch, k, k), k the smaller of both.
-static void orthogonalise(floatX* x, floatX* next, floatX* gram, floatX* poly, int rows, int columns, int batch) {
+// Each x (rows, columns) becomes the nearest matrix with orthonormal rows or columns, whichever are
+// fewer, by Newton-Schulz iterations X <- a X + (b A + c A^2) X from ||X||_F = 1, with A = X X^T,
+// or X^T X on the other side. Singular values end between 0.7 and 1.2, those below some 1e-3 of the
+// norm further down. next (batch, rows, columns); gram and poly (batch, k, k), k the smaller side.
+static void orthogonalise(floatX* x, floatX* next, floatX* gram, floatX* poly, int rows,
+                          int columns, int batch) {
     const float a = 3.4445f, b = -4.7750f, c = 2.0315f;
     bool tall = rows > columns;
     int k = tall ? columns : rows, longer = tall ? rows : columns;
@@ -1453,490 +1818,54 @@ static void orthogonalise(floatX* x, floatX* next, floatX* gram, floatX* poly, i
         CUDA(cudaMemcpyAsync(poly, gram, square, cudaMemcpyDeviceToDevice));
         matmul_batch(poly, gram, false, gram, false, k, k, k, c, b, batch);
         CUDA(cudaMemcpyAsync(next, x, bytes, cudaMemcpyDeviceToDevice));
-        matmul_batch(next, tall ? x : poly, false, tall ? poly : x, false, rows, columns, k, 1.0f, a, batch);
+        matmul_batch(next, tall ? x : poly, false, tall ? poly : x, false, rows, columns, k, 1.0f,
+                     a, batch);
         CUDA(cudaMemcpyAsync(x, next, bytes, cudaMemcpyDeviceToDevice));
     }
 }
 
-// A parameter's share of one layer, as the optimizer moves it. master: fp32 copies, w itself in fp32, or null where there are
-// none. stochastic: the result is rounded to bf16, up or down at random, so that its mean is exact; element i is then moved by
-// 16 bits of block (first + i) / 8 of a stream.
-struct Weights {
-    floatX* w;
-    float* master;
-    bool stochastic;
-    uint64_t seed, stream;
-    int64_t first;
-};
-
-__device__ inline float round_stochastically(float x, uint32_t random) {
-    return __uint_as_float((__float_as_uint(x) + (random & 0xFFFF)) & 0xFFFF0000u);
-}
-
-// Weights i to i + 3: keep w - step u.
-__device__ inline void move_weights(const Weights& to, size_t i, float4 u, float keep, float step) {
-    float4 x = to.master ? load_quad(to.master + i) : load_quad(to.w + i);
-    x = {keep * x.x - step * u.x, keep * x.y - step * u.y, keep * x.z - step * u.z, keep * x.w - step * u.w};
-    if (to.stochastic) {
-        uint4 random = philox_block(to.seed, to.stream, (to.first + i) / 8);
-        uint32_t low = i % 8 ? random.z : random.x, high = i % 8 ? random.w : random.y;
-        x = {round_stochastically(x.x, low), round_stochastically(x.y, low >> 16), round_stochastically(x.z, high),
-             round_stochastically(x.w, high >> 16)};
-    }
-    if (to.master) store_quad(to.master + i, x);
-    if (IS_BF16) store_quad(to.w + i, x);
-}
-
-__global__ void adam_kernel(Weights to, const float* g, float* m, float* v, size_t count, Adam a) {
-    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
-    if (i < count) move_weights(to, i, adam_direction(a, g + i, m + i, v + i), 1.0f - a.lr * a.decay, a.lr);
-}
-
-// w = the rounding of master, to bf16 in any case where `narrow`
-__global__ void round_kernel(floatX* w, const float* master, size_t count, bool narrow) {
-    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
-    if (i >= count) return;
-    float4 x = load_quad(master + i);
-    auto rounded = [](float y) { return __bfloat162float(__float2bfloat16_rn(y)); };
-    if (narrow) x = {rounded(x.x), rounded(x.y), rounded(x.z), rounded(x.w)};
-    store_quad(w + i, x);
-}
-
-// =================================================================================================
-// the model's memory
-// =================================================================================================
-
-struct Model {
-    Config config;
-    Options options;
-    Linear linear[LINEARS];
-    int64_t epoch;  // of the projections
-    floatX* params[PARAMS];
-    float* master[PARAMS];  // fp32 copies of the weights, the weights themselves in fp32
-    float *grads[PARAMS], *m[PARAMS], *v[PARAMS];
-    // tape; a row is kept in one of these ways, as kept[row] says, or is null in all. Of L layers, or of those at hand:
-    // `slots`.
-    int kept[TAPE_ROWS], slots;
-    floatX* tape[TAPE_ROWS];                           // (slots, N, width C)
-    floatX* z[LINEARS];                                // (slots, N, r) in place of the input of a compressed layer
-    void* codes[TAPE_ROWS];                            // (slots, N, width C) int8, or 2 bits an element
-    floatX* scales[TAPE_ROWS];                         // (slots, N, scales) of the int8
-    float *ln1_mean, *ln1_rstd, *ln2_mean, *ln2_rstd;  // (L, N)
-    float* lse;                                        // (L, N, NH) floats, (B, NH, T) in a layer
-    float *lnf_mean, *lnf_rstd;                        // (N)
-    // the tape's other layers in the host's memory: each tensor's home, its copy (L - slots, ...), its bytes in a layer
-    struct {
-        void *home, *host;
-        int64_t bytes;
-    } offloaded[2 * TAPE_ROWS];
-    int offloads;
-    cudaStream_t copies;
-    cudaEvent_t computed[2], copied[2];  // for each slot
-    // workspace, reused by every layer
-    floatX* now[TAPE_ROWS];   // (N, width C) a row of the block at hand, where the tape does not keep it whole
-    floatX* dresidual;        // (N, C) gradient of the stream
-    floatX* wide;             // (N, 4C) inputs and gradients on their way; at the end of the forward pass the head's input;
-                              // Muon's workspace in the update
-    int64_t wide_rows;        // N, or what Muon needs for a layer
-    floatX* spare;            // (N, C) likewise; (N, 4C) where fch or qkv comes back into it
-    floatX* z_now;            // (N, r) z where it is not on the tape
-    floatX *p, *p_next, *u;   // P (n, r); the next epoch's; Adam's direction (m, r) on its way to the lift
-    float *sign, *sign_next;  // sparse: (n) signs
-    int *shift, *shift_next;  // sparse: a rotation for each stripe of r inputs
-    float* p_change;          // (r, r) P_old^T P_new
-    float* lifted;            // (m, n) a dense step on its way to weights without master copies
-    void* products_workspace;
-    floatX* logits;           // (chunk, logits_width), in `wide` where that has room
-    int chunk;                // tokens whose logits exist at one time
-    floatX* cache;            // (L, seq, 2C) keys and values of the text that is being generated
-    float *partial, *dot;     // sums of columns: (SLABS, 4C), or (bands, 3C); (N, NH)
-    float *norm_partial, *norm;
-    // data
-    int *d_inputs, *d_targets;              // (N)
-    float* d_losses;                        // (N)
-    int *word_order, *word_starts, *words;  // (N), (N + 1), (N): the tokens sorted by word, for the embedding's gradient
-    // on the host, in pinned memory, so that no copy waits
-    int *inputs, *targets;  // (N)
-    int* sorted;            // (3N + 1) word_order, word_starts, words
-    float* losses;          // (N)
-};
-
-enum { SPARE_BYTES = 256 << 20 };   // stay free for kernels, which are loaded when they are first called
-enum { CHUNK = 1024 };  // tokens whose logits have a buffer of their own where `wide` has no room for as many
-enum { NO_CACHE = -1 };  // for `past`: attention is among the tokens at hand
-
-static int logits_width(const Config& c) { return (c.Vp + 7) / 8 * 8; }  // so that each row begins on 16 bytes
-
-static bool moments_move(const Options& o) { return o.moments == MOVE && o.gap > 0; }
-
-// Whether the tape has z of a layer's input.
-static bool keeps_z(const Model& s, int which) {
-    for (int i = 0; i < TAPE_ROWS; i++) {
-        if (tape_rows[i].input_of == which && s.kept[i] == AS_Z) return true;
-    }
-    return false;
-}
-
-// Whether fch or qkv comes back into `spare`, which otherwise holds one channel's width of a block at most.
-static bool spare_is_wide(const Model& s) { return s.kept[FCH] == GONE || s.kept[QKVR] != WHOLE; }
-
-// Muon's workspace for the matrices of one layer, which takes that of the tape: X twice, two k x k matrices, and sums of
+// Elements of workspace for the matrices of one layer: X twice, two k x k matrices, and sums of
 // doubles, each beginning on 16 bytes.
-static int64_t muon_elements(const Linear& l, int blocks) {
-    int64_t rows = l.m / blocks, k = std::min<int64_t>(rows, l.r), sums = MUON_SLABS * sizeof(double) / sizeof(floatX);
-    return blocks * (sums + 2 * rows * l.r + 2 * (k * k + 8));
+static int64_t muon_elements(const Linear& shape, int blocks) {
+    int64_t rows = shape.m / blocks, k = std::min<int64_t>(rows, shape.r);
+    int64_t sums = MUON_SLABS * sizeof(double) / sizeof(floatX);
+    return blocks * (sums + 2 * rows * shape.r + 2 * (k * k + 8));
 }
 
-// Lists every tensor of the run, in the device's memory but for category "host", with the place of its pointer in s. Sets s up
-// but allocates nothing.
-static Plan model_plan(Model& s, const Config& c, const Options& o) {
-    Plan plan;
-    s = Model{};
-    s.config = c;
-    s.options = o;
-    if (o.seq > 65535) refuse("--seq: " + join(o.seq) + " is more than the 65535 that the GPU's kernels take");
-    if (c.C % 8 != 0 || c.C > 3072)
-        refuse("--channels: " + join(c.C) + " is not a multiple of 8 up to 3072, as the GPU's kernels need it");
-    for (int i = 0; i < LINEARS; i++) s.linear[i] = linear_shape(c, o, i);
-    int64_t L = c.L, C = c.C, N = rows_of(o), trained = o.generates ? 0 : N;
-    auto add = [&](const char* category, const std::string& name, const char* type, const std::vector<int64_t>& shape,
-                   void* home) {
-        static void* nowhere;  // each tensor begins on 256 bytes: the gap before it is in the plan as well
-        int64_t gap = -plan.bytes(category) & 255;
-        plan_add(plan, category, "alignment", "byte", {gap}, &nowhere);
-        plan_add(plan, category, name, type, shape, home);
-    };
-
-    for (int i = 0; i < PARAMS; i++) add("parameters", param_rows[i].name, TYPE_X, param_shape(c, i), &s.params[i]);
-    for (int i = 0; i < PARAMS && IS_BF16 && o.master == MASTER_FP32 && !o.generates; i++) {
-        add("master", std::string("master.") + param_rows[i].name, "fp32", param_shape(c, i), &s.master[i]);
-    }
-    const struct {
-        const char *category, *prefix;
-        float** home;
-    } groups[3] = {{"gradients", "grad.", s.grads}, {"moments", "m.", s.m}, {"moments", "v.", s.v}};
-    for (auto& group : groups) {
-        for (int i = 0; i < PARAMS && !o.generates; i++) {
-            int rank = param_rows[i].linear >= 0 ? s.linear[param_rows[i].linear].r : 0;
-            if (rank > 0 && o.optimizer == MUON && group.home == s.v) continue;
-            add(group.category, std::string(group.prefix) + param_rows[i].name, "fp32", param_shape(c, i, rank),
-                &group.home[i]);
-        }
-    }
-
-    s.slots = o.offload ? std::min(2, c.L) : c.L;
-    auto keep = [&](const std::string& name, const char* type, int64_t width, void* home) {
-        add("tape", name, type, {s.slots, N, width}, home);
-        auto& offloaded = s.offloaded[s.offloads];
-        Tensor away = {"host", "host." + name, type, {L - s.slots, N, width}, &offloaded.host};
-        if (away.count() == 0) return;
-        offloaded.home = home, offloaded.bytes = away.bytes() / (L - s.slots);
-        plan.tensors.push_back(away);
-        s.offloads++;
-    };
-    for (int i = 0; i < TAPE_ROWS; i++) {
-        const TapeRow& row = tape_rows[i];
-        std::string name = row.name;
-        s.kept[i] = how_kept(i, o, s.linear);
-        if (s.kept[i] == WHOLE) keep(name, TYPE_X, row.width * C, &s.tape[i]);
-        if (s.kept[i] == AS_Z) keep(name + ".z", TYPE_X, s.linear[row.input_of].r, &s.z[row.input_of]);
-        if (s.kept[i] == AS_2BIT) keep(name + ".2bit", "2bit", row.width * C, &s.codes[i]);
-        if (s.kept[i] != AS_INT8) continue;
-        keep(name + ".int8", "int8", row.width * C, &s.codes[i]);
-        keep(name + ".scale", TYPE_X, scales_of(c, i), &s.scales[i]);
-    }
-    add("tape", "ln1_mean", "fp32", {L, N}, &s.ln1_mean);
-    add("tape", "ln1_rstd", "fp32", {L, N}, &s.ln1_rstd);
-    add("tape", "ln2_mean", "fp32", {L, N}, &s.ln2_mean);
-    add("tape", "ln2_rstd", "fp32", {L, N}, &s.ln2_rstd);
-    add("tape", "lse", "fp32", {L, trained, c.NH}, &s.lse);
-    add("tape", "lnf_mean", "fp32", {N}, &s.lnf_mean);
-    add("tape", "lnf_rstd", "fp32", {N}, &s.lnf_rstd);
-
-    // The stream out of the last block is in no row of the tape. qkv comes back into `spare`, unless the block's other half has
-    // to be computed while it waits.
-    add("workspace", "stream", TYPE_X, {N, C}, &s.now[RESIDUAL]);
-    if (s.kept[ATTY] == GONE) add("workspace", "qkv", TYPE_X, {N, 3 * C}, &s.now[QKVR]);
-    if (s.kept[ATTY] != WHOLE) add("workspace", "atty", TYPE_X, {N, C}, &s.now[ATTY]);
-    if (s.kept[RESIDUAL2] != WHOLE) add("workspace", "residual2", TYPE_X, {N, C}, &s.now[RESIDUAL2]);
-    add("workspace", "dresidual", TYPE_X, {trained, C}, &s.dresidual);
-    s.wide_rows = N;
-    for (int i = 0; i < LINEARS && o.optimizer == MUON; i++)
-        s.wide_rows = std::max(s.wide_rows, (muon_elements(s.linear[i], blocks_of(i)) + 4 * C - 1) / (4 * C));
-    add("workspace", "wide", TYPE_X, {s.wide_rows, 4 * C}, &s.wide);
-    add("workspace", "spare", TYPE_X, {N, spare_is_wide(s) ? 4 * C : C}, &s.spare);
-
-    int64_t z_now = 0, dense = 0, p_change = 0, u = 0, lifted = 0, signs = 0, stripes = 0, move = moments_move(o);
-    for (int i = 0; i < LINEARS; i++) {
-        const Linear& l = s.linear[i];
-        if (!l.compressed()) continue;
-        if (!keeps_z(s, i)) z_now = std::max<int64_t>(z_now, l.r);
-        p_change = std::max<int64_t>(p_change, int64_t(l.r) * l.r);
-        if (o.projection == SPARSE) {
-            signs = std::max<int64_t>(signs, l.n);
-            stripes = std::max<int64_t>(stripes, (l.n + l.r - 1) / l.r);
-        } else {
-            dense = std::max<int64_t>(dense, int64_t(l.n) * l.r);
-            if (o.optimizer == ADAMW) u = std::max<int64_t>(u, int64_t(l.m) * l.r);
-            if (o.master == MASTER_NONE) lifted = std::max<int64_t>(lifted, int64_t(l.m) * l.n);
-        }
-    }
-    add("workspace", "z", TYPE_X, {N, z_now}, &s.z_now);
-    add("workspace", "projection", TYPE_X, {dense}, &s.p);
-    add("workspace", "projection_next", TYPE_X, {move * dense}, &s.p_next);
-    add("workspace", "update", TYPE_X, {u}, &s.u);
-    add("workspace", "lifted", "fp32", {lifted}, &s.lifted);
-    add("workspace", "projection_sign", "fp32", {signs}, &s.sign);
-    add("workspace", "projection_sign_next", "fp32", {move * signs}, &s.sign_next);
-    add("workspace", "projection_shift", "int32", {stripes}, &s.shift);
-    add("workspace", "projection_shift_next", "int32", {move * stripes}, &s.shift_next);
-    add("workspace", "projection_change", "fp32", {move * p_change}, &s.p_change);
-    add("workspace", "products", "byte", {CUBLAS_BYTES}, &s.products_workspace);
-    // The gradient of wte is read and written once a chunk: the fewer the better. Beside the head's input, `wide` is free then.
-    int64_t free_rows = std::min(N, (s.wide_rows * 4 - N) * C / logits_width(c)), own = o.generates ? 1 : std::min<int64_t>(CHUNK, N);
-    if (free_rows >= own) own = 0;
-    s.chunk = int(own > 0 ? own : free_rows);
-    add("workspace", "logits", TYPE_X, {own, logits_width(c)}, &s.logits);
-    add("workspace", "keys_values", TYPE_X, {L, cached_tokens(o), 2 * C}, &s.cache);
-    add("data", "inputs", "int32", {N}, &s.d_inputs);
-    plan.flops = matrix_flops(c, o, s.linear);
-    if (o.generates) return plan;
-    add("workspace", "column_sums", "fp32", {std::max<int64_t>(SLABS * 4, blocks_for(N, band_of(N)) * 3), C}, &s.partial);
-    add("workspace", "attention_dot", "fp32", {N, c.NH}, &s.dot);
-    add("workspace", "norm_partial", "fp32", {NORM_BLOCKS}, &s.norm_partial);
-    add("workspace", "norm", "fp32", {2}, &s.norm);
-    add("data", "targets", "int32", {N}, &s.d_targets);
-    add("data", "losses", "fp32", {N}, &s.d_losses);
-    add("data", "word_order", "int32", {N}, &s.word_order);
-    add("data", "word_starts", "int32", {N + 1}, &s.word_starts);
-    add("data", "words", "int32", {N}, &s.words);
-    return plan;
-}
-
-// One arena for each category. Zeros: gradients of padded words, which nothing writes, and moments start from them.
-static void model_allocate(Model& s, const Plan& plan) {
-    size_t free_bytes, total_bytes;
-    CUDA(cublasCreate(&cublas));
-    // Sums stay in fp32, also those that cuBLAS splits.
-    CUDA(cublasSetMathMode(cublas, cublasMath_t(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
-    CUDA(cudaMemGetInfo(&free_bytes, &total_bytes));
-    free_bytes -= std::min<size_t>(free_bytes, SPARE_BYTES);
-    if (plan.bytes() > int64_t(free_bytes)) {
-        Options o = s.options;
-        int64_t accumulated = o.total_batch / o.seq;
-        std::string choose = "; --memory " + join(int64_t(free_bytes) / 1000000) + "MB chooses --recompute and -b";
-        for (Model other; o.batch > 1;) {
-            for (o.batch--; accumulated % o.batch != 0;) o.batch--;
-            if (model_plan(other, s.config, o).bytes() < int64_t(free_bytes)) {
-                fail("not enough memory: the plan takes " + commas(plan.bytes()) + " bytes, " + commas(free_bytes) +
-                     " are free; -b " + join(o.batch) + " -d " + join(o.total_batch) + " would fit" + choose);
-            }
-        }
-        fail("not enough memory: the plan takes " + commas(plan.bytes()) + " bytes, " + commas(free_bytes) +
-             " are free, and -b 1 does not fit either; a smaller --seq or --rank takes less" + choose);
-    }
-    for (const std::string& category : plan.categories()) {
-        char* arena;
-        if (category == "host") {
-            CUDA(cudaMallocHost((void**)&arena, plan.bytes(category)));
-        } else {
-            CUDA(cudaMalloc((void**)&arena, plan.bytes(category)));
-            CUDA(cudaMemset(arena, 0, plan.bytes(category)));
-        }
-        for (const Tensor& t : plan.tensors) {
-            if (t.category != category) continue;
-            memcpy(t.home, &arena, sizeof(arena));
-            arena += t.bytes();
-        }
-    }
-    fprintf(s.options.generates ? stderr : stdout,
-            "device memory: the plan's %s bytes, of %s that were free; the libraries took %s before\n",
-            commas(plan.bytes()).c_str(), commas(free_bytes).c_str(), commas(total_bytes - free_bytes).c_str());
-    CUDA(cublasSetWorkspace(cublas, s.products_workspace, CUBLAS_BYTES));
-    if (!s.logits) s.logits = s.wide + rows_of(s.options) * s.config.C;
-    for (int i = 0; i < PARAMS && !IS_BF16; i++) s.master[i] = (float*)s.params[i];
-    for (int i = 0; i < 2 && s.options.offload; i++) {
-        CUDA(cudaEventCreateWithFlags(&s.computed[i], cudaEventDisableTiming));
-        CUDA(cudaEventCreateWithFlags(&s.copied[i], cudaEventDisableTiming));
-    }
-    if (s.options.offload) CUDA(cudaStreamCreateWithFlags(&s.copies, cudaStreamNonBlocking));
-    size_t N = rows_of(s.options);
-    CUDA(cudaMallocHost((void**)&s.inputs, N * sizeof(int)));
-    CUDA(cudaMallocHost((void**)&s.targets, N * sizeof(int)));
-    CUDA(cudaMallocHost((void**)&s.sorted, (3 * N + 1) * sizeof(int)));
-    CUDA(cudaMallocHost((void**)&s.losses, N * sizeof(float)));
-}
-
-// Bytes between a tensor and the host.
-static void model_get(void* host, const void* from, size_t bytes) {
-    CUDA(cudaMemcpy(host, from, bytes, cudaMemcpyDeviceToHost));
-}
-static void model_set(void* to, const void* host, size_t bytes) { CUDA(cudaMemcpy(to, host, bytes, cudaMemcpyHostToDevice)); }
-
-// Seconds since the last call, by events: when the device came to the one, until it came to the other.
-static double model_clock() {
-    static cudaEvent_t events[2];
-    static int calls = 0;
-    if (calls < 2) CUDA(cudaEventCreate(&events[calls]));
-    CUDA(cudaEventRecord(events[calls % 2]));
-    CUDA(cudaEventSynchronize(events[calls % 2]));
-    float milliseconds = 0;
-    if (calls > 0) CUDA(cudaEventElapsedTime(&milliseconds, events[(calls + 1) % 2], events[calls % 2]));
-    calls++;
-    return milliseconds / 1e3;
-}
-
-// After the weights have been read into their fp32 copies, where there are any: rounds them to the type in which they are kept.
-static void model_round(Model& s) {
-    bool narrow = s.options.master == MASTER_NONE;
-    for (int i = 0; i < PARAMS && s.master[i] && (IS_BF16 || narrow); i++) {
-        size_t count = param_count(s.config, i);
-        round_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(s.params[i], s.master[i], count, narrow);
-        LAUNCHED();
-    }
-}
-
-template <typename T>
-static T* at_layer(T* group, int layer, int64_t stride) {
-    return group ? group + layer * stride : nullptr;
-}
-
-// Parameter i of one layer: in params and master, and in grads, m and v.
-static int64_t param_offset(const Model& s, int i, int layer) { return layer * (param_count(s.config, i) / s.config.L); }
-
-static int64_t grad_count(const Model& s, int i) {
-    int linear = param_rows[i].linear;
-    return param_count(s.config, i, linear >= 0 ? s.linear[linear].r : 0);
-}
-
-static int64_t grad_offset(const Model& s, int i, int layer) { return layer * (grad_count(s, i) / s.config.L); }
-
-// =================================================================================================
-// the compressed linear layer: z = x P in place of x, and what follows from it
-// =================================================================================================
-
-// P (n, r) with E[P P^T] = I, drawn anew wherever it is needed, by cuRAND's Philox. gaussian: N(0, 1/r) (CompAct, section 3.1);
-// rademacher: signs / sqrt(r); sparse: one sign in each row, sign[k] in column (k + shift[k / r]) mod r, so that z is a signed
-// fold of x.
-
-// A thread a block of Philox: 4 numbers.
-__global__ void gaussian_kernel(floatX* p, int64_t count, float scale, uint64_t seed, uint64_t stream) {
-    int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
-    if (i >= count) return;
-    curandStatePhilox4_32_10_t state;
-    curand_init(seed, stream, i, &state);
-    float4 x = curand_normal4(&state);
-    store_quad(p + i, {scale * x.x, scale * x.y, scale * x.z, scale * x.w});
-}
-
-// Signs i, i+1, ... by the low bits of the result: bit i % 128 of block i / 128, 1 for minus.
-__device__ inline uint32_t random_signs(uint64_t seed, uint64_t stream, int64_t i) {
-    uint4 bits = philox_block(seed, stream, i / 128);
-    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-    return words[i % 128 / 32] >> i % 32;
-}
-
-// A thread 8 signs.
-__global__ void rademacher_kernel(floatX* p, int64_t count, float scale, uint64_t seed, uint64_t stream) {
-    int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
-    if (i >= count) return;
-    uint32_t bits = random_signs(seed, stream, i);
-    for (int k = 0; k < 8; k++) store(p + i + k, bits >> k & 1 ? -scale : scale);
-}
-
-// A thread an input, and a stripe.
-__global__ void sparse_kernel(float* sign, int* shift, int n, int r, uint64_t seed, uint64_t stream) {
-    int k = blockIdx.x * blockDim.x + threadIdx.x;
-    if (k >= n) return;
-    sign[k] = random_signs(seed, stream, k) & 1 ? -1.0f : 1.0f;
-    if (int64_t(k) * r < n) shift[k] = philox_block(seed, stream, (1ull << 32) + k).x % r;
-}
-
-static void draw_projection(floatX* p, float* sign, int* shift, const Linear& l, int projection, uint64_t seed,
-                            uint64_t stream) {
-    int64_t count = int64_t(l.n) * l.r;
-    float scale = 1.0f / sqrtf(float(l.r));
-    if (projection == GAUSSIAN) gaussian_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(p, count, scale, seed, stream);
-    if (projection == RADEMACHER) rademacher_kernel<<<blocks_for(count, 256 * 8), 256>>>(p, count, scale, seed, stream);
-    if (projection == SPARSE) sparse_kernel<<<blocks_for(l.n, 256), 256>>>(sign, shift, l.n, l.r, seed, stream);
+// G (layers, m, r) -> U (layers, m, r) = orth(G + mu M), in the workspace, whose place it returns.
+// muon_factor is still to come.
+static floatX* muon_directions(void* work, const float* g, float* m, const float* norm,
+                               const Linear& shape, int blocks, int layers) {
+    int rows = shape.m / blocks, k = std::min(rows, shape.r), batch = layers * blocks;
+    int64_t count = int64_t(rows) * shape.r, square = (int64_t(batch) * k * k + 7) / 8 * 8;
+    double* partial = (double*)work;
+    floatX *x = (floatX*)(partial + batch * MUON_SLABS), *next = x + batch * count;
+    floatX *gram = next + batch * count, *poly = gram + square;
+    dim3 grid(MUON_SLABS, batch);
+    muon_momentum_kernel<<<grid, 256>>>(x, partial, g, m, norm, count);
     LAUNCHED();
+    muon_scale_kernel<<<grid, 256>>>(x, partial, count);
+    LAUNCHED();
+    orthogonalise(x, next, gram, poly, rows, shape.r, batch);
+    return x;
 }
 
-// The present P of a layer: drawn, a dense one into s.p.
-static const floatX* projection_now(Model& s, int which, int layer) {
-    draw_projection(s.p, s.sign, s.shift, s.linear[which], s.options.projection, s.options.seed,
-                    stream_of(which, layer, s.epoch));
-    return s.p;
+// 0.2 sqrt(rows n / k): U, lifted to n inputs, then has the root mean square 0.2 sqrt(n / columns),
+// at full rank about that of AdamW's step, so that learning rate and decay carry over (Moonlight,
+// arXiv 2502.16982).
+static float muon_factor(const Linear& shape, int blocks) {
+    float rows = shape.m / blocks;
+    return 0.2f * sqrtf(rows * shape.n / std::min<float>(rows, shape.r));
 }
 
-// What the kernel that produces the input of a layer needs to fold it into z on the way; none where z is not wanted or P is
-// dense.
-static Fold fold_into(Model& s, int which, int layer, floatX* z) {
-    const Linear& l = s.linear[which];
-    if (!z || s.options.projection != SPARSE) return Fold{};
-    projection_now(s, which, layer);
-    return Fold{z, s.sign, s.shift, l.n, l.r};
-}
+// ---- a linear layer's weight, with either
 
-// z (N, r) = x P, for an input x (N, n) that is there already. Dense P is (n, r).
-static void make_z(Model& s, int which, int layer, floatX* z, const floatX* x, int N) {
-    const Linear& l = s.linear[which];
-    if (s.options.projection == SPARSE) {
-        fold_kernel<<<N, 256>>>(fold_into(s, which, layer, z), x);
-        return LAUNCHED();
-    }
-    matmul(z, CUDA_X, x, false, projection_now(s, which, layer), false, CUDA_X, N, l.r, l.n, 1.0f, 0.0f);
-}
-
-static floatX* tape_z(const Model& s, int which, int layer, int N) {
-    return at_layer(s.z[which], layer % s.slots, int64_t(N) * s.linear[which].r);
-}
-
-// For an input that is computed again: folded into z_now where that is all that the backward pass wants of it.
-static Fold fold_now(Model& s, int which, int layer) {
-    return s.linear[which].compressed() && !s.z[which] ? fold_into(s, which, layer, s.z_now) : Fold{};
-}
-
-// y (N, m) = x W^T, plus b where with_bias (else whoever takes y adds it). When training, keeps z if the tape has a place for
-// it; a sparse z is there by now, from the kernel that made x.
-static void linear_forward(Model& s, int which, int layer, floatX* y, const floatX* x, int N, bool with_bias, bool training) {
-    const Linear& l = s.linear[which];
-    int w = weight_of(which);
-    const floatX *weight = s.params[w] + param_offset(s, w, layer), *b = s.params[w + 1] + param_offset(s, w + 1, layer);
-    if (with_bias)
-        matmul_bias(y, x, weight, b, N, l.m, l.n, s.products_workspace);
-    else
-        matmul(y, CUDA_X, x, false, weight, true, CUDA_X, N, l.m, l.n, 1.0f, 0.0f);
-    if (training && s.z[which] && s.options.projection != SPARSE) make_z(s, which, layer, tape_z(s, which, layer, N), x, N);
-}
-
-// dx (N, n) = dy W. The weight's gradient G = dy^T z (m, r), or dy^T x (m, n) at full rank, is added to beta times what stands
-// there. The bias's, the sum of dy, comes from the kernels that made dy. x may be null where z is on the tape or, sparse, in
-// z_now already; it may be dx itself: it is read first.
-static void linear_backward(Model& s, int which, int layer, floatX* dx, const floatX* dy, const floatX* x, int N, float beta) {
-    const Linear& l = s.linear[which];
-    int w = weight_of(which);
-    const floatX* kept = x;
-    if (l.compressed()) {
-        kept = s.z[which] ? tape_z(s, which, layer, N) : s.z_now;
-        if (!s.z[which] && x) make_z(s, which, layer, s.z_now, x, N);
-    }
-    matmul(s.grads[w] + grad_offset(s, w, layer), CUDA_R_32F, dy, true, kept, false, CUDA_X, l.m, l.r, N, 1.0f, beta);
-    matmul(dx, CUDA_X, dy, false, s.params[w] + param_offset(s, w, layer), false, CUDA_X, N, l.n, l.m, 1.0f, 0.0f);
-}
-
-// u = Adam's direction
-__global__ void direction_kernel(floatX* u, const float* g, float* m, float* v, size_t count, Adam a) {
-    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
-    if (i < count) store_quad(u + i, adam_direction(a, g + i, m + i, v + i));
-}
-
-// The sparse update in one kernel, a block a row of W (m, n): the row (r) of U in shared memory, Muon's where given, else
-// Adam's direction, then the signed gather W = (1 - lr wd) W - step U P^T. A row of odd rank r may begin anywhere, so it is
-// read one by one.
-__global__ void __launch_bounds__(256) sparse_update_kernel(Weights to, const floatX* given, const float* g, float* m, float* v,
-                                                            const float* sign, const int* shift, int n, int r, Adam a,
-                                                            float by) {
+// The sparse update in one kernel, a block a row of W (m, n). G -> U, the row (r) in shared memory:
+// Muon's where given, else Adam's direction. Then the signed gather W = (1 - lr wd) W - by U P^T. A
+// row of odd rank r may begin anywhere, so it is read one by one.
+__global__ void __launch_bounds__(256)
+    sparse_update_kernel(Weights to, const floatX* given, const float* g, float* m, float* v,
+                         const float* sign, const int* shift, int n, int r, Adam a, float by) {
     extern __shared__ float u[];
     for (int j = threadIdx.x; j < r; j += blockDim.x) {
         size_t i = size_t(blockIdx.x) * r + j;
@@ -1955,498 +1884,919 @@ __global__ void __launch_bounds__(256) sparse_update_kernel(Weights to, const fl
     }
 }
 
-// W = keep W - step * u, u (m, n) of either type
-__global__ void lift_kernel(Weights to, const float* u, const floatX* narrow, size_t count, float keep, float step) {
-    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
-    if (i < count) move_weights(to, i, u ? load_quad(u + i) : load_quad(narrow + i), keep, step);
+// What the optimizer of a linear layer's weight needs beside its gradient.
+struct Step {
+    Weights to;
+    float *m, *v;     // moments (m, r); Muon has the first one alone
+    const floatX* u;  // (m, r) Muon's U but for its factor, null for AdamW
+    int blocks;       // of Muon
+    float alpha;
+    floatX* adam_u;  // (m, r) workspace: Adam's U on its way to the lift of a dense P
+    float* lifted;   // (m, n) workspace: of the lift
+};
+
+// U (m, r) -> W (m, n): W -= lr (alpha U P^T + wd W); at full rank W -= lr (U + wd W).
+static void linear_update(const LinearLayer& linear, const Step& step, const Adam& a) {
+    int m = linear.shape.m, n = linear.shape.n, r = linear.shape.r;
+    const floatX* u = step.u;
+    size_t small = size_t(m) * r, whole = size_t(m) * n;
+    float keep = 1.0f - a.lr * a.decay, by = a.lr;
+    if (u) by *= muon_factor(linear.shape, step.blocks);
+    if (!linear.shape.compressed()) {
+        if (u) return lift_whole(step.to, nullptr, u, whole, keep, by);
+        return adam_update(step.to, linear.dw, step.m, step.v, whole, a);
+    }
+    by *= step.alpha;
+    if (linear.projection == SPARSE) {
+        projection_now(linear);
+        sparse_update_kernel<<<m, 256, r * sizeof(float)>>>(step.to, u, linear.dw, step.m, step.v,
+                                                            linear.sign, linear.shift, n, r, a, by);
+        return LAUNCHED();
+    }
+    if (!u) {
+        direction_kernel<<<blocks_for(small, 256 * QUAD), 256>>>(step.adam_u, linear.dw, step.m,
+                                                                 step.v, small, a);
+        LAUNCHED();
+        u = step.adam_u;
+    }
+    lift(linear, step.to, u, keep, by, step.lifted);
 }
 
-// 0.2 sqrt(rows n / k): the RMS of U lifted to n inputs is then 0.2 sqrt(n / columns), at full rank about that of AdamW's
-// step, so that rate and decay carry over (Moonlight, arXiv 2502.16982).
-static float muon_factor(const Linear& l, int blocks) {
-    float rows = l.m / blocks;
-    return 0.2f * sqrtf(rows * l.n / std::min<float>(rows, l.r));
+// change (r, r) = P_old^T P_new, sparse; a thread a row, so that none is written twice at once
+__global__ void sparse_change_kernel(float* change, const float* sign, const int* shift,
+                                     const float* sign_next, const int* shift_next, int n, int r) {
+    int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= r) return;
+    float* to = change + size_t(row) * r;
+    for (int j = 0; j < r; j++) to[j] = 0;
+    for (int first = 0, stripe = 0; first < n; first += r, stripe++) {
+        int turned = row - shift[stripe], k = first + (turned < 0 ? turned + r : turned);
+        if (k < n) to[(k - first + shift_next[stripe]) % r] += sign[k] * sign_next[k];
+    }
+}
+
+// M (m, r) -> M P_old^T P_new: the first moment moves into the space of the next projection (Flora,
+// arXiv 2402.03293). change: (r, r). The gradient's memory, free until the next backward pass,
+// serves for the product.
+static void move_moment(const LinearLayer& linear, const LinearLayer& next, float* moment,
+                        float* change) {
+    int m = linear.shape.m, n = linear.shape.n, r = linear.shape.r;
+    const floatX *p = projection_now(linear), *p_next = projection_now(next);
+    if (linear.projection == SPARSE) {
+        sparse_change_kernel<<<blocks_for(r, 128), 128>>>(change, linear.sign, linear.shift,
+                                                          next.sign, next.shift, n, r);
+        LAUNCHED();
+    } else {
+        matmul(change, CUDA_R_32F, p, true, p_next, false, CUDA_X, r, r, n, 1.0f, 0.0f);
+    }
+    matmul(linear.dw, CUDA_R_32F, moment, false, change, false, CUDA_R_32F, m, r, r, 1.0f, 0.0f);
+    CUDA(cudaMemcpyAsync(moment, linear.dw, sizeof(float) * m * r, cudaMemcpyDeviceToDevice));
+}
+
+// =================================================================================================
+// the model: parameters, tape, gradients; forward, backward, update
+// =================================================================================================
+
+struct Model {
+    Config config;
+    Options options;
+    Linear linear[LINEARS];
+    int64_t epoch;  // of the projections
+    floatX* params[PARAMS];
+    float* master[PARAMS];  // fp32 copies of the weights, the weights themselves in fp32
+    float *grads[PARAMS], *m[PARAMS], *v[PARAMS];
+    // the tape: a row is kept in one of these ways, as kept[row] says, or is null in all. Of L
+    // layers, or of those at hand: `slots`.
+    int kept[TAPE_ROWS], slots;
+    floatX* tape[TAPE_ROWS];         // (slots, N, width C)
+    floatX* z[LINEARS];              // (slots, N, r) in place of the input of a compressed layer
+    void* codes[TAPE_ROWS];          // (slots, N, width C) int8, or 2 bits an element
+    floatX* scales[TAPE_ROWS];       // (slots, N, scales) of the int8
+    float *ln_mean[2], *ln_rstd[2];  // (L, N) of a block's two LayerNorms
+    float* lse;                      // (L, N, NH) floats, (B, NH, T) in a layer
+    float *lnf_mean, *lnf_rstd;      // (N)
+    // the tape's other layers in the host's memory: each tensor's home, its copy (L - slots, ...),
+    // its bytes in a layer
+    struct {
+        void *home, *host;
+        int64_t bytes;
+    } offloaded[2 * TAPE_ROWS];
+    int offloads;
+    cudaStream_t copies;
+    cudaEvent_t computed[2], copied[2];  // for each slot
+    // workspace, reused by every layer
+    floatX* now[TAPE_ROWS];   // (N, width C) of this block what the tape lacks whole
+    floatX* dresidual;        // (N, C) gradient of the stream
+    floatX* wide;             // (N, 4C) inputs and gradients on their way; after the forward pass
+                              // the head's input; in the update Muon's
+    int64_t wide_rows;        // N, or what Muon needs for a layer
+    floatX* spare;            // (N, C) likewise; (N, 4C) where fch or qkv comes back
+    floatX* z_now;            // (N, r) z where it is not on the tape
+    floatX *p, *p_next, *u;   // P (n, r); the next epoch's; Adam's U (m, r) on its way to the lift
+    float *sign, *sign_next;  // sparse: (n) signs
+    int *shift, *shift_next;  // sparse: a rotation for each stripe of r inputs
+    float* p_change;          // (r, r) P_old^T P_new
+    float* lifted;            // (m, n) a dense step on its way to weights without master copies
+    void* products_workspace;
+    floatX* logits;        // (chunk, logits_width), in `wide` where that has room
+    int chunk;             // tokens whose logits exist at one time
+    floatX* cache;         // (L, seq, 2C) keys and values of a text in the making
+    float *partial, *dot;  // sums of columns: (SLABS, 4C), or (bands, 3C); (N, NH)
+    float *norm_partial, *norm;
+    // data
+    int *d_inputs, *d_targets;              // (N)
+    float* d_losses;                        // (N)
+    int *word_order, *word_starts, *words;  // (N), (N + 1), (N): the tokens sorted by word
+    // on the host, in pinned memory, so that no copy waits
+    int *inputs, *targets;  // (N)
+    int* sorted;            // (3N + 1) word_order, word_starts, words
+    float* losses;          // (N)
+};
+
+enum { SPARE_BYTES = 256 << 20 };  // stay free for kernels, which are loaded when first called
+enum { CHUNK = 1024 };   // tokens whose logits have a buffer where `wide` has no such room
+enum { NO_CACHE = -1 };  // for `past`: attention is among the tokens at hand
+
+// ---- memory: what there is, and where
+
+// Bytes between a tensor and the host.
+static void model_get(void* host, const void* from, size_t bytes) {
+    CUDA(cudaMemcpy(host, from, bytes, cudaMemcpyDeviceToHost));
+}
+static void model_set(void* to, const void* host, size_t bytes) {
+    CUDA(cudaMemcpy(to, host, bytes, cudaMemcpyHostToDevice));
+}
+
+static int logits_width(const Config& config) {  // each row begins on 16 bytes
+    return (config.Vp + 7) / 8 * 8;
+}
+
+// Whether fch or qkv comes back into `spare`, which otherwise has a block's width of C at most.
+static bool spare_is_wide(const Model& model) {
+    return model.kept[FCH] == GONE || model.kept[QKVR] != WHOLE;
+}
+
+// Lists every tensor of the run, in the device's memory but for category "host", with the place of
+// its pointer in the model. Sets the model up, but allocates nothing.
+static Plan model_plan(Model& model, const Config& config, const Options& options) {
+    if (options.seq > 65535)
+        refuse("--seq: ", options.seq, " is more than the 65535 that the GPU's kernels take");
+    if (config.C % 8 != 0 || config.C > 3072)
+        refuse("--channels: ", config.C,
+               " is not a multiple of 8 up to 3072, as the GPU's kernels need it");
+    Plan plan;
+    model = Model{};
+    model.config = config;
+    model.options = options;
+    for (int i = 0; i < LINEARS; i++) model.linear[i] = linear_shape(config, options, i);
+    bool trains = !options.generates, muon = options.optimizer == MUON;
+    bool sparse = options.projection == SPARSE, z_kept[LINEARS] = {};
+    bool moves = options.moments == MOVE && options.gap > 0;
+    bool copies = IS_BF16 && options.master == MASTER_FP32 && trains;
+    int64_t L = config.L, C = config.C, N = rows_of(options), trained = trains ? N : 0;
+    int64_t width = logits_width(config);
+    auto add = [&](const char* category, const std::string& name, const char* type,
+                   const std::vector<int64_t>& shape, void* home) {
+        static void* nowhere;  // each tensor begins on 256 bytes: the gap before it is in the plan
+        int64_t gap = -plan.bytes(category) & 255;
+        plan_add(plan, category, "alignment", "byte", {gap}, &nowhere);
+        plan_add(plan, category, name, type, shape, home);
+    };
+
+    for (int i = 0; i < PARAMS; i++)
+        add("parameters", param_rows[i].name, TYPE_X, param_shape(config, i), &model.params[i]);
+    for (int i = 0; i < PARAMS && copies; i++)
+        add("master", join("master.", param_rows[i].name), "fp32", param_shape(config, i),
+            &model.master[i]);
+    auto add_group = [&](const char* category, const std::string& prefix, float** home) {
+        for (int i = 0; i < PARAMS && trains; i++) {
+            int rank = param_rows[i].linear >= 0 ? model.linear[param_rows[i].linear].r : 0;
+            if (rank > 0 && muon && home == model.v) continue;
+            add(category, prefix + param_rows[i].name, "fp32", param_shape(config, i, rank),
+                &home[i]);
+        }
+    };
+    add_group("gradients", "grad.", model.grads);
+    add_group("moments", "m.", model.m);
+    add_group("moments", "v.", model.v);
+
+    model.slots = options.offload ? std::min(2, config.L) : config.L;
+    auto keep = [&](const std::string& name, const char* type, int64_t width, void* home) {
+        add("tape", name, type, {model.slots, N, width}, home);
+        auto& offloaded = model.offloaded[model.offloads];
+        std::vector<int64_t> others = {L - model.slots, N, width};
+        Tensor away = {"host", "host." + name, type, others, &offloaded.host};
+        if (away.count() == 0) return;
+        offloaded.home = home;
+        offloaded.bytes = away.bytes() / (L - model.slots);
+        plan.tensors.push_back(away);
+        model.offloads++;
+    };
+    for (int i = 0; i < TAPE_ROWS; i++) {
+        const TapeRow& row = tape_rows[i];
+        std::string name = row.name;
+        int kept = model.kept[i] = how_kept(i, options, model.linear), in = row.input_of;
+        if (kept == WHOLE) keep(name, TYPE_X, row.width * C, &model.tape[i]);
+        if (kept == AS_Z) keep(name + ".z", TYPE_X, model.linear[in].r, &model.z[in]);
+        if (kept == AS_Z) z_kept[in] = true;
+        if (kept == AS_2BIT) keep(name + ".2bit", "2bit", row.width * C, &model.codes[i]);
+        if (kept != AS_INT8) continue;
+        keep(name + ".int8", "int8", row.width * C, &model.codes[i]);
+        keep(name + ".scale", TYPE_X, scales_of(config, i), &model.scales[i]);
+    }
+    add("tape", "ln1_mean", "fp32", {L, N}, &model.ln_mean[0]);
+    add("tape", "ln1_rstd", "fp32", {L, N}, &model.ln_rstd[0]);
+    add("tape", "ln2_mean", "fp32", {L, N}, &model.ln_mean[1]);
+    add("tape", "ln2_rstd", "fp32", {L, N}, &model.ln_rstd[1]);
+    add("tape", "lse", "fp32", {L, trained, config.NH}, &model.lse);
+    add("tape", "lnf_mean", "fp32", {N}, &model.lnf_mean);
+    add("tape", "lnf_rstd", "fp32", {N}, &model.lnf_rstd);
+
+    // The stream out of the last block is in no row of the tape. qkv comes back into `spare`,
+    // unless the block's other half has to be computed while it waits.
+    add("workspace", "stream", TYPE_X, {N, C}, &model.now[RESIDUAL]);
+    if (model.kept[ATTY] == GONE) add("workspace", "qkv", TYPE_X, {N, 3 * C}, &model.now[QKVR]);
+    if (model.kept[ATTY] != WHOLE) add("workspace", "atty", TYPE_X, {N, C}, &model.now[ATTY]);
+    if (model.kept[RESIDUAL2] != WHOLE)
+        add("workspace", "residual2", TYPE_X, {N, C}, &model.now[RESIDUAL2]);
+    add("workspace", "dresidual", TYPE_X, {trained, C}, &model.dresidual);
+    model.wide_rows = N;
+    for (int i = 0; i < LINEARS && muon; i++) {
+        int64_t elements = muon_elements(model.linear[i], blocks_of(i));
+        model.wide_rows = std::max(model.wide_rows, (elements + 4 * C - 1) / (4 * C));
+    }
+    add("workspace", "wide", TYPE_X, {model.wide_rows, 4 * C}, &model.wide);
+    add("workspace", "spare", TYPE_X, {N, spare_is_wide(model) ? 4 * C : C}, &model.spare);
+
+    int64_t z_now = 0, dense = 0, p_change = 0, u = 0, lifted = 0, signs = 0, stripes = 0;
+    for (int i = 0; i < LINEARS; i++) {
+        if (!model.linear[i].compressed()) continue;
+        int64_t m = model.linear[i].m, n = model.linear[i].n, r = model.linear[i].r;
+        if (!z_kept[i]) z_now = std::max(z_now, r);
+        p_change = std::max(p_change, r * r);
+        if (sparse) signs = std::max(signs, n);
+        if (sparse) stripes = std::max(stripes, (n + r - 1) / r);
+        if (sparse) continue;
+        dense = std::max(dense, n * r);
+        if (!muon) u = std::max(u, m * r);
+        if (options.master == MASTER_NONE) lifted = std::max(lifted, m * n);
+    }
+    add("workspace", "z", TYPE_X, {N, z_now}, &model.z_now);
+    add("workspace", "projection", TYPE_X, {dense}, &model.p);
+    add("workspace", "projection_next", TYPE_X, {moves * dense}, &model.p_next);
+    add("workspace", "update", TYPE_X, {u}, &model.u);
+    add("workspace", "lifted", "fp32", {lifted}, &model.lifted);
+    add("workspace", "projection_sign", "fp32", {signs}, &model.sign);
+    add("workspace", "projection_sign_next", "fp32", {moves * signs}, &model.sign_next);
+    add("workspace", "projection_shift", "int32", {stripes}, &model.shift);
+    add("workspace", "projection_shift_next", "int32", {moves * stripes}, &model.shift_next);
+    add("workspace", "projection_change", "fp32", {moves * p_change}, &model.p_change);
+    add("workspace", "products", "byte", {CUBLAS_BYTES}, &model.products_workspace);
+    // The gradient of wte is read and written once a chunk: the fewer the better. Beside the head's
+    // input, `wide` is free then.
+    int64_t free_rows = std::min(N, (model.wide_rows * 4 - N) * C / width);
+    int64_t own = trains ? std::min<int64_t>(CHUNK, N) : 1;
+    if (free_rows >= own) own = 0;
+    model.chunk = int(own > 0 ? own : free_rows);
+    add("workspace", "logits", TYPE_X, {own, width}, &model.logits);
+    add("workspace", "keys_values", TYPE_X, {L, cached_tokens(options), 2 * C}, &model.cache);
+    add("data", "inputs", "int32", {N}, &model.d_inputs);
+    plan.flops = matrix_flops(config, options, model.linear);
+    if (!trains) return plan;
+    int64_t sums = std::max<int64_t>(SLABS * 4, blocks_for(N, band_of(N)) * 3);
+    add("workspace", "column_sums", "fp32", {sums, C}, &model.partial);
+    add("workspace", "attention_dot", "fp32", {N, config.NH}, &model.dot);
+    add("workspace", "norm_partial", "fp32", {NORM_BLOCKS}, &model.norm_partial);
+    add("workspace", "norm", "fp32", {2}, &model.norm);
+    add("data", "targets", "int32", {N}, &model.d_targets);
+    add("data", "losses", "fp32", {N}, &model.d_losses);
+    add("data", "word_order", "int32", {N}, &model.word_order);
+    add("data", "word_starts", "int32", {N + 1}, &model.word_starts);
+    add("data", "words", "int32", {N}, &model.words);
+    return plan;
+}
+
+// Says what would fit, where the plan does not.
+[[noreturn]] static void fail_for_memory(const Model& model, const Plan& plan, size_t free_bytes) {
+    Options options = model.options;
+    int64_t accumulated = options.total_batch / options.seq;
+    std::string said = join("not enough memory: the plan takes ", commas(plan.bytes()), " bytes, ",
+                            commas(free_bytes), " are free");
+    std::string choose =
+        join("; --memory ", int64_t(free_bytes) / 1000000, "MB chooses --recompute and -b");
+    for (Model other; options.batch > 1;) {
+        for (options.batch--; accumulated % options.batch != 0;) options.batch--;
+        if (model_plan(other, model.config, options).bytes() < int64_t(free_bytes))
+            fail(said, "; -b ", options.batch, " -d ", options.total_batch, " would fit", choose);
+    }
+    fail(said, ", and -b 1 does not fit either; a smaller --seq or --rank takes less", choose);
+}
+
+// One arena for each category. It is zeroed: moments start from 0, and so does the gradient of
+// padded words, which nothing writes.
+static void model_allocate(Model& model, const Plan& plan) {
+    const Options& options = model.options;
+    size_t free_bytes, total_bytes, N = rows_of(options);
+    CUDA(cublasCreate(&cublas));
+    // Sums stay in fp32, also those that cuBLAS splits.
+    int math = CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+    CUDA(cublasSetMathMode(cublas, cublasMath_t(math)));
+    CUDA(cudaMemGetInfo(&free_bytes, &total_bytes));
+    free_bytes -= std::min<size_t>(free_bytes, SPARE_BYTES);
+    if (plan.bytes() > int64_t(free_bytes)) fail_for_memory(model, plan, free_bytes);
+    for (const std::string& category : plan.categories()) {
+        char* arena;
+        int64_t bytes = plan.bytes(category);
+        if (category == "host") {
+            CUDA(cudaMallocHost((void**)&arena, bytes));
+        } else {
+            CUDA(cudaMalloc((void**)&arena, bytes));
+            CUDA(cudaMemset(arena, 0, bytes));
+        }
+        for (const Tensor& t : plan.tensors) {
+            if (t.category != category) continue;
+            memcpy(t.home, &arena, sizeof(arena));
+            arena += t.bytes();
+        }
+    }
+    fprintf(options.generates ? stderr : stdout,
+            "device memory: the plan's %s bytes, of %s that were free; the libraries took %s "
+            "before\n",
+            commas(plan.bytes()).c_str(), commas(free_bytes).c_str(),
+            commas(total_bytes - free_bytes).c_str());
+    CUDA(cublasSetWorkspace(cublas, model.products_workspace, CUBLAS_BYTES));
+    if (!model.logits) model.logits = model.wide + N * model.config.C;
+    for (int i = 0; i < PARAMS && !IS_BF16; i++) model.master[i] = (float*)model.params[i];
+    for (int i = 0; i < 2 && options.offload; i++) {
+        CUDA(cudaEventCreateWithFlags(&model.computed[i], cudaEventDisableTiming));
+        CUDA(cudaEventCreateWithFlags(&model.copied[i], cudaEventDisableTiming));
+    }
+    if (options.offload) CUDA(cudaStreamCreateWithFlags(&model.copies, cudaStreamNonBlocking));
+    CUDA(cudaMallocHost((void**)&model.inputs, N * sizeof(int)));
+    CUDA(cudaMallocHost((void**)&model.targets, N * sizeof(int)));
+    CUDA(cudaMallocHost((void**)&model.sorted, (3 * N + 1) * sizeof(int)));
+    CUDA(cudaMallocHost((void**)&model.losses, N * sizeof(float)));
+}
+
+// Parameter i of one layer: in params and master, and in grads, m and v. Those without layers have
+// layer 0.
+static int64_t param_offset(const Model& model, int i, int layer) {
+    return layer * (param_count(model.config, i) / model.config.L);
+}
+
+static int64_t grad_offset(const Model& model, int i, int layer) {
+    int linear = param_rows[i].linear, rank = linear >= 0 ? model.linear[linear].r : 0;
+    return layer * (param_count(model.config, i, rank) / model.config.L);
+}
+
+// A linear layer of a block, in an epoch of the projections. N: tokens of the pass at hand.
+static LinearLayer linear_at(const Model& model, int which, int layer, int N, int64_t epoch) {
+    int w = weight_of(which), b = w + 1;
+    const Linear& shape = model.linear[which];
+    floatX* z = model.z[which];
+    return {shape,
+            model.params[w] + param_offset(model, w, layer),
+            model.params[b] + param_offset(model, b, layer),
+            model.grads[w] ? model.grads[w] + grad_offset(model, w, layer) : nullptr,
+            z ? z + layer % model.slots * int64_t(N) * shape.r : nullptr,
+            model.z_now,
+            model.options.projection,
+            uint64_t(model.options.seed),
+            stream_of(which, layer, epoch),
+            model.p,
+            model.sign,
+            model.shift,
+            model.products_workspace};
+}
+
+static LinearLayer linear_at(const Model& model, int which, int layer, int N) {
+    return linear_at(model, which, layer, N, model.epoch);
 }
 
 // A parameter from its element `first` on, for optimizer step `step`.
-static Weights weights_at(const Model& s, int i, int64_t first, int64_t step) {
-    return {s.params[i] + first,
-            s.master[i] ? s.master[i] + first : nullptr,
-            s.options.master == MASTER_NONE,
-            uint64_t(s.options.seed),
+static Weights weights_at(const Model& model, int i, int64_t first, int64_t step) {
+    return {model.params[i] + first,
+            model.master[i] ? model.master[i] + first : nullptr,
+            model.options.master == MASTER_NONE,
+            uint64_t(model.options.seed),
             stream_of(STREAM_ROUND, i, step),
             first};
 }
 
-// W -= lr (alpha U P^T + wd W) with U the optimizer's step in the compressed space; at full rank W -= lr (U + wd W). u (m, r) is
-// Muon's U but for its factor, null for AdamW.
-static void linear_update(Model& s, int which, int layer, const Adam& a, int64_t step, const floatX* u) {
-    const Linear& l = s.linear[which];
-    int i = weight_of(which);
-    int64_t at = grad_offset(s, i, layer);
-    Weights to = weights_at(s, i, param_offset(s, i, layer), step);
-    float *g = s.grads[i] + at, *m = s.m[i] + at, *v = u ? nullptr : s.v[i] + at;
-    size_t small = size_t(l.m) * l.r, whole = size_t(l.m) * l.n;
-    float keep = 1.0f - a.lr * a.decay, by = a.lr;
-    if (u) by *= muon_factor(l, blocks_of(which));
-    if (!l.compressed()) {
-        if (u) lift_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(to, nullptr, u, whole, keep, by);
-        if (!u) adam_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(to, g, m, v, whole, a);
-        return LAUNCHED();
-    }
-    by *= float(s.options.alpha);
-    const floatX* p = projection_now(s, which, layer);
-    if (s.options.projection == SPARSE) {
-        sparse_update_kernel<<<l.m, 256, l.r * sizeof(float)>>>(to, u, g, m, v, s.sign, s.shift, l.n, l.r, a, by);
-        return LAUNCHED();
-    }
-    if (!u) {
-        direction_kernel<<<blocks_for(small, 256 * QUAD), 256>>>(s.u, g, m, v, small, a);
-        LAUNCHED();
-        u = s.u;
-    }
-    if (to.stochastic) {
-        matmul(s.lifted, CUDA_R_32F, u, false, p, true, CUDA_X, l.m, l.n, l.r, 1.0f, 0.0f);
-        lift_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(to, s.lifted, nullptr, whole, keep, by);
-        return LAUNCHED();
-    }
-    matmul(to.master, CUDA_R_32F, u, false, p, true, CUDA_X, l.m, l.n, l.r, -by, keep);
-    if (!IS_BF16) return;
-    round_kernel<<<blocks_for(whole, 256 * QUAD), 256>>>(to.w, to.master, whole, false);
-    LAUNCHED();
+// Row `row` of the tape in a layer. Where the tape does not keep it whole: where it stands for now.
+static floatX* tape_at(const Model& model, int row, int layer, int N, floatX* otherwise) {
+    int64_t stride = int64_t(N) * tape_rows[row].width * model.config.C;
+    return model.tape[row] ? model.tape[row] + layer % model.slots * stride : otherwise;
 }
 
-// Muon's step of a linear in all layers, as many at once as the workspace holds.
-static void muon_update(Model& s, int which, const Adam& a, int64_t step) {
-    const Linear& l = s.linear[which];
-    int i = weight_of(which), blocks = blocks_of(which), rows = l.m / blocks, k = std::min(rows, l.r);
-    int64_t count = int64_t(rows) * l.r;
-    int most = int(std::min<int64_t>(s.config.L, s.wide_rows * 4 * s.config.C / muon_elements(l, blocks)));
-    for (int layer = 0; layer < s.config.L; layer += most) {
-        int layers = std::min(most, s.config.L - layer), batch = layers * blocks;
-        double* partial = (double*)s.wide;
-        floatX *x = (floatX*)(partial + batch * MUON_SLABS), *next = x + batch * count, *gram = next + batch * count,
-               *poly = gram + (int64_t(batch) * k * k + 7) / 8 * 8;
-        dim3 grid(MUON_SLABS, batch);
-        muon_momentum_kernel<<<grid, 256>>>(x, partial, s.grads[i] + grad_offset(s, i, layer),
-                                            s.m[i] + grad_offset(s, i, layer), s.norm, count);
-        LAUNCHED();
-        muon_scale_kernel<<<grid, 256>>>(x, partial, count);
-        LAUNCHED();
-        orthogonalise(x, next, gram, poly, rows, l.r, batch);
-        for (int j = 0; j < layers; j++) linear_update(s, which, layer + j, a, step, x + j * blocks * count);
-    }
-}
-
-// change (r, r) = P_old^T P_new, sparse; a thread a row, so that none is written twice at once
-__global__ void sparse_change_kernel(float* change, const float* sign, const int* shift, const float* sign_next,
-                                     const int* shift_next, int n, int r) {
-    int row = blockIdx.x * blockDim.x + threadIdx.x;
-    if (row >= r) return;
-    for (int j = 0; j < r; j++) change[size_t(row) * r + j] = 0;
-    for (int first = 0, stripe = 0; first < n; first += r, stripe++) {
-        int turned = row - shift[stripe], k = first + (turned < 0 ? turned + r : turned);
-        if (k < n) change[size_t(row) * r + (k - first + shift_next[stripe]) % r] += sign[k] * sign_next[k];
-    }
-}
-
-// M <- M P_old^T P_new: the first moment moves into the space of a new projection (Flora, arXiv 2402.03293). change (r, r)
-// is P_old^T P_new; the gradient's memory, free until the next backward pass, serves for the product.
-static void move_moment(Model& s, int which, int layer, const float* change) {
-    const Linear& l = s.linear[which];
-    int i = weight_of(which);
-    float *m = s.m[i] + grad_offset(s, i, layer), *moved = s.grads[i] + grad_offset(s, i, layer);
-    matmul(moved, CUDA_R_32F, m, false, change, false, CUDA_R_32F, l.m, l.r, l.r, 1.0f, 0.0f);
-    CUDA(cudaMemcpyAsync(m, moved, sizeof(float) * l.m * l.r, cudaMemcpyDeviceToDevice));
-}
-
-// A new epoch's P: the moments stay as they are (CompAct), or start again from zero, or the first of them moves into the
-// new space.
-static void linear_next_epoch(Model& s, int which, int layer) {
-    const Linear& l = s.linear[which];
-    const Options& o = s.options;
-    if (o.moments == RESET) {
-        int i = weight_of(which);
-        size_t bytes = sizeof(float) * l.m * l.r;
-        CUDA(cudaMemsetAsync(s.m[i] + grad_offset(s, i, layer), 0, bytes));
-        if (s.v[i]) CUDA(cudaMemsetAsync(s.v[i] + grad_offset(s, i, layer), 0, bytes));
-    } else if (o.moments == MOVE) {
-        draw_projection(s.p, s.sign, s.shift, l, o.projection, o.seed, stream_of(which, layer, s.epoch - 1));
-        draw_projection(s.p_next, s.sign_next, s.shift_next, l, o.projection, o.seed, stream_of(which, layer, s.epoch));
-        if (o.projection == SPARSE) {
-            sparse_change_kernel<<<blocks_for(l.r, 128), 128>>>(s.p_change, s.sign, s.shift, s.sign_next, s.shift_next, l.n,
-                                                                l.r);
-            LAUNCHED();
-        } else {
-            matmul(s.p_change, CUDA_R_32F, s.p, true, s.p_next, false, CUDA_X, l.r, l.r, l.n, 1.0f, 0.0f);
-        }
-        move_moment(s, which, layer, s.p_change);
-    }
-}
-
-// =================================================================================================
-// the model: forward, backward, update
-// =================================================================================================
-
-// Row `row` of the tape in a layer; where the tape does not keep it whole, the place where it stands for the moment.
-static floatX* tape_at(const Model& s, int row, int layer, int N, floatX* otherwise) {
-    return s.tape[row] ? s.tape[row] + int64_t(layer % s.slots) * N * tape_rows[row].width * s.config.C : otherwise;
-}
-
-// Where a block's tensors stand while it is worked on. What is not on the tape lies in wide and spare as the forward pass goes:
-// ln1 in wide, qkv in spare, ln2 in the one and fch in the other, fch_gelu in wide; fch kept as bits is turned to GELU in
-// place. delta is what a projection adds to the stream: attention's stands where ln2 will, the other one in spare.
+// Where a block's tensors stand while it is worked on. What is not on the tape lies in wide and
+// spare as the forward pass goes: ln1 in wide, qkv in spare, ln2 in the one and fch in the other,
+// fch_gelu in wide. fch that is kept as bits becomes its GELU in place. delta is what a projection
+// adds to the stream: attention's stands where ln2 will, the other one in spare.
 struct Block {
     floatX *residual, *ln1, *qkv, *atty, *delta, *residual2, *ln2, *fch, *fch_gelu;
 };
 
-static Block block_at(const Model& s, int layer, int N) {
-    bool bits = s.kept[FCH] == AS_2BIT;
-    return {layer < s.config.L ? tape_at(s, RESIDUAL, layer, N, s.now[RESIDUAL]) : s.now[RESIDUAL],
-            tape_at(s, LN1, layer, N, s.wide),
-            tape_at(s, QKVR, layer, N, s.now[QKVR] ? s.now[QKVR] : s.spare),
-            tape_at(s, ATTY, layer, N, s.now[ATTY]),
-            bits ? s.spare : s.wide,
-            tape_at(s, RESIDUAL2, layer, N, s.now[RESIDUAL2]),
-            tape_at(s, LN2, layer, N, bits ? s.spare : s.wide),
-            tape_at(s, FCH, layer, N, bits ? s.wide : s.spare),
-            tape_at(s, FCH_GELU, layer, N, s.wide)};
+static Block block_at(const Model& model, int layer, int N) {
+    bool bits = model.kept[FCH] == AS_2BIT, after_last = layer == model.config.L;
+    floatX *stream = model.now[RESIDUAL], *qkv = model.now[QKVR];
+    floatX *one = bits ? model.spare : model.wide, *other = bits ? model.wide : model.spare;
+    return {after_last ? stream : tape_at(model, RESIDUAL, layer, N, stream),
+            tape_at(model, LN1, layer, N, model.wide),
+            tape_at(model, QKVR, layer, N, qkv ? qkv : model.spare),
+            tape_at(model, ATTY, layer, N, model.now[ATTY]),
+            one,
+            tape_at(model, RESIDUAL2, layer, N, model.now[RESIDUAL2]),
+            tape_at(model, LN2, layer, N, one),
+            tape_at(model, FCH, layer, N, other),
+            tape_at(model, FCH_GELU, layer, N, model.wide)};
 }
 
 // A row (N, width C) that the tape keeps as int8: onto it, and back again.
-static void tape_store(Model& s, int row, int layer, const floatX* x, int N) {
-    if (s.kept[row] != AS_INT8) return;
-    int64_t width = tape_rows[row].width * int64_t(s.config.C), scales = scales_of(s.config, row),
-            at = layer % s.slots * int64_t(N);
-    quantize_kernel<<<blocks_for(N * scales, 4), 128>>>((int8_t*)s.codes[row] + at * width, s.scales[row] + at * scales, x,
+static void tape_store(Model& model, int row, int layer, const floatX* x, int N) {
+    if (model.kept[row] != AS_INT8) return;
+    int64_t width = tape_rows[row].width * int64_t(model.config.C);
+    int64_t scales = scales_of(model.config, row), first = layer % model.slots * int64_t(N);
+    quantize_kernel<<<blocks_for(N * scales, 4), 128>>>((int8_t*)model.codes[row] + first * width,
+                                                        model.scales[row] + first * scales, x,
                                                         N * scales, int(width / scales));
     LAUNCHED();
 }
 
-static void tape_load(Model& s, int row, int layer, floatX* x, int N) {
-    if (s.kept[row] != AS_INT8) return;
-    int64_t width = tape_rows[row].width * int64_t(s.config.C), scales = scales_of(s.config, row),
-            at = layer % s.slots * int64_t(N);
-    dequantize_kernel<<<blocks_for(N * scales, 4), 128>>>(x, (int8_t*)s.codes[row] + at * width, s.scales[row] + at * scales,
-                                                          N * scales, int(width / scales));
+static void tape_load(Model& model, int row, int layer, floatX* x, int N) {
+    if (model.kept[row] != AS_INT8) return;
+    int64_t width = tape_rows[row].width * int64_t(model.config.C);
+    int64_t scales = scales_of(model.config, row), first = layer % model.slots * int64_t(N);
+    dequantize_kernel<<<blocks_for(N * scales, 4), 128>>>(
+        x, (int8_t*)model.codes[row] + first * width, model.scales[row] + first * scales,
+        N * scales, int(width / scales));
     LAUNCHED();
 }
 
-static uint8_t* fch_bits(const Model& s, int layer, int N) {
-    return s.kept[FCH] == AS_2BIT ? (uint8_t*)s.codes[FCH] + layer % s.slots * int64_t(N) * s.config.C : nullptr;
+static uint8_t* fch_bits(const Model& model, int layer, int N) {
+    int64_t bytes = int64_t(N) * model.config.C;
+    bool bits = model.kept[FCH] == AS_2BIT;
+    return bits ? (uint8_t*)model.codes[FCH] + layer % model.slots * bytes : nullptr;
 }
 
-// --offload: two layers' tapes are on the device, layer l's in slot l % 2; those of the last two stay. The others go to the
-// host's memory behind the next layers' forward pass and come back behind the backward pass of the layer two above (after
-// MEMO, arXiv 2407.12117). The stream of copies waits for the slot's work, and the work on a slot for its copies.
-static void wait_for_slot(Model& s, int layer) {
-    if (s.offloads > 0) CUDA(cudaStreamWaitEvent(nullptr, s.copied[layer % 2], 0));
+// --offload: two layers' tapes are on the device, layer l's in slot l % 2; those of the last two
+// stay. The others go to the host's memory behind the next layers' forward pass and come back
+// behind the backward pass of the layer two above (after MEMO, arXiv 2407.12117). The stream of
+// copies waits for the slot's work, and the work on a slot for its copies.
+static void wait_for_slot(Model& model, int layer) {
+    if (model.offloads > 0) CUDA(cudaStreamWaitEvent(nullptr, model.copied[layer % 2], 0));
 }
 
 // After work on slot layer % 2: `layer` goes to the host, or comes back to the slot.
-static void copy_tape(Model& s, int layer, bool back) {
-    if (s.offloads == 0 || layer < 0 || layer >= s.config.L - s.slots) return;
-    CUDA(cudaEventRecord(s.computed[layer % 2]));
-    CUDA(cudaStreamWaitEvent(s.copies, s.computed[layer % 2], 0));
-    for (int i = 0; i < s.offloads; i++) {
-        char* slot;
-        memcpy(&slot, s.offloaded[i].home, sizeof(slot));
-        slot += layer % 2 * s.offloaded[i].bytes;
-        char* host = (char*)s.offloaded[i].host + layer * s.offloaded[i].bytes;
-        CUDA(cudaMemcpyAsync(back ? slot : host, back ? host : slot, s.offloaded[i].bytes,
-                             back ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, s.copies));
+static void copy_tape(Model& model, int layer, bool back) {
+    if (model.offloads == 0 || layer < 0 || layer >= model.config.L - model.slots) return;
+    cudaMemcpyKind way = back ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost;
+    CUDA(cudaEventRecord(model.computed[layer % 2]));
+    CUDA(cudaStreamWaitEvent(model.copies, model.computed[layer % 2], 0));
+    for (int i = 0; i < model.offloads; i++) {
+        const auto& away = model.offloaded[i];
+        char *slot, *host = (char*)away.host + layer * away.bytes;
+        memcpy(&slot, away.home, sizeof(slot));
+        slot += layer % 2 * away.bytes;
+        CUDA(
+            cudaMemcpyAsync(back ? slot : host, back ? host : slot, away.bytes, way, model.copies));
     }
-    CUDA(cudaEventRecord(s.copied[layer % 2], s.copies));
+    CUDA(cudaEventRecord(model.copied[layer % 2], model.copies));
 }
 
-// sum = x + delta + bias where delta is given; y = LayerNorm of it with parameters w, w + 1 of a layer, folded on the way.
-static void layernorm_forward(const Model& s, floatX* y, floatX* sum, float* mean, float* rstd, const floatX* x,
-                              const floatX* delta, const floatX* bias, int w, int layer, Fold fold, int N) {
-    const floatX *weight = s.params[w] + (has_layers(w) ? param_offset(s, w, layer) : 0),
-                 *b = s.params[w + 1] + (weight - s.params[w]);
-    layernorm_kernel<<<blocks_for(N, 4), 128, 4 * s.config.C * sizeof(floatX)>>>(y, sum, mean, rstd, x, delta, bias, weight, b,
-                                                                                fold, N, s.config.C);
+// ---- the forward pass
+
+// sum = x + delta + bias where delta is given; y = LayerNorm of it with parameters w, w + 1 of a
+// layer, folded on the way.
+static void layernorm_forward(const Model& model, floatX* y, floatX* sum, float* mean, float* rstd,
+                              const floatX* x, const floatX* delta, const floatX* bias, int w,
+                              int layer, Fold fold, int N) {
+    int C = model.config.C;
+    int64_t first = has_layers(w) ? param_offset(model, w, layer) : 0;
+    const floatX *weight = model.params[w] + first, *b = model.params[w + 1] + first;
+    layernorm_kernel<<<blocks_for(N, 4), 128, 4 * C * sizeof(floatX)>>>(
+        y, sum, mean, rstd, x, delta, bias, weight, b, fold, N, C);
     LAUNCHED();
 }
 
-// db_below: the gradient of the bias that was added on the way into x, or null: it is the sum of what dx then is.
-static void layernorm_backward(Model& s, floatX* dx, const floatX* dy, const floatX* x, const float* mean, const float* rstd,
-                               int w, int layer, float* db_below, int N, bool accumulate) {
-    int C = s.config.C, band = band_of(N), bands = blocks_for(N, band);
-    int64_t at = has_layers(w) ? param_offset(s, w, layer) : 0;
-    layernorm_backward_kernel<<<bands, blocks_for(C, WARP * PACK) * WARP>>>(dx, s.partial, dy, x, mean, rstd, s.params[w] + at,
-                                                                            N, C, band, accumulate);
-    LAUNCHED();
-    add_partial_sums<<<dim3(blocks_for(C, WARP), 3), dim3(WARP, PARTS)>>>(s.grads[w] + at, s.grads[w + 1] + at, db_below,
-                                                                          s.partial, bands, C);
-    LAUNCHED();
+// LayerNorm 1 or 2 of a block, by its weight: LN1W or LN2W.
+static void block_layernorm(const Model& model, const Block& b, int w, floatX* y, int layer,
+                            const floatX* x, const floatX* delta, const floatX* bias, Fold fold,
+                            int N) {
+    int which = w == LN2W;
+    int64_t first = int64_t(layer) * N;
+    layernorm_forward(model, y, which ? b.residual2 : b.residual, model.ln_mean[which] + first,
+                      model.ln_rstd[which] + first, x, delta, bias, w, layer, fold, N);
 }
 
-static void layernorm_1(const Model& s, const Block& b, floatX* y, int layer, const floatX* x, const floatX* delta,
-                        const floatX* bias, Fold fold, int N) {
-    int64_t at = int64_t(layer) * N;
-    layernorm_forward(s, y, b.residual, s.ln1_mean + at, s.ln1_rstd + at, x, delta, bias, LN1W, layer, fold, N);
+// For an input that is made in the forward pass: folded onto the tape.
+static Fold fold_kept(const Model& model, int which, int layer, int N, bool training) {
+    LinearLayer linear = linear_at(model, which, layer, N);
+    return training ? fold_into(linear, linear.z) : Fold{};
 }
 
-static void layernorm_2(const Model& s, const Block& b, floatX* y, int layer, const floatX* x, const floatX* delta,
-                        const floatX* bias, Fold fold, int N) {
-    int64_t at = int64_t(layer) * N;
-    layernorm_forward(s, y, b.residual2, s.ln2_mean + at, s.ln2_rstd + at, x, delta, bias, LN2W, layer, fold, N);
+// For an input that is computed again: folded into z_now where that is all that the backward pass
+// wants of it.
+static Fold fold_now(const Model& model, int which, int layer) {
+    LinearLayer linear = linear_at(model, which, layer, 0);
+    return linear.shape.compressed() && !linear.z ? fold_into(linear, linear.z_now) : Fold{};
 }
 
-static void gelu_forward(floatX* y, uint8_t* bits, const floatX* x, Fold fold, int N, int n) {
-    gelu_forward_kernel<<<N, 256, fold.z ? n * sizeof(floatX) : 0>>>(y, bits, x, fold, n);
-    LAUNCHED();
-}
-
-// The block's first half: stream + delta + bias is the residual, or stream alone where delta is null; then all up to ln2. The
-// backward pass runs it again, from the residual, at the last recomputation level.
-static void attention_half(Model& s, const Block& b, int layer, int B, int T, int past, const floatX* stream,
-                           const floatX* delta, const floatX* bias, bool training) {
-    int N = B * T, C = s.config.C, NH = s.config.NH;
-    auto fold = [&](int which) { return training ? fold_into(s, which, layer, tape_z(s, which, layer, N)) : Fold{}; };
-    layernorm_1(s, b, b.ln1, layer, stream, delta, bias, fold(QKV), N);
-    linear_forward(s, QKV, layer, b.qkv, b.ln1, N, true, training);
-    if (past == NO_CACHE)
-        attention_forward(b.atty, s.lse + int64_t(layer) * N * NH, b.qkv, B, T, C, NH);
-    else
-        attention_cached(b.atty, s.cache + 2 * int64_t(layer) * s.options.seq * C, b.qkv, past, T, C, NH);
+// The block's first half: stream + delta + bias is the residual, or stream alone where delta is
+// null; then all up to ln2. The last recomputation level runs it again, from the residual.
+static void attention_half(Model& model, const Block& b, int layer, int B, int T, int past,
+                           const floatX* stream, const floatX* delta, const floatX* bias,
+                           bool training) {
+    int N = B * T, C = model.config.C, NH = model.config.NH;
+    Fold fold = fold_kept(model, QKV, layer, N, training);
+    block_layernorm(model, b, LN1W, b.ln1, layer, stream, delta, bias, fold, N);
+    linear_forward(linear_at(model, QKV, layer, N), b.qkv, b.ln1, N, true, training);
+    if (past == NO_CACHE) {
+        attention_forward(b.atty, model.lse + int64_t(layer) * N * NH, b.qkv, B, T, C, NH);
+    } else {
+        floatX* cache = model.cache + 2 * int64_t(layer) * model.options.seq * C;
+        attention_cached(b.atty, cache, b.qkv, past, T, C, NH);
+    }
     if (training) {
-        tape_store(s, RESIDUAL, layer, b.residual, N);
-        tape_store(s, QKVR, layer, b.qkv, N);
-        tape_store(s, ATTY, layer, b.atty, N);
+        tape_store(model, RESIDUAL, layer, b.residual, N);
+        tape_store(model, QKVR, layer, b.qkv, N);
+        tape_store(model, ATTY, layer, b.atty, N);
     }
-    linear_forward(s, ATTPROJ, layer, b.delta, b.atty, N, false, training);
-    layernorm_2(s, b, b.ln2, layer, b.residual, b.delta, s.params[ATTPROJB] + param_offset(s, ATTPROJB, layer), fold(FC), N);
-    if (training) tape_store(s, RESIDUAL2, layer, b.residual2, N);
+    LinearLayer attproj = linear_at(model, ATTPROJ, layer, N);
+    linear_forward(attproj, b.delta, b.atty, N, false, training);
+    fold = fold_kept(model, FC, layer, N, training);
+    block_layernorm(model, b, LN2W, b.ln2, layer, b.residual, b.delta, attproj.b, fold, N);
+    if (training) tape_store(model, RESIDUAL2, layer, b.residual2, N);
 }
 
-// s.inputs (B, T) to the head's input (B*T, C), which it leaves in s.wide. When training, fills the tape on the way. For text
-// that is being generated (B = 1), `past` tokens came before, whose keys and values are in the cache, as are then these.
-static void model_forward(Model& s, int B, int T, int past, bool training) {
-    const Config& c = s.config;
-    int N = B * T;
-    CUDA(cudaMemcpyAsync(s.d_inputs, s.inputs, N * sizeof(int), cudaMemcpyHostToDevice));
-    const floatX *stream = block_at(s, 0, N).residual, *delta = nullptr, *bias = nullptr;  // what comes in next is their sum
-    embedding_forward_kernel<<<N, 128>>>((floatX*)stream, s.d_inputs, s.params[WTE], s.params[WPE] + std::max(past, 0) * int64_t(c.C), T,
-                                         c.C);
+// inputs (B, T) -> the head's input (B*T, C), left in `wide`. When training, fills the tape on the
+// way. For text that is being generated (B = 1), `past` tokens came before. The cache has their
+// keys and values, and gets those of these tokens.
+static void model_forward(Model& model, int B, int T, int past, bool training) {
+    int N = B * T, L = model.config.L, C = model.config.C;
+    const floatX* wpe = model.params[WPE] + std::max(past, 0) * int64_t(C);
+    floatX* first = block_at(model, 0, N).residual;
+    CUDA(cudaMemcpyAsync(model.d_inputs, model.inputs, N * sizeof(int), cudaMemcpyHostToDevice));
+    embedding_forward_kernel<<<N, 128>>>(first, model.d_inputs, model.params[WTE], wpe, T, C);
     LAUNCHED();
-    for (int layer = 0; layer < c.L; layer++) {
-        Block b = block_at(s, layer, N);
-        if (training && layer >= s.slots) wait_for_slot(s, layer);
-        attention_half(s, b, layer, B, T, past, stream, delta, bias, training);
-        linear_forward(s, FC, layer, b.fch, b.ln2, N, true, training);
-        Fold fold = training ? fold_into(s, FCPROJ, layer, tape_z(s, FCPROJ, layer, N)) : Fold{};
-        gelu_forward(b.fch_gelu, training ? fch_bits(s, layer, N) : nullptr, b.fch, fold, N, 4 * c.C);
-        linear_forward(s, FCPROJ, layer, s.spare, b.fch_gelu, N, false, training);
-        stream = b.residual2, delta = s.spare, bias = s.params[FCPROJB] + param_offset(s, FCPROJB, layer);
-        if (training) copy_tape(s, layer, false);
+    const floatX *stream = first, *delta = nullptr, *bias = nullptr;  // their sum comes in next
+    for (int layer = 0; layer < L; layer++) {
+        Block b = block_at(model, layer, N);
+        if (training && layer >= model.slots) wait_for_slot(model, layer);
+        attention_half(model, b, layer, B, T, past, stream, delta, bias, training);
+        linear_forward(linear_at(model, FC, layer, N), b.fch, b.ln2, N, true, training);
+        Fold fold = fold_kept(model, FCPROJ, layer, N, training);
+        uint8_t* bits = training ? fch_bits(model, layer, N) : nullptr;
+        gelu_forward(b.fch_gelu, bits, b.fch, fold, N, 4 * C);
+        LinearLayer fcproj = linear_at(model, FCPROJ, layer, N);
+        linear_forward(fcproj, model.spare, b.fch_gelu, N, false, training);
+        stream = b.residual2;
+        delta = model.spare;
+        bias = fcproj.b;
+        if (training) copy_tape(model, layer, false);
     }
-    layernorm_forward(s, s.wide, s.now[RESIDUAL], s.lnf_mean, s.lnf_rstd, stream, delta, bias, LNFW, 0, Fold{}, N);
+    layernorm_forward(model, model.wide, model.now[RESIDUAL], model.lnf_mean, model.lnf_rstd,
+                      stream, delta, bias, LNFW, 0, Fold{}, N);
 }
 
-// The losses of all N tokens, a chunk of tokens at a time. When training, the gradients too, at once: that of the head's input
-// into s.spare, and that of wte added to beta times what stands there. scale is 1 / (tokens of the optimizer step).
-static void classifier(Model& s, int N, bool training, float scale, float beta) {
-    const Config& c = s.config;
-    int ld = logits_width(c);
-    CUDA(cudaMemcpyAsync(s.d_targets, s.targets, N * sizeof(int), cudaMemcpyHostToDevice));
-    for (int first = 0; first < N; first += s.chunk) {
-        int rows = std::min(s.chunk, N - first);
-        const floatX* lnf = s.wide + int64_t(first) * c.C;
-        matmul(s.logits, CUDA_X, lnf, false, s.params[WTE], true, CUDA_X, rows, c.Vp, c.C, 1.0f, 0.0f, 0, ld);
-        cross_entropy_kernel<<<rows, 1024>>>(s.logits, s.d_losses + first, s.d_targets + first, c.V, ld, scale, training);
+// Logits (rows, V) of tokens first, first+1, ..., straight after a forward pass, to the host.
+// Padded words have none.
+static void model_logits(const Model& model, float* logits, int first, int rows) {
+    int V = model.config.V, Vp = model.config.Vp, C = model.config.C;
+    std::vector<floatX> raw(V);
+    for (int row = 0; row < rows; row++) {
+        const floatX* x = model.wide + int64_t(first + row) * C;
+        matmul(model.logits, CUDA_X, x, false, model.params[WTE], true, CUDA_X, 1, Vp, C, 1.0f,
+               0.0f);
+        model_get(raw.data(), model.logits, V * sizeof(floatX));
+        for (int i = 0; i < V; i++) logits[int64_t(row) * V + i] = float(raw[i]);
+    }
+}
+
+// ---- the backward pass
+
+// The losses of all N tokens, a chunk of tokens at a time. When training also their gradients: the
+// head's input's into `spare`, and wte's, added to beta times what stands there. scale is
+// 1 / (tokens of the optimizer step).
+static void classifier(Model& model, int N, bool training, float scale, float beta) {
+    int V = model.config.V, Vp = model.config.Vp, C = model.config.C;
+    int ld = logits_width(model.config);
+    const floatX* wte = model.params[WTE];
+    floatX* logits = model.logits;
+    CUDA(cudaMemcpyAsync(model.d_targets, model.targets, N * sizeof(int), cudaMemcpyHostToDevice));
+    for (int first = 0; first < N; first += model.chunk) {
+        int rows = std::min(model.chunk, N - first);
+        floatX *x = model.wide + int64_t(first) * C, *dx = model.spare + int64_t(first) * C;
+        matmul(logits, CUDA_X, x, false, wte, true, CUDA_X, rows, Vp, C, 1.0f, 0.0f, 0, ld);
+        cross_entropy_kernel<<<rows, 1024>>>(logits, model.d_losses + first,
+                                             model.d_targets + first, V, ld, scale, training);
         LAUNCHED();
         if (!training) continue;
-        floatX* dlnf = s.spare + int64_t(first) * c.C;
-        matmul(dlnf, CUDA_X, s.logits, false, s.params[WTE], false, CUDA_X, rows, c.C, c.Vp, 1.0f, 0.0f, ld);
-        matmul(s.grads[WTE], CUDA_R_32F, s.logits, true, lnf, false, CUDA_X, c.Vp, c.C, rows, 1.0f, first == 0 ? beta : 1.0f,
-               ld);
+        matmul(dx, CUDA_X, logits, false, wte, false, CUDA_X, rows, C, Vp, 1.0f, 0.0f, ld);
+        matmul(model.grads[WTE], CUDA_R_32F, logits, true, x, false, CUDA_X, Vp, C, rows, 1.0f,
+               first == 0 ? beta : 1.0f, ld);
     }
-    CUDA(cudaMemcpyAsync(s.losses, s.d_losses, N * sizeof(float), cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpyAsync(model.losses, model.d_losses, N * sizeof(float), cudaMemcpyDeviceToHost));
 }
 
-// Logits (rows, V) of tokens first, first+1, ..., straight after a forward pass, to the host. Padded words have none.
-static void model_logits(const Model& s, float* logits, int first, int rows) {
-    const Config& c = s.config;
-    std::vector<floatX> raw(c.V);
-    for (int row = 0; row < rows; row++) {
-        matmul(s.logits, CUDA_X, s.wide + int64_t(first + row) * c.C, false, s.params[WTE], true, CUDA_X, 1, c.Vp, c.C, 1.0f,
-               0.0f);
-        model_get(raw.data(), s.logits, c.V * sizeof(floatX));
-        for (int i = 0; i < c.V; i++) logits[int64_t(row) * c.V + i] = float(raw[i]);
-    }
+// The losses of inputs against targets (B, T), and nothing else: there after model_wait.
+static void model_evaluate(Model& model, int B, int T) {
+    model_forward(model, B, T, NO_CACHE, false);
+    classifier(model, B * T, false, 0.0f, 0.0f);
 }
 
-// Losses of s.inputs against s.targets (B, T), into s.losses: there after model_wait.
-static void model_evaluate(Model& s, int B, int T) {
-    model_forward(s, B, T, NO_CACHE, false);
-    classifier(s, B * T, false, 0.0f, 0.0f);
-}
-
-// The embedding's gradient: the host sorts the tokens by word (a counting sort would touch all words), while the device is
-// still at the layers above, and each word's rows are summed in order.
-static void embedding_backward(Model& s, int B, int T) {
-    int N = B * T, C = s.config.C;
-    int *order = s.sorted, *starts = order + N, *words = starts + N + 1, count = 0;
+// The embedding's gradient. While the device is still at the layers above, the host sorts the
+// tokens by word (a counting sort would touch all words). Each word's rows are then summed in
+// order.
+static void embedding_backward(Model& model, int B, int T) {
+    int N = B * T, C = model.config.C;
+    const int* inputs = model.inputs;
+    int *order = model.sorted, *starts = order + N, *words = starts + N + 1, count = 0;
     for (int i = 0; i < N; i++) order[i] = i;
-    std::stable_sort(order, order + N, [&](int a, int b) { return s.inputs[a] < s.inputs[b]; });
+    std::stable_sort(order, order + N, [&](int a, int b) { return inputs[a] < inputs[b]; });
     for (int i = 0; i < N; i++) {
-        int word = s.inputs[order[i]];
-        if (i == 0 || word != words[count - 1]) starts[count] = i, words[count++] = word;
+        int word = inputs[order[i]];
+        if (i > 0 && word == words[count - 1]) continue;
+        starts[count] = i;
+        words[count++] = word;
     }
     starts[count] = N;
-    CUDA(cudaMemcpyAsync(s.word_order, order, N * sizeof(int), cudaMemcpyHostToDevice));
-    CUDA(cudaMemcpyAsync(s.word_starts, starts, (count + 1) * sizeof(int), cudaMemcpyHostToDevice));
-    CUDA(cudaMemcpyAsync(s.words, words, count * sizeof(int), cudaMemcpyHostToDevice));
-    word_backward_kernel<<<dim3(count, blocks_for(C, SUM_PACKS * PACK)), dim3(SUM_PACKS, SUM_ROWS)>>>(
-        s.grads[WTE], s.dresidual, s.word_order, s.word_starts, s.words, C);
+    auto send = [](int* to, const int* from, int n) {
+        CUDA(cudaMemcpyAsync(to, from, n * sizeof(int), cudaMemcpyHostToDevice));
+    };
+    send(model.word_order, order, N);
+    send(model.word_starts, starts, count + 1);
+    send(model.words, words, count);
+    dim3 grid(count, blocks_for(C, SUM_COLUMNS)), block(SUM_PACKS, SUM_ROWS);
+    word_backward_kernel<<<grid, block>>>(model.grads[WTE], model.dresidual, model.word_order,
+                                          model.word_starts, model.words, C);
     LAUNCHED();
-    position_backward_kernel<<<T, 256>>>(s.grads[WPE], s.dresidual, B, T, C);
+    position_backward_kernel<<<T, 256>>>(model.grads[WPE], model.dresidual, B, T, C);
     LAUNCHED();
 }
 
-static float* bias_grad(const Model& s, int i, int layer) { return s.grads[i] + grad_offset(s, i, layer); }
+// db_below: the gradient of the bias that was added on the way into x, or null: it is the sum of
+// what dx then is.
+static void layernorm_backward(Model& model, floatX* dx, const floatX* dy, const floatX* x,
+                               const float* mean, const float* rstd, int w, int layer,
+                               float* db_below, int N, bool accumulate) {
+    int C = model.config.C, band = band_of(N), bands = blocks_for(N, band);
+    int64_t first = has_layers(w) ? param_offset(model, w, layer) : 0;
+    layernorm_backward_kernel<<<bands, blocks_for(C, WARP * PACK) * WARP>>>(
+        dx, model.partial, dy, x, mean, rstd, model.params[w] + first, N, C, band, accumulate);
+    LAUNCHED();
+    float *dw = model.grads[w] + first, *db = model.grads[w + 1] + first;
+    add_partial_sums<<<dim3(blocks_for(C, WARP), 3), dim3(WARP, PARTS)>>>(dw, db, db_below,
+                                                                          model.partial, bands, C);
+    LAUNCHED();
+}
 
-// The backward pass of one block: s.dresidual holds the gradient of the stream out of it, and then of the stream into it.
-// What the tape does not keep comes back first; where only its fold is wanted, that is made on the way. The gradient of each
-// layer's input takes the place of that input, once it is read; in s.wide the gradient of qkv (3C) and that of attention's
-// output (C) lie side by side.
-static void block_backward(Model& s, int layer, int B, int T, float beta) {
-    int N = B * T, C = s.config.C, NH = s.config.NH;
-    int64_t at = int64_t(layer) * N, NC = int64_t(N) * C;
-    Block b = block_at(s, layer, N);
+// dresidual (N, C) += the gradient of LayerNorm 1 or 2's input x; dy (N, C) is in `spare`.
+static void block_layernorm_backward(Model& model, int w, const floatX* x, int layer,
+                                     float* db_below, int N) {
+    int which = w == LN2W;
+    int64_t first = int64_t(layer) * N;
+    layernorm_backward(model, model.dresidual, model.spare, x, model.ln_mean[which] + first,
+                       model.ln_rstd[which] + first, w, layer, db_below, N, true);
+}
+
+static float* bias_grad(const Model& model, int i, int layer) {
+    return model.grads[i] + grad_offset(model, i, layer);
+}
+
+// The backward pass of one block: dresidual holds the gradient of the stream out of it, and then of
+// the stream into it. What the tape lacks comes back first; where only its fold is wanted, that is
+// made on the way. The gradient of each layer's input takes the place of that input, once it is
+// read. In `wide` the gradients of qkv (3C) and of attention's output (C) lie side by side.
+static void block_backward(Model& model, int layer, int B, int T, float beta) {
+    int N = B * T, C = model.config.C, NH = model.config.NH;
+    int64_t NC = int64_t(N) * C;
+    Block b = block_at(model, layer, N);
+    const int* kept = model.kept;
     auto unless_folded = [](const floatX* x, const Fold& fold) { return fold.z ? nullptr : x; };
+    auto normalise = [&](int w, floatX* y, const floatX* x, Fold fold) {
+        block_layernorm(model, b, w, y, layer, x, nullptr, nullptr, fold, N);
+    };
+    tape_load(model, RESIDUAL, layer, b.residual, N);
+    tape_load(model, ATTY, layer, b.atty, N);
+    tape_load(model, RESIDUAL2, layer, b.residual2, N);
+    if (kept[ATTY] == GONE)
+        attention_half(model, b, layer, B, T, NO_CACHE, b.residual, nullptr, nullptr, false);
+    else if (kept[FCH] == GONE)
+        normalise(LN2W, b.ln2, b.residual2, Fold{});
+    LinearLayer fc = linear_at(model, FC, layer, N), fcproj = linear_at(model, FCPROJ, layer, N);
+    if (kept[FCH] == GONE) linear_forward(fc, b.fch, b.ln2, N, true, false);
+
+    // residual2 + fcproj(gelu(fc(ln2)))
+    floatX *dwide = model.wide, *dspare = model.spare;
     Fold fold = {};
-    tape_load(s, RESIDUAL, layer, b.residual, N);
-    tape_load(s, ATTY, layer, b.atty, N);
-    tape_load(s, RESIDUAL2, layer, b.residual2, N);
-    if (s.kept[ATTY] == GONE)
-        attention_half(s, b, layer, B, T, NO_CACHE, b.residual, nullptr, nullptr, false);
-    else if (s.kept[FCH] == GONE)
-        layernorm_2(s, b, b.ln2, layer, b.residual2, nullptr, nullptr, Fold{}, N);
-    if (s.kept[FCH] == GONE) linear_forward(s, FC, layer, b.fch, b.ln2, N, true, false);
-
-    if (s.kept[FCH_GELU] == GONE) gelu_forward(b.fch_gelu, nullptr, b.fch, fold = fold_now(s, FCPROJ, layer), N, 4 * C);
-    linear_backward(s, FCPROJ, layer, s.wide, s.dresidual, unless_folded(b.fch_gelu, fold), N, beta);
-    gelu_backward(s.wide, bias_grad(s, FCB, layer), s.partial, b.fch, fch_bits(s, layer, N), N, 4 * C);
-    fold = Fold{};
-    if (s.kept[LN2] == GONE)
-        layernorm_2(s, b, b.ln2 = s.spare, layer, b.residual2, nullptr, nullptr, fold = fold_now(s, FC, layer), N);
-    linear_backward(s, FC, layer, s.spare, s.wide, unless_folded(b.ln2, fold), N, beta);
-    layernorm_backward(s, s.dresidual, s.spare, b.residual2, s.ln2_mean + at, s.ln2_rstd + at, LN2W, layer,
-                       bias_grad(s, ATTPROJB, layer), N, true);
-
-    floatX* datty = s.wide + 3 * NC;
-    linear_backward(s, ATTPROJ, layer, datty, s.dresidual, b.atty, N, beta);
-    tape_load(s, QKVR, layer, b.qkv, N);
-    fold = Fold{};
-    if (s.kept[LN1] == GONE) {
-        b.ln1 = s.spare + (spare_is_wide(s) ? 3 * NC : 0);
-        layernorm_1(s, b, b.ln1, layer, b.residual, nullptr, nullptr, fold = fold_now(s, QKV, layer), N);
+    if (kept[FCH_GELU] == GONE) {
+        fold = fold_now(model, FCPROJ, layer);
+        gelu_forward(b.fch_gelu, nullptr, b.fch, fold, N, 4 * C);
     }
-    if (s.kept[QKVR] == GONE && !s.now[QKVR]) linear_forward(s, QKV, layer, b.qkv, b.ln1, N, true, false);
-    attention_backward(s.wide, s.dot, datty, b.qkv, b.atty, s.lse + at * NH, B, T, C, NH);
-    sum_columns(bias_grad(s, QKVB, layer), s.partial, s.wide, N, 3 * C);
-    linear_backward(s, QKV, layer, s.spare, s.wide, unless_folded(b.ln1, fold), N, beta);
-    layernorm_backward(s, s.dresidual, s.spare, b.residual, s.ln1_mean + at, s.ln1_rstd + at, LN1W, layer,
-                       layer > 0 ? bias_grad(s, FCPROJB, layer - 1) : nullptr, N, true);
+    linear_backward(fcproj, dwide, model.dresidual, unless_folded(b.fch_gelu, fold), N, beta);
+    gelu_backward(dwide, bias_grad(model, FCB, layer), model.partial, b.fch,
+                  fch_bits(model, layer, N), N, 4 * C);
+    fold = Fold{};
+    if (kept[LN2] == GONE) {
+        b.ln2 = model.spare;
+        fold = fold_now(model, FC, layer);
+        normalise(LN2W, b.ln2, b.residual2, fold);
+    }
+    linear_backward(fc, dspare, dwide, unless_folded(b.ln2, fold), N, beta);
+    block_layernorm_backward(model, LN2W, b.residual2, layer, bias_grad(model, ATTPROJB, layer), N);
+
+    // residual + attproj(attention(qkv(ln1)))
+    LinearLayer qkv = linear_at(model, QKV, layer, N),
+                attproj = linear_at(model, ATTPROJ, layer, N);
+    floatX *dqkv = dwide, *datty = dwide + 3 * NC;
+    float* lse = model.lse + int64_t(layer) * N * NH;
+    linear_backward(attproj, datty, model.dresidual, b.atty, N, beta);
+    tape_load(model, QKVR, layer, b.qkv, N);
+    fold = Fold{};
+    if (kept[LN1] == GONE) {
+        b.ln1 = model.spare + (spare_is_wide(model) ? 3 * NC : 0);  // behind qkv, if it is there
+        fold = fold_now(model, QKV, layer);
+        normalise(LN1W, b.ln1, b.residual, fold);
+    }
+    if (kept[QKVR] == GONE && !model.now[QKVR]) linear_forward(qkv, b.qkv, b.ln1, N, true, false);
+    attention_backward(dqkv, model.dot, datty, b.qkv, b.atty, lse, B, T, C, NH);
+    sum_columns(bias_grad(model, QKVB, layer), model.partial, dqkv, N, 3 * C);
+    linear_backward(qkv, dspare, dqkv, unless_folded(b.ln1, fold), N, beta);
+    float* db_below = layer > 0 ? bias_grad(model, FCPROJB, layer - 1) : nullptr;
+    block_layernorm_backward(model, LN1W, b.residual, layer, db_below, N);
 }
 
-// Forward and backward pass of one micro batch, which the device has still to do: losses, and gradients times scale, added to those of the step's earlier
-// micro batches unless this is the first. The gradient of the residual stream flows down in s.dresidual.
-static void model_accumulate(Model& s, int B, int T, bool first, float scale) {
-    const Config& c = s.config;
-    int N = B * T;
+// Forward and backward pass of one micro batch, which the device has still to do: its losses, and
+// its gradients times scale, added to those of the step's earlier micro batches unless this is the
+// first. The gradient of the residual stream flows down in dresidual.
+static void model_accumulate(Model& model, int B, int T, bool first, float scale) {
+    int N = B * T, L = model.config.L;
     float beta = first ? 0.0f : 1.0f;
-    for (int i = 0; first && i < PARAMS; i++) {  // what the matrix products write is spared: they start with beta = 0
-        if (i != WTE && param_rows[i].linear < 0) CUDA(cudaMemsetAsync(s.grads[i], 0, param_count(c, i) * sizeof(float)));
+    for (int i = 0; first && i < PARAMS; i++) {
+        // What matrix products write is spared: they start with beta = 0.
+        if (i == WTE || param_rows[i].linear >= 0) continue;
+        CUDA(cudaMemsetAsync(model.grads[i], 0, param_count(model.config, i) * sizeof(float)));
     }
-    model_forward(s, B, T, NO_CACHE, true);
-    classifier(s, N, true, scale, beta);
-    layernorm_backward(s, s.dresidual, s.spare, s.now[RESIDUAL], s.lnf_mean, s.lnf_rstd, LNFW, 0,
-                       bias_grad(s, FCPROJB, c.L - 1), N, false);
-    for (int layer = c.L - 1; layer >= 0; layer--) {
-        if (layer < c.L - s.slots) wait_for_slot(s, layer);
-        block_backward(s, layer, B, T, beta);
-        copy_tape(s, layer - s.slots, true);
+    model_forward(model, B, T, NO_CACHE, true);
+    classifier(model, N, true, scale, beta);
+    layernorm_backward(model, model.dresidual, model.spare, model.now[RESIDUAL], model.lnf_mean,
+                       model.lnf_rstd, LNFW, 0, bias_grad(model, FCPROJB, L - 1), N, false);
+    for (int layer = L - 1; layer >= 0; layer--) {
+        if (layer < L - model.slots) wait_for_slot(model, layer);
+        block_backward(model, layer, B, T, beta);
+        copy_tape(model, layer - model.slots, true);
     }
-    embedding_backward(s, B, T);
+    embedding_backward(model, B, T);
 }
 
-// Until the device has done all that it was given: then s.losses are there, and s.inputs and s.targets are free.
+// Until the device has done all that it was given: then the losses are there, and inputs and
+// targets are free.
 static void model_wait() { CUDA(cudaDeviceSynchronize()); }
 
-// Before optimizer step `step` (from 0): the projections' epoch advances every --gap steps, for all layers together.
-static void model_begin_step(Model& s, int64_t step) {
-    const Options& o = s.options;
-    bool advances = o.gap > 0 && step > 0 && step % o.gap == 0;
-    s.epoch = o.gap > 0 ? step / o.gap : 0;
-    for (int layer = 0; layer < s.config.L; layer++) {
-        for (int which = 0; which < LINEARS; which++) {
-            const Linear& l = s.linear[which];
-            if (l.compressed() && advances) linear_next_epoch(s, which, layer);
+// ---- the update
+
+// Before optimizer step `step` (from 0): the projections' epoch advances every --gap steps, for all
+// layers together. The moments stay as they are (CompAct), or start again from zero, or the first
+// of them moves into the new space.
+static void model_begin_step(Model& model, int64_t step) {
+    const Options& options = model.options;
+    model.epoch = options.gap > 0 ? step / options.gap : 0;
+    if (options.gap == 0 || step == 0 || step % options.gap != 0) return;
+    for (int i = 0; i < model.config.L * LINEARS; i++) {
+        int layer = i / LINEARS, which = i % LINEARS, w = weight_of(which);
+        LinearLayer old = linear_at(model, which, layer, 0, model.epoch - 1);
+        LinearLayer next = linear_at(model, which, layer, 0);
+        size_t bytes = sizeof(float) * old.shape.m * old.shape.r;
+        int64_t first = grad_offset(model, w, layer);
+        if (!old.shape.compressed()) continue;
+        if (options.moments == RESET) {
+            CUDA(cudaMemsetAsync(model.m[w] + first, 0, bytes));
+            if (model.v[w]) CUDA(cudaMemsetAsync(model.v[w] + first, 0, bytes));
+        } else if (options.moments == MOVE) {
+            next.p = model.p_next;
+            next.sign = model.sign_next;
+            next.shift = model.shift_next;
+            move_moment(old, next, model.m[w] + first, model.p_change);
         }
     }
 }
 
-// One optimizer step from the accumulated gradients. Returns their global norm, before clipping; the compressed ones count as
-// they are: E||G||^2 = ||dW||^2, since E[P P^T] = I.
-static double model_update(Model& s, const Plan& plan, int64_t step, double lr) {
-    const Options& o = s.options;
-    squares_kernel<<<NORM_BLOCKS, 256>>>(s.norm_partial, s.grads[0], plan.bytes("gradients") / sizeof(float));
+// What AdamW needs for its step t (from 1).
+static Adam adam_of(const Options& options, double lr, const float* norm, int64_t t) {
+    Adam a = {};
+    a.lr = float(lr);
+    a.beta1 = float(options.beta1);
+    a.beta2 = float(options.beta2);
+    a.eps = float(options.eps);
+    a.norm = norm;
+    a.correct1 = float(1 / (1 - pow(options.beta1, t)));
+    a.correct2 = float(1 / (1 - pow(options.beta2, t)));
+    return a;
+}
+
+// One layer's weight of a linear; u is Muon's U, null for AdamW.
+static void update_linear(Model& model, int which, int layer, const Adam& a, int64_t step,
+                          const floatX* u) {
+    int w = weight_of(which);
+    int64_t first = grad_offset(model, w, layer);
+    Weights to = weights_at(model, w, param_offset(model, w, layer), step);
+    float *m = model.m[w] + first, *v = u ? nullptr : model.v[w] + first;
+    linear_update(
+        linear_at(model, which, layer, 0),
+        {to, m, v, u, blocks_of(which), float(model.options.alpha), model.u, model.lifted}, a);
+}
+
+// Muon's step of a linear in all layers, as many at once as the workspace holds.
+static void update_by_muon(Model& model, int which, const Adam& a, int64_t step) {
+    const Linear& shape = model.linear[which];
+    int w = weight_of(which), blocks = blocks_of(which), L = model.config.L;
+    int64_t room = model.wide_rows * 4 * model.config.C, count = int64_t(shape.m) * shape.r;
+    int most = int(std::min<int64_t>(L, room / muon_elements(shape, blocks)));
+    for (int layer = 0; layer < L; layer += most) {
+        int layers = std::min(most, L - layer);
+        int64_t first = grad_offset(model, w, layer);
+        const floatX* u = muon_directions(model.wide, model.grads[w] + first, model.m[w] + first,
+                                          model.norm, shape, blocks, layers);
+        for (int j = 0; j < layers; j++)
+            update_linear(model, which, layer + j, a, step, u + j * count);
+    }
+}
+
+// One optimizer step from the accumulated gradients. Returns their global norm, before clipping.
+// The compressed ones count as they are: E||G||^2 = ||dW||^2, since E[P P^T] = I. Matrices decay,
+// vectors do not.
+static double model_update(Model& model, const Plan& plan, int64_t step, double lr) {
+    const Options& options = model.options;
+    float decay = float(options.weight_decay);
+    size_t gradients = plan.bytes("gradients") / sizeof(float);
+    squares_kernel<<<NORM_BLOCKS, 256>>>(model.norm_partial, model.grads[0], gradients);
     LAUNCHED();
-    norm_kernel<<<1, 256>>>(s.norm, s.norm_partial, float(o.clip));
+    norm_kernel<<<1, 256>>>(model.norm, model.norm_partial, float(options.clip));
     LAUNCHED();
-    auto adam_after = [&](int64_t t) {
-        return Adam{float(lr),
-                    float(o.beta1),
-                    float(o.beta2),
-                    float(o.eps),
-                    0.0f,
-                    s.norm,
-                    float(1 / (1 - pow(o.beta1, t))),
-                    float(1 / (1 - pow(o.beta2, t)))};
-    };
-    Adam exact = adam_after(step + 1), compressed = exact;
-    if (o.moments == RESET && o.gap > 0) compressed = adam_after(step % o.gap + 1);  // these moments are that old
-    compressed.decay = float(o.weight_decay);
+    Adam exact = adam_of(options, lr, model.norm, step + 1), compressed = exact;
+    if (options.moments == RESET && options.gap > 0)  // these moments are younger
+        compressed = adam_of(options, lr, model.norm, step % options.gap + 1);
+    compressed.decay = decay;
     for (int i = 0; i < PARAMS; i++) {
         int which = param_rows[i].linear;
-        exact.decay = param_rows[i].columns > 0 ? float(o.weight_decay) : 0.0f;  // matrices decay, vectors do not
-        const Adam& now = which >= 0 && s.linear[which].compressed() ? compressed : exact;
-        if (which >= 0 && o.optimizer == MUON) muon_update(s, which, now, step);
-        for (int layer = 0; which >= 0 && o.optimizer == ADAMW && layer < s.config.L; layer++)
-            linear_update(s, which, layer, now, step, nullptr);
-        if (which >= 0) continue;
-        size_t count = param_count(s.config, i);
-        adam_kernel<<<blocks_for(count, 256 * QUAD), 256>>>(weights_at(s, i, 0, step), s.grads[i], s.m[i], s.v[i], count,
-                                                            exact);
-        LAUNCHED();
+        exact.decay = param_rows[i].columns > 0 ? decay : 0.0f;
+        if (which < 0) {
+            adam_update(weights_at(model, i, 0, step), model.grads[i], model.m[i], model.v[i],
+                        param_count(model.config, i), exact);
+            continue;
+        }
+        const Adam& a = model.linear[which].compressed() ? compressed : exact;
+        if (options.optimizer == MUON) update_by_muon(model, which, a, step);
+        for (int layer = 0; options.optimizer == ADAMW && layer < model.config.L; layer++)
+            update_linear(model, which, layer, a, step, nullptr);
     }
     float norm;
-    model_get(&norm, s.norm, sizeof(norm));  // waits for all of it
+    model_get(&norm, model.norm, sizeof(norm));  // waits for all of it
     return norm;
 }
 
+// ---- what the host asks of a model
+
+// Rounds freshly read weights, which stand in their fp32 copies where there are any, to the type in
+// which they are kept.
+static void model_round(Model& model) {
+    bool narrow = model.options.master == MASTER_NONE;
+    for (int i = 0; i < PARAMS && model.master[i] && (IS_BF16 || narrow); i++)
+        round_weights(model.params[i], model.master[i], param_count(model.config, i), narrow);
+}
+
+// Seconds since the last call, by events: when the device came to the one, until it came to the
+// other.
+static double model_clock() {
+    static cudaEvent_t events[2];
+    static int calls = 0;
+    cudaEvent_t& now = events[calls % 2];
+    if (calls < 2) CUDA(cudaEventCreate(&now));
+    CUDA(cudaEventRecord(now));
+    CUDA(cudaEventSynchronize(now));
+    float milliseconds = 0;
+    if (calls > 0) CUDA(cudaEventElapsedTime(&milliseconds, events[(calls + 1) % 2], now));
+    calls++;
+    return milliseconds / 1e3;
+}
+
 // P (n, r) of a layer in the present epoch, written out in full, for --dump.
-static std::vector<float> model_projection(Model& s, int which, int layer) {
-    const Linear& l = s.linear[which];
-    std::vector<float> out(int64_t(l.n) * l.r, 0.0f), sign(l.n);
-    std::vector<floatX> dense(s.options.projection == SPARSE ? 0 : out.size());
-    std::vector<int> shift((l.n + l.r - 1) / l.r);
-    const floatX* p = projection_now(s, which, layer);
-    if (s.options.projection == SPARSE) {
-        model_get(sign.data(), s.sign, l.n * sizeof(float));
-        model_get(shift.data(), s.shift, shift.size() * sizeof(int));
-    } else {
+static std::vector<float> model_projection(Model& model, int which, int layer) {
+    LinearLayer linear = linear_at(model, which, layer, 0);
+    int n = linear.shape.n, r = linear.shape.r;
+    std::vector<float> out(int64_t(n) * r, 0.0f), sign(n);
+    const floatX* p = projection_now(linear);
+    if (linear.projection != SPARSE) {
+        std::vector<floatX> dense(out.size());
         model_get(dense.data(), p, dense.size() * sizeof(floatX));
+        std::transform(dense.begin(), dense.end(), out.begin(), [](floatX x) { return float(x); });
+        return out;
     }
-    for (int k = 0; k < l.n; k++) {
-        if (s.options.projection == SPARSE) out[int64_t(k) * l.r + (k + shift[k / l.r]) % l.r] = sign[k];
-        for (int j = 0; s.options.projection != SPARSE && j < l.r; j++)
-            out[int64_t(k) * l.r + j] = float(dense[int64_t(k) * l.r + j]);
-    }
+    std::vector<int> shift((n + r - 1) / r);
+    model_get(sign.data(), linear.sign, n * sizeof(float));
+    model_get(shift.data(), linear.shift, shift.size() * sizeof(int));
+    for (int k = 0; k < n; k++) out[int64_t(k) * r + (k + shift[k / r]) % r] = sign[k];
     return out;
 }
 
@@ -2454,16 +2804,42 @@ static std::vector<float> model_projection(Model& s, int which, int layer) {
 static std::string model_device() {
     cudaDeviceProp device;
     CUDA(cudaGetDeviceProperties(&device, 0));
-    return text("%s, compute capability %d.%d, %d multiprocessors, %s", device.name, device.major, device.minor,
-                device.multiProcessorCount, TYPE_X);
+    return join(device.name, ", compute capability ", device.major, ".", device.minor, ", ",
+                device.multiProcessorCount, " multiprocessors, ", TYPE_X);
 }
 
-static const char* model_attention(const Config& c) {
-    return IS_BF16 && c.C == HEAD * c.NH ? "on tensor cores" : "plain and slow: the tensor cores take bf16 and heads of 64";
+static const char* model_attention(const Config& config) {
+    return IS_BF16 && config.C == HEAD * config.NH
+               ? "on tensor cores"
+               : "plain and slow: the tensor cores take bf16 and heads of 64";
 }
 
-// Dense matrix-product rate in FLOP/s for the type that computes, without sparsity, from NVIDIA's data sheets; for a device
-// that is not listed, or a part of one, the rate of a large product measured here.
+// FLOP/s of a large product, measured here: for a second, in which the clocks rise; the last round
+// counts. 0 where there is no memory for it.
+static double measured_flops() {
+    const size_t SIZE = 4096, TIMES = 8;
+    floatX* memory;
+    if (cudaMalloc((void**)&memory, 3 * sizeof(floatX) * SIZE * SIZE) != cudaSuccess) {
+        cudaGetLastError();
+        return 0;
+    }
+    floatX *a = memory + SIZE * SIZE, *b = a + SIZE * SIZE;
+    // 0.0115 everywhere: zeros would be too easy.
+    CUDA(cudaMemset(memory, 0x3C, 3 * sizeof(floatX) * SIZE * SIZE));
+    double start = seconds(), elapsed = 0;
+    for (bool warm = false; !warm; warm = seconds() - start > 1) {
+        double before = seconds();
+        for (size_t i = 0; i < TIMES; i++)
+            matmul(memory, CUDA_X, a, false, b, true, CUDA_X, SIZE, SIZE, SIZE, 1.0f, 0.0f);
+        CUDA(cudaDeviceSynchronize());
+        elapsed = seconds() - before;
+    }
+    CUDA(cudaFree(memory));
+    return TIMES * 2.0 * SIZE * SIZE * SIZE / elapsed;
+}
+
+// Dense matrix-product rate in FLOP/s for the type that computes, without sparsity, from NVIDIA's
+// data sheets; measured for a device that is not listed, or a part of one.
 static double model_peak_flops() {
 #ifdef __NOGPU__
     return 0;  // a CPU in a GPU's place
@@ -2471,36 +2847,24 @@ static double model_peak_flops() {
     const struct {
         const char* name;
         double bf16, fp32;
-    } devices[] = {{"H200 NVL", 835e12, 60e12},     {"GH200", 989e12, 67e12},     {"H200", 989e12, 67e12},
-                   {"H100 NVL", 835e12, 60e12},     {"H100 PCIe", 756e12, 51e12}, {"H100", 989e12, 67e12},
-                   {"GB200", 2500e12, 80e12},       {"B200", 2250e12, 75e12},     {"A100", 312e12, 19.5e12},
-                   {"A10G", 70e12, 35e12},          {"L40S", 362e12, 91.6e12},    {"L40", 181e12, 90.5e12},
-                   {"L4", 121e12, 30.3e12},         {"RTX 3090", 71e12, 35.6e12}, {"RTX 4090", 165.2e12, 82.6e12},
-                   {"RTX 5090", 209.5e12, 104.8e12}};
+    } devices[] = {{"H200 NVL", 835e12, 60e12},     {"GH200", 989e12, 67e12},
+                   {"H200", 989e12, 67e12},         {"H100 NVL", 835e12, 60e12},
+                   {"H100 PCIe", 756e12, 51e12},    {"H100", 989e12, 67e12},
+                   {"GB200", 2500e12, 80e12},       {"B200", 2250e12, 75e12},
+                   {"A100", 312e12, 19.5e12},       {"A10G", 70e12, 35e12},
+                   {"L40S", 362e12, 91.6e12},       {"L40", 181e12, 90.5e12},
+                   {"L4", 121e12, 30.3e12},         {"RTX 3090", 71e12, 35.6e12},
+                   {"RTX 4090", 165.2e12, 82.6e12}, {"RTX 5090", 209.5e12, 104.8e12}};
     cudaDeviceProp device;
     CUDA(cudaGetDeviceProperties(&device, 0));
     for (auto& row : devices) {
-        const char *at = strstr(device.name, row.name), *after = at + (at ? strlen(row.name) : 0);
-        if (!at || strstr(device.name, "MIG") || (row.name[0] == 'R' && *after)) continue;  // RTX 4090 D, 4090 Laptop
+        const char* at = strstr(device.name, row.name);
+        if (!at || strstr(device.name, "MIG")) continue;
+        bool more = at[strlen(row.name)] != '\0';
+        if (row.name[0] == 'R' && more) continue;  // RTX 4090 D, 4090 Laptop
         return IS_BF16 ? row.bf16 : row.fp32;
     }
-    const size_t SIZE = 4096, TIMES = 8;
-    floatX* memory;
-    if (cudaMalloc((void**)&memory, 3 * sizeof(floatX) * SIZE * SIZE) != cudaSuccess) return cudaGetLastError(), 0;
-    CUDA(cudaMemset(memory, 0x3C, 3 * sizeof(floatX) * SIZE * SIZE));  // 0.0115 everywhere: zeros would be too easy
-    double start = seconds(), elapsed = 0;
-    for (bool warm = false; !warm;) {  // for a second, in which the clocks rise; the last round counts
-        double before = seconds();
-        for (size_t i = 0; i < TIMES; i++) {
-            floatX *a = memory + SIZE * SIZE, *b = a + SIZE * SIZE;
-            matmul(memory, CUDA_X, a, false, b, true, CUDA_X, SIZE, SIZE, SIZE, 1.0f, 0.0f);
-        }
-        CUDA(cudaDeviceSynchronize());
-        elapsed = seconds() - before;
-        warm = seconds() - start > 1;
-    }
-    CUDA(cudaFree(memory));
-    return TIMES * 2.0 * SIZE * SIZE * SIZE / elapsed;
+    return measured_flops();
 }
 
 // =================================================================================================

@@ -222,7 +222,7 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
         expect("gelu", made, want, 1e-5);
         check_fold(fetch(made, int64_t(N) * n));
     };
-    auto fold = [=] { return fold_into(*sparse, QKV, 0, z); };  // draws
+    auto fold = [=] { return fold_into(linear_at(*sparse, QKV, 0, N), z); };  // draws
     auto layernorm = [=](Fold f) {
         layernorm_forward(*sparse, made, nullptr, mean, rstd, x, nullptr, nullptr, LNFW, 0, f, N);
     };
@@ -247,12 +247,12 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
         {"P drawn, then cuBLAS: the trainer's, dense",
          {z_floor.bytes + 2 * P, z_floor.flops},
          z_floor,
-         [=] { make_z(*dense, QKV, 0, z, x, N); },
+         [=] { make_z(linear_at(*dense, QKV, 0, N), z, x, N); },
          check_z},
         {"y and z, two products: the trainer's layer",
          {both.bytes + X + 2 * P, both.flops},
          both,
-         [=] { linear_forward(*dense, QKV, 0, y, x, N, false, true); },
+         [=] { linear_forward(linear_at(*dense, QKV, 0, N), y, x, N, false, true); },
          check_y_and_z},
         // x is read once for both. It costs a copy of W, as here, or room for P beside each W; and
         // y and z in one array.
@@ -267,14 +267,14 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
          },
          check_yz},
         {"fold, a block a row: the trainer's, sparse", folded, folded,
-         [=] { make_z(*sparse, QKV, 0, z, x, N); }, check_fold_of_x},
+         [=] { make_z(linear_at(*sparse, QKV, 0, N), z, x, N); }, check_fold_of_x},
         {"fold, 8 rows a thread", folded, folded,
          [=] { fold6<<<dim3(blocks_for(r, 128), blocks_for(N, 8)), 128>>>(fold(), x, N); },
          check_fold_of_x},
         {"LayerNorm, then 5", norm_read, norm,
          [=] {
              layernorm(Fold{});
-             make_z(*sparse, QKV, 0, z, made, N);
+             make_z(linear_at(*sparse, QKV, 0, N), z, made, N);
          },
          check_layernorm},
         {"LayerNorm with the fold: the trainer's", norm, norm, [=] { layernorm(fold()); },
@@ -282,7 +282,7 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
         {"GELU, then 5", gelu_read, gelu,
          [=] {
              gelu_forward(made, nullptr, x, Fold{}, N, n);
-             make_z(*sparse, QKV, 0, z, made, N);
+             make_z(linear_at(*sparse, QKV, 0, N), z, made, N);
          },
          check_gelu},
         {"GELU with the fold: the trainer's", gelu, gelu,

@@ -77,12 +77,13 @@ def test_gpu(tmp_path):
 # ---------------------------------------------------------------------------- what both trainers share
 
 TRAINERS = ["train_gpt2_compact.cpp", "train_gpt2_compact.cu"]
-# The order of a trainer: each section is one in which both files have these words in the first line under its ruler.
-ORDER = ["the host, in short", "layers", "the compressed linear layer", "the model:", "all else of the host"]
+# The order of a trainer: in both files, a section's title begins with these words.
+ORDER = ["the host, in short", "layers", "the compressed linear layer", "the optimizer", "the model:",
+         "all else of the host"]
 
 
 def sections(path):
-    """A source's sections by its rulers: the lines between two rulers are a title, what follows is the text."""
+    """A source's sections: the lines between two rulers are a title, what follows is the text."""
     pieces = (ROOT / path).read_text().split(RULER + "\n")
     titles, texts = pieces[1::2], pieces[2::2]
     assert len(titles) == len(texts) >= len(ORDER), f"{path}: its rulers do not come in pairs"
@@ -92,7 +93,8 @@ def sections(path):
 @pytest.mark.parametrize("part", [ORDER[0], ORDER[-1]])
 def test_shared_text(part):
     """Byte for byte, title included."""
-    cpp, cu = ([section for section in sections(path) if section[0].startswith("// " + part)] for path in TRAINERS)
+    cpp, cu = ([section for section in sections(path) if section[0].startswith("// " + part)]
+               for path in TRAINERS)
     assert len(cpp) == len(cu) == 1
     assert cpp[0][0] == cu[0][0] and "the same text in both trainers" in cpp[0][0]
     for number, (a, b) in enumerate(zip(cpp[0][1].split("\n"), cu[0][1].split("\n")), 1):
@@ -105,12 +107,14 @@ def test_shared_text(part):
 def test_order(path):
     """What a model needs of the host stands first, and is short; the rest of the host stands last."""
     titles = [title for title, _ in sections(path)]
-    assert [word for title in titles for word in ORDER if title.startswith("// " + word)] == ORDER, titles
+    found = [word for title in titles for word in ORDER if title.startswith("// " + word)]
+    assert found == ORDER, titles
     assert titles[0].startswith("// " + ORDER[0]) and titles[-1].startswith("// " + ORDER[-1])
 
 
 # A layer's function or kernel, the first that a reader meets, and within how many lines of the top it stands.
-FIRST = {"train_gpt2_compact.cpp": r"^static void \w+_forward\("}
+FIRST = {"train_gpt2_compact.cpp": r"^static void \w+_forward\(",
+         "train_gpt2_compact.cu": r"^__global__ "}
 
 
 @pytest.mark.parametrize("path", FIRST)
@@ -120,13 +124,15 @@ def test_first_layer_stands_near_the_top(path):
     assert first and text.count("\n", 0, first.start()) < 300
 
 
-NARROW = ["train_gpt2_compact.cpp", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "dev/test").glob("*.cpp")))]
+PATTERNS = ["*.cpp", "*.cu", "dev/test/*.cpp", "dev/cuda/*.cu", "dev/cuda/*.cuh"]
+NARROW = [str(path.relative_to(ROOT)) for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
 
 
 @pytest.mark.parametrize("path", NARROW)
 def test_columns(path):
-    """Lines end by column 100, as .clang-format has it: also where clang-format is off, and where it finds no break."""
-    long = [n for n, line in enumerate((ROOT / path).read_text().splitlines(), 1) if len(line) > 100]
+    """Also where clang-format is off, and where it finds no place to break a line."""
+    lines = (ROOT / path).read_text().splitlines()
+    long = [number for number, line in enumerate(lines, 1) if len(line) > 100]
     assert long == [], f"{path}: {long}"
 
 
