@@ -67,14 +67,27 @@ CC_GPU := $(subst .,,$(GPU_COMPUTE_CAPABILITY))
 TOO_OLD := $(shell for cc in $(CC_GPU); do test $$cc -ge $(OLDEST) 2>/dev/null || echo $$cc; done)
 ON_GPU := $(if $(TOO_OLD),,$(and $(CARDS),$(NVCC)))
 
+# MPI=1: several processes, started by mpirun, share each step. mpicxx is a compiler that knows
+# where MPI is.
+MPI_FLAGS := -DUSE_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX
+MPICXX = OMPI_CXX='$(CXX)' MPICH_CXX='$(CXX)' mpicxx
+COMPILER = $(if $(MPI),$(MPICXX) $(MPI_FLAGS),$(CXX))
+NVCC_COMPILER = $(if $(MPI),OMPI_CXX='$(CXX)' MPICH_CXX='$(CXX)' $(NVCC) -ccbin mpicxx $(MPI_FLAGS),$(NVCC))
+NCCL = $(if $(MPI),-lnccl)
+needs_mpi = @$(if $(MPI),which mpicxx > /dev/null || { echo \
+  "MPI=1 needs mpicxx: apt-get install libopenmpi-dev openmpi-bin"; exit 2; },true)
+needs_nccl = @$(if $(MPI),echo '\#include <nccl.h>' | $(NVCC) -x cu -E - > /dev/null 2>&1 || { echo \
+  "MPI=1 needs NCCL: apt-get install libnccl-dev"; exit 2; },true)
+
 FLAGS = $(CXXFLAGS) $(NATIVE) $(or $(OPENMP),-Wno-unknown-pragmas) $(BLAS_FLAGS)
 NVCC_FLAGS = -std=c++17 -O3 -DPRECISION_$(PRECISION) -DREVISION='"$(REVISION)"' \
   -Xcompiler -Wall,-Wextra,-fopenmp,-Wno-unknown-pragmas \
   $(foreach cc,$(CC_GPU),-gencode arch=compute_$(cc),code=sm_$(cc) \
     -gencode arch=compute_$(cc),code=compute_$(cc)) \
   $(if $(filter -Werror,$(EXTRA)),-Werror all-warnings)
-NOGPU = $(CXX) -std=c++17 -fopenmp -Wall -Wextra $(EXTRA) -D__NOGPU__ -Idev/nogpu/include \
+NOGPU_FLAGS = -std=c++17 -fopenmp -Wall -Wextra $(EXTRA) -D__NOGPU__ -Idev/nogpu/include \
   -isystem $(CUDA_HOME)/include
+NOGPU = $(CXX) $(NOGPU_FLAGS)
 NOGPU_HEADERS := $(wildcard dev/nogpu/include/*)
 SANITIZE = -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
@@ -90,8 +103,9 @@ found:
 	  "$(or $(NATIVE),no native instructions)"
 	@echo "CUDA $(if $(NVCC),$(CUDA_HOME),toolkit: none); device: $(or $(GPU),none)$(TARGETS)"
 
-train_gpt2_compact: train_gpt2_compact.cpp Makefile | found
-	$(CXX) $(FLAGS) -DREVISION='"$(REVISION)"' $< -o $@ $(BLAS_LIBS)
+train_gpt2_compact: train_gpt2_compact.cpp Makefile build/settings | found
+	$(needs_mpi)
+	$(COMPILER) $(FLAGS) -DREVISION='"$(REVISION)"' $< -o $@ $(BLAS_LIBS)
 
 # ---- the CUDA trainer, and its tests: for a GPU, and under dev/nogpu for a CPU
 
@@ -107,10 +121,12 @@ needs_card = @$(if $(TOO_OLD),echo "$@ needs a card of compute capability" \
 needs_cuda = @test -e $(CUDA_HOME)/include/cuda_bf16.h || \
   { echo "$@ needs the headers of the CUDA toolkit, 12 or 13: set CUDA_HOME"; exit 2; }
 
-train_gpt2_compactcu: train_gpt2_compact.cu Makefile | found
+train_gpt2_compactcu: train_gpt2_compact.cu Makefile build/settings | found
 	$(needs_nvcc)
 	$(needs_card)
-	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublas -lcublasLt
+	$(needs_mpi)
+	$(needs_nccl)
+	$(NVCC_COMPILER) $(NVCC_FLAGS) $< -o $@ -lcublas -lcublasLt $(NCCL)
 
 test_gpt2cu: test_gpt2.cu train_gpt2_compact.cu train_gpt2_compact.cpp Makefile | found
 	$(needs_nvcc)
@@ -160,6 +176,9 @@ endif
 build/test_curand: dev/test/test_curand.cpp train_gpt2_compact.cpp Makefile | build
 	$(CXX) $(FLAGS) -Wno-unused-function $< -o $@ -isystem $(CUDA_HOME)/include $(TEST_LIBS)
 
+build/train_mpi: train_gpt2_compact.cpp Makefile | build
+	$(MPICXX) $(MPI_FLAGS) $(FLAGS) $< -o $@ $(BLAS_LIBS)
+
 build/test_cpu: dev/test/test_cpu.cpp train_gpt2_compact.cpp Makefile | build
 	$(CXX) $(FLAGS) -Wno-unused-function $< -o $@ $(TEST_LIBS)
 
@@ -182,6 +201,9 @@ build/test_gpt2_%_sanitized: build/test_gpt2.nogpu.cpp train_gpt2_compact.cpp $(
   Makefile
 	$(NOGPU) $(SANITIZE) -DPRECISION_$(shell echo $* | tr a-z A-Z) -I. $< -lboost_context -o $@
 
+build/train_nogpu_mpi: build/train_gpt2_compact.nogpu.cpp $(NOGPU_HEADERS) Makefile
+	$(MPICXX) $(MPI_FLAGS) $(NOGPU_FLAGS) -O2 -DPRECISION_FP32 $< -lboost_context -o $@
+
 build/train_nogpu_%: build/train_gpt2_compact.nogpu.cpp $(NOGPU_HEADERS) Makefile
 	$(NOGPU) -O2 -DPRECISION_$(shell echo $* | tr a-z A-Z) $< -lboost_context -o $@
 
@@ -193,6 +215,7 @@ checked: train_gpt2_compact $(if $(GTEST),build/test_cpu)
 	@$(PYTEST) -m 'not slow' dev
 
 tested: train_gpt2_compact build/train_sanitized build/train_no_blas \
+  $(if $(shell which mpicxx),build/train_mpi $(if $(NOGPU_TESTS),build/train_nogpu_mpi)) \
   $(if $(GTEST),build/test_cpu build/test_cpu_sanitized $(CURAND_TEST)) \
   $(NOGPU_TESTS) $(if $(NOGPU_TESTS),variants_nogpu) $(if $(ON_GPU),test_gpt2cu)
 	@$(PYTEST) dev
@@ -202,6 +225,11 @@ bench: train_gpt2_compact build/train_no_blas
 
 build:
 	@mkdir -p build
+
+# What was built with other settings is built again.
+.PHONY: settings
+build/settings: settings | build
+	@echo '$(PRECISION) $(MPI)' | cmp -s - $@ || echo '$(PRECISION) $(MPI)' > $@
 
 clean:
 	find dev/cuda -type l -delete
@@ -222,6 +250,8 @@ make test             all tests, about 35 minutes on two cores; the last line co
 make bench            ms a step of GPT-2 d12 at full rank and compressed
                       LLMC=dir compares with the llm.c that is built there
 make clean            removes what was built
+make MPI=1            the CPU trainer for several processes, which mpirun starts
+make MPI=1 train_gpt2_compactcu  likewise, on a GPU for each, with NCCL
 settings: CXX=clang++ NATIVE= (code for any machine of this kind) NO_BLAS=1 NO_OPENMP=1
           EXTRA=-Werror PYTHON=python3
 endef

@@ -99,6 +99,15 @@ struct Config {
     int context, V, L, NH, C, Vp;
 };
 
+// ---- processes that share each step: with `make MPI=1` those that mpirun started, else one
+
+struct Processes {
+    int rank = 0, count = 1;  // who this is, and of how many
+    int local = 0;            // who it is among those of its machine, which says whose GPU is whose
+};
+
+static Processes processes;
+
 // ---- random numbers: Philox4x32-10 (Salmon et al., SC'11), cuRAND's PHILOX4_32_10
 
 struct Words {
@@ -1451,10 +1460,31 @@ static void block_backward(Model& model, int layer, int B, int T, float beta) {
     block_layernorm_backward(model, LN1W, b.residual, layer, N);
 }
 
+#ifdef USE_MPI
+#include <mpi.h>
+#endif
+
+// Sums the gradients over all processes. MPI counts in int.
+static void exchange_gradients(Model& model) {
+#ifdef USE_MPI
+    const int64_t MOST = 1 << 30;
+    for (int i = 0; i < PARAMS && processes.count > 1; i++) {
+        int which = param_rows[i].linear;
+        int64_t count = param_count(model.config, i, which < 0 ? 0 : model.linear[which].r);
+        for (int64_t at = 0; at < count; at += MOST)
+            MPI_Allreduce(MPI_IN_PLACE, model.grads[i] + at, int(std::min(MOST, count - at)),
+                          MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+    }
+#else
+    (void)model;
+#endif
+}
+
 // Forward and backward pass of one micro batch: its losses, and its gradients times scale, added to
-// those of the step's earlier micro batches unless this is the first. The gradient of the residual
-// stream flows down in dresidual.
-static void model_accumulate(Model& model, int B, int T, bool first, float scale) {
+// those of the step's earlier micro batches unless this is the first. After the last one they are
+// summed over processes. The gradient of the residual stream flows down in dresidual.
+static void model_accumulate(Model& model, int B, int T, bool first, float scale,
+                             bool last = false) {
     int N = B * T, C = model.config.C;
     float beta = first ? 0.0f : 1.0f;
     for (int i = 0; first && i < PARAMS; i++) {
@@ -1470,6 +1500,7 @@ static void model_accumulate(Model& model, int B, int T, bool first, float scale
     for (int layer = model.config.L - 1; layer >= 0; layer--)
         block_backward(model, layer, B, T, beta);
     embedding_backward(model.grads[WTE], model.grads[WPE], model.dresidual, model.inputs, B, T, C);
+    if (last) exchange_gradients(model);
 }
 
 static void model_wait() {}  // a GPU would still be at work
@@ -1647,6 +1678,9 @@ static const char* model_attention(const Config&) { return "plain"; }
 #include <unordered_map>
 #include <utility>
 
+#ifdef USE_MPI
+#include <mpi.h>
+#endif
 #ifndef REVISION
 #define REVISION "unknown"
 #endif
@@ -2590,6 +2624,27 @@ static double learning_rate(const Options& options, int64_t step, int64_t steps)
     return low + (1.0 - sqrt(double(step - decay_from) / (steps - decay_from))) * (high - low);
 }
 
+// ---- what all processes find together
+
+enum { SUM, HIGHEST };
+
+// Sums each of n values over the processes, or takes the highest: the same bits for all of them.
+static void combine(int how, double* values, int n) {
+#ifdef USE_MPI
+    MPI_Op op = how == SUM ? MPI_SUM : MPI_MAX;
+    MPI_Allreduce(MPI_IN_PLACE, values, n, MPI_DOUBLE, op, MPI_COMM_WORLD);
+#else
+    (void)how, (void)values, (void)n;
+#endif
+}
+
+// Whether a value is the same in all processes: as many of its bits as a double holds.
+static bool agree(uint64_t value) {
+    double low = double(value & ((1ull << 53) - 1)), bounds[] = {low, -low};
+    combine(HIGHEST, bounds, 2);
+    return bounds[0] == -bounds[1];
+}
+
 // ---- evaluation: validation loss, HellaSwag, samples. They use the training buffers between steps
 // and change nothing else.
 
@@ -2604,6 +2659,12 @@ struct Losses {
             sum += model.losses[i];
             count += model.targets[i] >= 0;
         }
+    }
+    void combine_processes() {
+        double both[] = {sum, double(count)};
+        combine(SUM, both, 2);
+        sum = both[0];
+        count = int64_t(both[1]);
     }
     double mean() const { return sum / std::max<int64_t>(count, 1); }
 };
@@ -2622,13 +2683,14 @@ static int64_t validated_sequences(const Data& data, const Options& options) {
 
 static double validate(Model& model, Data& data, const Options& options) {
     Losses losses;
-    int64_t end = validated_sequences(data, options), rows;
-    for (int64_t first = 0; first < end; first += rows) {
-        rows = std::min<int64_t>(options.batch, end - first);
+    int64_t end = validated_sequences(data, options), B = options.batch;
+    for (int64_t first = B * processes.rank; first < end; first += B * processes.count) {
+        int64_t rows = std::min(B, end - first);
         read_batch(data, first, int(rows), model);
         model_evaluate(model, int(rows), data.T);
         losses.add(model, 0, rows * data.T);
     }
+    losses.combine_processes();
     return losses.mean();
 }
 
@@ -2699,8 +2761,9 @@ static std::vector<Example> read_hellaswag(const std::string& path, int V) {
 // loses its beginning.
 static double score_hellaswag(Model& model, const std::vector<Example>& examples,
                               const Options& options) {
-    int right = 0;
-    for (const Example& e : examples) {
+    double right = 0;
+    for (size_t at = processes.rank; at < examples.size(); at += processes.count) {
+        const Example& e = examples[at];
         int endings = int(e.endings.size()), group = std::min(options.batch, endings);
         double losses[4];
         for (int first = 0; first < endings; first += group) {
@@ -2730,7 +2793,8 @@ static double score_hellaswag(Model& model, const std::vector<Example>& examples
         }
         right += std::min_element(losses, losses + endings) - losses == e.label;
     }
-    return double(right) / examples.size();
+    combine(SUM, &right, 1);
+    return right / examples.size();
 }
 
 // An id from logits (V), at a temperature (0: the best), among the top_k best (0: all). Logits that
@@ -3332,7 +3396,7 @@ static Config choose_config(const Options& options, int V) {
 // as many as do. Where -b fits at no level: the level that takes the most. With --total-batch, -b
 // divides its sequences.
 static void fit_memory(Options& options, const Config& config) {
-    int64_t rows = options.total_batch / options.seq, least = INT64_MAX;
+    int64_t rows = options.total_batch / options.seq / processes.count, least = INT64_MAX;
     int64_t limit = std::min<int64_t>(rows ? rows : (1 << 30) / options.seq, MOST_SEQUENCES);
     int last = options.gelu == GELU_2BIT ? tape_rows[FCH].gone_from - 1 : NEVER - 1;
     int first = options.recompute, wish = options.batch;
@@ -3341,7 +3405,7 @@ static void fit_memory(Options& options, const Config& config) {
         Options other = options;
         other.recompute = level;
         other.batch = int(batch);
-        if (rows == 0) other.total_batch = int(batch * options.seq);
+        if (rows == 0) other.total_batch = int(batch * options.seq * processes.count);
         return model_plan(model, config, other).bytes();
     };
     auto most = [&](int level) {
@@ -3384,12 +3448,14 @@ static void settle_options(Options& o, const Config& config) {
         refuse("--gelu: 2bit keeps bits of what --recompute ", o.recompute,
                " computes again; choose one of them");
     if (o.memory > 0 && o.total_batch % o.seq == 0) fit_memory(o, config);
-    int64_t micro = int64_t(o.batch) * o.seq;
+    int64_t micro = int64_t(o.batch) * o.seq * processes.count;
+    std::string all = processes.count > 1 ? join(" of ", processes.count, " processes") : "";
     if (micro > 1 << 30)
-        refuse("--batch: ", o.batch, " sequences of ", o.seq, " are more than 2^30 tokens");
+        refuse("--batch: ", o.batch, " sequences of ", o.seq, all, " are more than 2^30 tokens");
     if (o.total_batch == 0) o.total_batch = int(micro);
     if (o.total_batch % micro != 0)
-        refuse("--total-batch: ", o.total_batch, " is no multiple of --batch times --seq, ", micro);
+        refuse("--total-batch: ", o.total_batch, " is no multiple of --batch times --seq", all,
+               ", ", micro);
     if (o.offload && !o.dump.empty()) refuse("--dump: reads the whole tape; leave --offload away");
     if (o.resume && o.out.empty()) refuse("--resume: needs --out, the folder with the checkpoints");
 }
@@ -3493,6 +3559,10 @@ static void print_plan(const Plans& plans, const Options& options, bool tensors)
     const Plan& best = plans.level_2;
     row("total", [&](const Plan& p) { return mib(p.bytes()); });
     row("", [&](const Plan& p) { return text("%.0f %%", 100.0 * p.bytes() / best.bytes()); });
+    if (processes.count > 1) {
+        printf("exchanged by each of %d processes, a step\n", processes.count);
+        row("gradients", [&](const Plan& p) { return mib(p.bytes("gradients")); });
+    }
     printf("matrix products, FLOPs a token\n");
     row("forward", [](const Plan& p) { return text("%.4g", p.flops.forward); });
     row("backward", [](const Plan& p) { return text("%.4g", p.flops.backward); });
@@ -3601,6 +3671,8 @@ static void describe(const Options& o, const Config& c, const Data& train, const
                      int64_t steps) {
     int64_t rows = o.total_batch / o.seq;
     std::string validation = val.sequences ? commas(val.tokens) + " tokens" : "none";
+    std::string each;
+    if (processes.count > 1) each = join(" in each of ", processes.count, " processes");
     std::string method = "full rank";
     if (o.rank != 1.0 && o.compress != 0)
         method = join("rank ", text("%g", o.rank), " of ", names_of(linear_names, o.compress), "; ",
@@ -3616,8 +3688,9 @@ static void describe(const Options& o, const Config& c, const Data& train, const
     printf("data     train: %zu file%s, %s tokens, %s sequences of %d; validation: %s\n",
            train.shards.size(), train.shards.size() == 1 ? "" : "s", commas(train.tokens).c_str(),
            commas(train.sequences).c_str(), o.seq, validation.c_str());
-    printf("batch    %d x %d, %d accumulated: %s tokens a step; %s steps, %.2f epochs\n", o.batch,
-           o.seq, int(rows / o.batch), commas(o.total_batch).c_str(), commas(steps).c_str(),
+    printf("batch    %d x %d, %d accumulated%s: %s tokens a step; %s steps, %.2f epochs\n", o.batch,
+           o.seq, int(rows / o.batch / processes.count), each.c_str(),
+           commas(o.total_batch).c_str(), commas(steps).c_str(),
            double(steps) * rows / train.sequences);
     printf("method   %s; %s; recompute %d; lr %g, %s\n", method.c_str(),
            names_of(optimizer_names, 1 << o.optimizer).c_str(), o.recompute, o.lr,
@@ -3668,6 +3741,38 @@ static void settle_threads(char** argv) {
     }
     int quota = cpu_quota("/proc/self/cgroup", "/sys/fs/cgroup");
     if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(std::min(omp_get_max_threads(), quota));
+}
+
+// The first process prints and writes files. What the others would print is the same.
+static void begin_processes() {
+#ifdef USE_MPI
+    MPI_Comm machine;
+    MPI_Init(nullptr, nullptr);
+    MPI_Comm_rank(MPI_COMM_WORLD, &processes.rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &processes.count);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
+    MPI_Comm_rank(machine, &processes.local);
+    if (processes.rank > 0 && !freopen("/dev/null", "w", stdout)) exit(1);
+#endif
+}
+
+// Says what went wrong, if anything, and ends all processes. Where all met the same fault, the
+// first one says so, and the others are ended before they can.
+static int end_processes(const Failure& failure) {
+    if (failure.status != 0 && processes.rank > 0) {
+        signal(SIGTERM, SIG_DFL);  // by which mpirun ends them
+        sleep(3);
+    }
+    std::string who = processes.count > 1 ? join("process ", processes.rank, ": ") : "";
+    fflush(stdout);
+    if (failure.status != 0)
+        fprintf(stderr, "train_gpt2_compact: %s%s\n", who.c_str(),
+                one_line(failure.message).c_str());
+#ifdef USE_MPI
+    if (failure.status != 0 && processes.count > 1) MPI_Abort(MPI_COMM_WORLD, failure.status);
+    MPI_Finalize();
+#endif
+    return failure.status;
 }
 
 static volatile sig_atomic_t stopping = 0;  // the signal that asks to end
@@ -3734,20 +3839,23 @@ struct Run {
 static void train_step(Run& run, int64_t step, std::string& line, std::string& times) {
     const Options& options = run.options;
     const Flops& flops = run.plans.run.flops;
-    int B = options.batch, T = options.seq;
+    int B = options.batch, T = options.seq, turn = B * processes.count;
     int64_t rows = options.total_batch / T, place = options.overfit ? 0 : (step - 1) * rows;
     int64_t predicted = predicted_tokens(run.train, place, rows);
     double lr = learning_rate(options, step - 1, run.steps);
     Losses losses;
     model_clock();
     model_begin_step(run.model, step - 1);
-    for (int64_t done = 0; done < rows; done += B) {
-        read_batch(run.train, place + done, B, run.model);
-        model_accumulate(run.model, B, T, done == 0, 1.0f / predicted);
-        bool more = done + B < rows || step < run.steps;
-        if (more && !options.overfit) read_ahead(run.train, place + done + B, B);
+    for (int64_t done = 0; done < rows; done += turn) {
+        int64_t own = place + done + B * processes.rank;
+        read_batch(run.train, own, B, run.model);
+        bool last = done + turn == rows;
+        model_accumulate(run.model, B, T, done == 0, 1.0f / predicted, last);
+        bool more = !last || step < run.steps;
+        if (more && !options.overfit) read_ahead(run.train, own + turn, B);
         losses.add(run.model, 0, int64_t(B) * T);
     }
+    losses.combine_processes();
     bool dumps = step == run.start + 1 && !options.dump.empty();
     if (dumps) write_dump(run.model, run.plans.run, options);
     double loss = losses.mean(), norm = model_update(run.model, run.plans.run, step - 1, lr);
@@ -3772,8 +3880,19 @@ static void train_step(Run& run, int64_t step, std::string& line, std::string& t
              (long long)step, loss, norm, lr, elapsed * 1e3, speed));
 }
 
+static uint64_t weights_checksum(const Plan& plan) {
+    uint64_t sum = 0;
+    for (const Tensor& t : weights_of(plan))
+        visit(t, 0, t.count(), false,
+              [&](const float* from, int64_t, int64_t n) { sum = checksum(sum, from, n * 4); });
+    return sum;
+}
+
 // Adds what was found to the line that is shown and to the log's record.
 static void evaluate(Run& run, int64_t step, std::string& line, std::string& record) {
+    if (processes.count > 1 && !agree(weights_checksum(run.plans.run)))
+        fail("step ", step, ": the processes' weights have come apart; go on from a checkpoint ",
+             "with --resume");
     if (run.val.sequences > 0) {
         double loss = validate(run.model, run.val, run.options);
         if (!std::isfinite(loss))
@@ -3808,7 +3927,7 @@ static void train_model(Model& model, const Plans& plans, Options& options, Data
     bool bytes_alone = train.shards[0].width == 1 && options.tokenizer.empty();
     run.tokenizer = bytes_alone ? no_tokenizer(config.V)
                                 : find_tokenizer(options, train.shards[0].path, config.V);
-    if (!out.empty() && !options.tokenizer.empty())
+    if (!out.empty() && !options.tokenizer.empty() && processes.rank == 0)
         write_tokenizer(run.tokenizer, out + "/tokenizer.bin");
     Identity identity = identity_of(config, options, train);
     // States of a run have one size.
@@ -3823,6 +3942,10 @@ static void train_model(Model& model, const Plans& plans, Options& options, Data
     std::string before;
     int64_t start = options.resume ? resume(plan, identity, out, before) : 0;
     run.start = start;
+    if (!agree(start))
+        fail("--out: ", out, " is not the same folder for all processes; give one that all ",
+             "machines share");
+    if (processes.rank > 0) options.out = options.dump = "";  // the first one writes
     model_round(model);
     if (options.resume)
         printf("%s\n",
@@ -3841,15 +3964,17 @@ static void train_model(Model& model, const Plans& plans, Options& options, Data
             rate(start + 1).c_str(), (long long)start + 1, (long long)steps);
     foresee_disk(plan, config, options, start, steps);
     if (!out.empty())
-        run.log = open_log(
-            out + "/log.jsonl", start,
-            join("{\"revision\": ", json_string(REVISION), ", \"device\": ",
-                 json_string(model_device()), ", \"data\": {\"train\": ", json_string(train.hash),
-                 ", \"val\": ", json_string(val.hash), "}, \"options\": ", options_json(options),
-                 ", \"plan\": {", plan_json(plans), "}}"));
+        run.log =
+            open_log(out + "/log.jsonl", start,
+                     join("{\"revision\": ", json_string(REVISION),
+                          ", \"device\": ", json_string(model_device()), ", \"data\": {\"train\": ",
+                          json_string(train.hash), ", \"val\": ", json_string(val.hash), "}",
+                          processes.count > 1 ? join(", \"processes\": ", processes.count) : "",
+                          ", \"options\": ", options_json(options), ", \"plan\": {",
+                          plan_json(plans), "}}"));
 
     expect_signals();
-    run.peak = model_peak_flops();
+    run.peak = model_peak_flops() * processes.count;
     bool spelled = val.sequences > 0 && (config.V <= 256 || !options.tokenizer.empty());
     if (spelled) run.bytes = bytes_per_token(val, options, run.tokenizer);
     int64_t first = start == 0 && (options.val_first || steps == 0) ? 0 : start + 1;
@@ -3863,19 +3988,22 @@ static void train_model(Model& model, const Plans& plans, Options& options, Data
         double each = (seconds() - begin) / (step - start);
         if (step > start && step < steps) times += " | eta " + duration(each * (steps - step));
         printf("%s%s\n", line.c_str(), times.c_str());
-        if (is_due(options.sample_every, step, steps)) show_sample(run, step, record);
+        bool samples = is_due(options.sample_every, step, steps) && processes.rank == 0;
+        if (samples) show_sample(run, step, record);
         if (record != head) run.write_log(record + "}");
         fflush(stdout);
-        bool stops = stopping && step < steps;
+        double signal = stopping;
+        combine(HIGHEST, &signal, 1);
+        bool stops = signal > 0 && step < steps;
         bool saves = !out.empty() && is_due(options.checkpoint_every, step, stops ? step : steps);
         identity.back().second = rate(step);
         if (saves) save_checkpoint(plan, config, options, identity, step);
         if (!stops) continue;
-        int signal = stopping;
+        combine(HIGHEST, &signal, 1);  // none ends before the first one has saved
         std::string name = signal == SIGINT ? "SIGINT" : signal == SIGTERM ? "SIGTERM" : "SIGHUP";
         std::string end =
             saves ? "; the same command with -y goes on from there" : ", and nothing is saved";
-        throw Failure{128 + signal, join("ended by ", name, " after step ", step, end)};
+        throw Failure{128 + int(signal), join("ended by ", name, " after step ", step, end)};
     }
 }
 
@@ -3996,7 +4124,8 @@ static void run(int argc, char** argv) {
         cut_data(val, o.val.empty() ? "--train, its last tenth" : "--val", o.seq);
     int64_t epoch = std::max<int64_t>(1, train.sequences / (o.total_batch / o.seq));
     int64_t steps = o.steps >= 0 ? o.steps : epoch;
-    if (!o.out.empty()) take_folder(options);
+    if (!o.out.empty() && processes.rank == 0) take_folder(options);
+    agree(0);  // all are here: the folder is made and tidied
     describe(options, config, train, val, steps);
     print_plan(plans, options, false);
     fflush(stdout);
@@ -4007,17 +4136,16 @@ static void run(int argc, char** argv) {
 int main(int argc, char** argv) {
     open_standard_streams();
     settle_threads(argv);
+    begin_processes();
     Failure failure = {1, "not enough memory for the host's buffers"};
     try {
         run(argc, argv);
         show("");
         if (ferror(stdout)) fail("standard output: cannot be written: ", strerror(errno));
-        return 0;
+        failure = {0, ""};
     } catch (const Failure& caught) {
         failure = caught;
     } catch (const std::bad_alloc&) {}
-    fflush(stdout);
-    fprintf(stderr, "train_gpt2_compact: %s\n", one_line(failure.message).c_str());
-    return failure.status;
+    return end_processes(failure);
 }
 #endif

@@ -38,6 +38,8 @@ look() {
   [ "$system" = Darwin ] || need libopenblas-dev pkg-config --exists openblas
   need libgtest-dev pkg-config --exists gtest
   need libboost-context-dev "$cxx" -E -x c++ -include boost/context/fiber.hpp /dev/null
+  need libopenmpi-dev mpicxx --version
+  need openmpi-bin mpirun --version
   need python3-venv "$python" -c 'import venv, ensurepip'
   [ -z "$apt" ] || need python3-torch has_torch "$python"
 }

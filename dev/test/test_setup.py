@@ -149,6 +149,7 @@ class Machine:
         fill = lambda text: text.replace("CALLS", str(self.calls)).replace("THERE", str(self.there))
         tools = {"id": f"echo {user}", "uname": "echo Linux", "sudo": "exit 1", "python3": fill(PYTHON),
                  "c++": fill('case $* in *boost*) grep -qx libboost-context-dev THERE ;; *) grep -qx g++ THERE ;; esac'),
+                 "mpicxx": fill("grep -qx libopenmpi-dev THERE"), "mpirun": fill("grep -qx openmpi-bin THERE"),
                  "pkg-config": fill("grep -qx pkg-config THERE && case $* in *openblas) grep -qx libopenblas-dev THERE ;; *gtest) grep -qx libgtest-dev THERE ;; esac"),
                  "apt-get": fill('echo "apt-get $*" >> CALLS; for p; do case $p in install|-*) ;; "$BAD") echo "E: no $BAD"; exit 100 ;; esac; done\n'
                                  '[ "$1" = update ] || for p; do case $p in install|-*) ;; *) echo $p >> THERE ;; esac; done')}
@@ -163,7 +164,7 @@ class Machine:
         return done.stdout, self.calls.read_text(), done.returncode
 
 
-ALL = "g++ pkg-config libopenblas-dev libgtest-dev libboost-context-dev python3-venv python3-torch"
+ALL = "g++ pkg-config libopenblas-dev libgtest-dev libboost-context-dev libopenmpi-dev openmpi-bin python3-venv python3-torch"
 HAVE = {"PYTHON": "python3", "NVCC": "/usr/local/cuda/bin/nvcc"}
 
 
@@ -173,7 +174,7 @@ def test_setup_as_root(tmp_path):
     said, calls, status = machine.setup(**HAVE)
     assert status == 0, said
     lines = said.splitlines()
-    assert lines[0] == "setup: installing pkg-config libopenblas-dev libgtest-dev libboost-context-dev python3-venv (apt-get)"
+    assert lines[0] == "setup: installing pkg-config libopenblas-dev libgtest-dev libboost-context-dev libopenmpi-dev openmpi-bin python3-venv (apt-get)"
     assert len(lines) == 2 and "requirements.txt" in lines[1] and "nvidia" not in calls and "apt-get update" in calls
     said, calls, status = machine.setup(**HAVE)
     assert (said, status) == ("", 0) and "apt-get" not in calls and "pip install" not in calls
@@ -202,7 +203,7 @@ def test_setup_without_rights(tmp_path):
     machine = Machine(tmp_path / "some", "g++ pkg-config python3-venv", user=1000)
     said, calls, status = machine.setup(**HAVE)
     assert status == 0 and "apt-get" not in calls, said
-    assert said.splitlines()[0].endswith(": sudo apt-get install --no-install-recommends libopenblas-dev libgtest-dev libboost-context-dev")
+    assert said.splitlines()[0].endswith(": sudo apt-get install --no-install-recommends libopenblas-dev libgtest-dev libboost-context-dev libopenmpi-dev openmpi-bin")
     assert "PyTorch" in said and re.search(r"pip install .* torch$", calls, re.M)
     for lacking in ("g++", "python3-venv"):
         machine = Machine(tmp_path / lacking, ALL.replace(lacking, ""), user=1000)

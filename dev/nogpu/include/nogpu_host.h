@@ -189,12 +189,15 @@ cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
 }
 // ---- the device
 
+// One is as good as another: a process works with one alone.
 cudaError_t cudaGetDeviceCount(int* n) {
-    *n = 1;
+    *n = std::max(1, atoi(getenv("NOGPU_DEVICES") ? getenv("NOGPU_DEVICES") : "1"));
     return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int number) {
-    return number == 0 ? cudaSuccess : nogpu::result(cudaErrorInvalidDevice);
+    int count;
+    cudaGetDeviceCount(&count);
+    return number >= 0 && number < count ? cudaSuccess : nogpu::result(cudaErrorInvalidDevice);
 }
 cudaError_t cudaGetDevice(int* number) {
     *number = 0;
@@ -217,7 +220,7 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
     return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int number) {
-    if (number != 0) return nogpu::result(cudaErrorInvalidDevice);
+    if (cudaSetDevice(number) != cudaSuccess) return cudaErrorInvalidDevice;
     *p = cudaDeviceProp{};
     snprintf(p->name, sizeof p->name, "nogpu (CPU)");
     p->major = 9;
