@@ -1687,8 +1687,8 @@ static void lift(const LinearLayer& linear, const Weights& to, const floatX* u, 
 // or Muon for those, in the space of their gradients.
 // =================================================================================================
 
-// ---- global norm: NORM_BLOCKS partial sums, each over its own stride of all gradients, then their
-// sum in one block: no atomics
+// ---- global norm: at most NORM_BLOCKS partial sums, each over its own stride of all gradients,
+// then their sum in one block: no atomics. The partial sums of blocks that do not run stay 0.
 
 enum { NORM_BLOCKS = 1024 };
 
@@ -1697,7 +1697,7 @@ __global__ void __launch_bounds__(256)
     __shared__ float reduce[WARP];
     float sum = 0;
     size_t first = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
-    for (size_t i = first; i < count; i += size_t(NORM_BLOCKS) * blockDim.x * QUAD) {
+    for (size_t i = first; i < count; i += size_t(gridDim.x) * blockDim.x * QUAD) {
         float4 g = load_quad(grads + i);
         sum += g.x * g.x + g.y * g.y + g.z * g.z + g.w * g.w;
     }
@@ -2804,7 +2804,8 @@ static double model_update(Model& model, const Plan& plan, int64_t step, double 
     const Options& options = model.options;
     float decay = float(options.weight_decay);
     size_t gradients = plan.bytes("gradients") / sizeof(float);
-    squares_kernel<<<NORM_BLOCKS, 256>>>(model.norm_partial, model.grads[0], gradients);
+    int blocks = std::min<int>(NORM_BLOCKS, blocks_for(gradients, 256 * QUAD));
+    squares_kernel<<<blocks, 256>>>(model.norm_partial, model.grads[0], gradients);
     LAUNCHED();
     norm_kernel<<<1, 256>>>(model.norm, model.norm_partial, float(options.clip));
     LAUNCHED();
