@@ -1,11 +1,13 @@
-"""GPT-2 and its training step in plain PyTorch, in double precision: what the trainers are held to.
+"""
+GPT-2 and its training step in plain PyTorch, in double precision: what the trainers are held to.
 
     reference.py --make-goldens [--out DIR]   computes goldens/*.npz anew
     reference.py --evaluate JOB.npz OUT.npz   answers one question of test_parity.py
 
-It shares no code with the trainers. The gradients are autograd's, the optimizer is torch.optim.AdamW; CompAct's update
-and Muon have no counterpart in PyTorch and are written out in train_compact. Being in double precision, its own rounding
-does not count: what a comparison shows is the trainer's.
+It shares no code with the trainers. The gradients are autograd's, the optimizer is
+torch.optim.AdamW; CompAct's update and Muon have no counterpart in PyTorch and are written out in
+train_compact. Being in double precision, its own rounding does not count: what a comparison shows
+is the trainer's.
 """
 
 import argparse
@@ -28,7 +30,10 @@ LINEAR = ["qkvw", "attprojw", "fcw", "fcprojw"]
 # ---------------------------------------------------------------------------- the model
 
 def forward(p, config, inputs, targets, act):
-    """Logits (B, T, V) and mean loss. Every activation goes into the dict act, under its name in a dump."""
+    """
+    Logits (B, T, V) and mean loss. Every activation goes into the dict act, under its name in a
+    dump.
+    """
     B, T = inputs.shape
     C, NH = config["channels"], config["heads"]
     heads = lambda t: t.view(B, T, NH, C // NH).transpose(1, 2)  # (B, T, C) -> (B, NH, T, hs)
@@ -69,7 +74,8 @@ def backward(p, config, inputs, targets):
 
 
 def parameters(params, dtype=torch.float64):
-    return {name: torch.tensor(params[name], dtype=dtype, requires_grad=True) for name in formats.PARAMS}
+    return {name: torch.tensor(params[name], dtype=dtype, requires_grad=True)
+            for name in formats.PARAMS}
 
 
 def first_step(params, config, inputs, targets):
@@ -87,11 +93,17 @@ def first_step(params, config, inputs, targets):
 # ---------------------------------------------------------------------------- training
 
 def train(params, config, inputs, targets, hyper, steps):
-    """AdamW, again and again on one batch. Returns losses and gradient norms before each update, and the parameters."""
+    """
+    AdamW, again and again on one batch. Returns losses and gradient norms before each update, and
+    the parameters.
+    """
     p = parameters(params)
-    groups = [{"params": [p[n] for n in formats.PARAMS if n in formats.DECAYED], "weight_decay": hyper["weight_decay"]},
-              {"params": [p[n] for n in formats.PARAMS if n not in formats.DECAYED], "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(groups, lr=hyper["lr"], betas=(hyper["beta1"], hyper["beta2"]), eps=hyper["eps"])
+    groups = [{"params": [p[n] for n in formats.PARAMS if n in formats.DECAYED],
+               "weight_decay": hyper["weight_decay"]},
+              {"params": [p[n] for n in formats.PARAMS if n not in formats.DECAYED],
+               "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=hyper["lr"], betas=(hyper["beta1"], hyper["beta2"]),
+                             eps=hyper["eps"])
     losses, norms = [], []
     for _ in range(steps):
         losses.append(backward(p, config, inputs, targets)[2])
@@ -104,12 +116,15 @@ def adamw_direction(G, moments, step, hyper):
     M, V = moments
     M += (1 - hyper["beta1"]) * (G - M)
     V += (1 - hyper["beta2"]) * (G * G - V)
-    return M / (1 - hyper["beta1"] ** step) / ((V / (1 - hyper["beta2"] ** step)).sqrt() + hyper["eps"])
+    return M / (1 - hyper["beta1"] ** step) / ((V / (1 - hyper["beta2"] ** step)).sqrt()
+                                               + hyper["eps"])
 
 
 def muon_direction(G, moments, n, blocks):
-    """Nesterov's momentum, its singular values put through the polynomial of the five Newton-Schulz iterations, for W of n
-    inputs; each of the blocks (q, k and v) by itself."""
+    """
+    Nesterov's momentum, its singular values put through the polynomial of the five Newton-Schulz
+    iterations, for W of n inputs; each of the blocks (q, k and v) by itself.
+    """
     M = moments[0]
     M.mul_(0.95).add_(G)
     parts = []
@@ -123,8 +138,11 @@ def muon_direction(G, moments, n, blocks):
 
 
 def train_compact(params, config, inputs, targets, hyper, steps, proj):
-    """As train, but tensors that have projections, proj["qkvw.0"] and so on, learn from gradients times these: (epochs, n, r),
-    the next one after every hyper["gap"] steps. The linear layers' optimizer is hyper["optimizer"]."""
+    """
+    As train, but tensors that have projections, proj["qkvw.0"] and so on, learn from gradients
+    times these: (epochs, n, r), the next one after every hyper["gap"] steps. The linear layers'
+    optimizer is hyper["optimizer"].
+    """
     p = parameters(params)
     proj = {name: torch.tensor(P, dtype=torch.float64) for name, P in proj.items()}
     moments, losses, norms = {}, [], []
@@ -135,7 +153,8 @@ def train_compact(params, config, inputs, targets, hyper, steps, proj):
         now = {record: P[epoch] for record, P in proj.items()}
         todo = []
         for name in formats.PARAMS:
-            for (record, W), (_, G) in zip(formats.per_layer(name, p[name].detach()), formats.per_layer(name, p[name].grad)):
+            for (record, W), (_, G) in zip(formats.per_layer(name, p[name].detach()),
+                                           formats.per_layer(name, p[name].grad)):
                 todo.append((name, record, W, G @ now[record] if record in now else G))
         norm = math.sqrt(sum((G * G).sum().item() for _, _, _, G in todo))
         scale = min(1.0, hyper["clip"] / norm)
@@ -158,10 +177,12 @@ def train_compact(params, config, inputs, targets, hyper, steps, proj):
 
 # ---------------------------------------------------------------------------- goldens
 
-# Clipping is active in some of the ten steps and not in the others; test_parity.py asserts that it is.
+# Clipping is active in some of the ten steps and not in the others; test_parity.py asserts that it
+# is.
 CASES = {
     # a padded vocabulary, T below the context, the default eps
-    "padded": dict(config=dict(context=40, vocab=50, layers=2, heads=4, channels=16, padded_vocab=64),
+    "padded": dict(config=dict(context=40, vocab=50, layers=2, heads=4, channels=16,
+                               padded_vocab=64),
                    B=2, T=17, seed=4, hyper=dict(lr=1e-2, clip=1.1, eps=1e-8)),
     # odd sizes, no padding, T equal to the context, an eps of the gradients' size
     "odd": dict(config=dict(context=7, vocab=257, layers=1, heads=3, channels=12, padded_vocab=257),
@@ -169,9 +190,11 @@ CASES = {
     # one token
     "one": dict(config=dict(context=5, vocab=11, layers=3, heads=1, channels=6, padded_vocab=16),
                 B=1, T=1, seed=3, hyper=dict(lr=1e-2, clip=2.4, eps=1e-3)),
-    # more tokens than a tile of attention and a chunk of the classifier take; most activations would be too much to keep
-    "long": dict(config=dict(context=131, vocab=30, layers=1, heads=2, channels=8, padded_vocab=32), keep=["act.atty.0"],
-                 B=2, T=131, seed=5, hyper=dict(lr=1e-2, clip=0.25, eps=1e-3)),
+    # more tokens than a tile of attention and a chunk of the classifier take; most activations
+    # would be too much to keep
+    "long": dict(config=dict(context=131, vocab=30, layers=1, heads=2, channels=8,
+                             padded_vocab=32),
+                 keep=["act.atty.0"], B=2, T=131, seed=5, hyper=dict(lr=1e-2, clip=0.25, eps=1e-3)),
 }
 STEPS = 10
 
@@ -186,11 +209,13 @@ def make_golden(case):
     config, B, T = case["config"], case["B"], case["T"]
     hyper = dict(beta1=0.9, beta2=0.95, weight_decay=0.1, **case["hyper"])
     params = formats.draw_model(config, case["seed"])
-    tokens = np.random.Generator(np.random.PCG64(case["seed"])).integers(0, config["vocab"], B * T + 1)
+    tokens = np.random.Generator(np.random.PCG64(case["seed"])).integers(
+        0, config["vocab"], B * T + 1)
     inputs, targets = batch(tokens, B, T)
     out = first_step(params, config, inputs, targets)
     if "keep" in case:
-        out = {name: v for name, v in out.items() if name.startswith("grad.") or name in ["loss"] + case["keep"]}
+        out = {name: v for name, v in out.items()
+               if name.startswith("grad.") or name in ["loss"] + case["keep"]}
     losses, norms, trained = train(params, config, inputs, targets, hyper, STEPS)
     for name, value in trained.items():
         out["trained." + name] = value
@@ -198,7 +223,8 @@ def make_golden(case):
     bf16_loss = first_step(rounded, config, inputs, targets)["loss"]
     out = {name: value.astype(np.float32) for name, value in out.items()}
     out.update(losses=losses, norms=norms, bf16_loss=bf16_loss, tokens=tokens.astype(np.uint16))
-    about = dict(config=config, B=B, T=T, seed=case["seed"], hyper=hyper, steps=STEPS, sha256=formats.checksum(params))
+    about = dict(config=config, B=B, T=T, seed=case["seed"], hyper=hyper, steps=STEPS,
+                 sha256=formats.checksum(params))
     out["about"] = np.frombuffer(json.dumps(about, sort_keys=True).encode(), np.uint8)
     return out
 
@@ -211,10 +237,14 @@ def make_goldens(directory):
         print(f"{path}: {os.path.getsize(path)} bytes")
 
 
-# ---------------------------------------------------------------------------- questions from test_parity.py
+# ----------------------------------------------------------------------------
+# questions from test_parity.py
 
 def evaluate(job_path, out_path):
-    """The job holds the model, the batch and, as proj.NAME.LAYER, the projections of all epochs if there are any."""
+    """
+    The job holds the model, the batch and, as proj.NAME.LAYER, the projections of all epochs if
+    there are any.
+    """
     job = np.load(job_path)
     about = json.loads(job["about"].tobytes())
     config, hyper = about["config"], about["hyper"]
@@ -223,18 +253,22 @@ def evaluate(job_path, out_path):
     inputs, targets = torch.tensor(job["inputs"]).long(), torch.tensor(job["targets"]).long()
     out = first_step(params, config, inputs, targets)
     if proj or hyper.get("optimizer") == "muon":
-        losses, norms, trained = train_compact(params, config, inputs, targets, hyper, about["steps"], proj)
+        losses, norms, trained = train_compact(params, config, inputs, targets, hyper,
+                                               about["steps"], proj)
     else:
         losses, norms, trained = train(params, config, inputs, targets, hyper, about["steps"])
-    out.update({"trained." + name: value for name, value in trained.items()}, losses=losses, norms=norms)
+    out.update({"trained." + name: value for name, value in trained.items()}, losses=losses,
+               norms=norms)
     np.savez(out_path, **out)
 
 
 def main():
     parser = argparse.ArgumentParser(description="GPT-2 in PyTorch, to hold the trainers to")
     parser.add_argument("--make-goldens", action="store_true", help="compute the goldens anew")
-    parser.add_argument("--out", default=os.path.join(HERE, "goldens"), help="where to (goldens/ beside this file)")
-    parser.add_argument("--evaluate", nargs=2, metavar=("JOB", "OUT"), help="answer a job of test_parity.py")
+    parser.add_argument("--out", default=os.path.join(HERE, "goldens"),
+                        help="where to (goldens/ beside this file)")
+    parser.add_argument("--evaluate", nargs=2, metavar=("JOB", "OUT"),
+                        help="answer a job of test_parity.py")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the tensors are tiny
     if args.make_goldens:

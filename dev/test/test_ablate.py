@@ -1,4 +1,7 @@
-"""dev/ablate.py and dev/plot.py on tiny models: sweeps that end, break off, fail and go on; their tables and their pictures."""
+"""
+dev/ablate.py and dev/plot.py on tiny models: sweeps that end, break off, fail and go on; their
+tables and their pictures.
+"""
 
 import contextlib
 import csv
@@ -33,11 +36,14 @@ import plot  # noqa: E402
 
 PICTURES = ["curves.png", "loss_flops.png", "loss_memory.png", "loss_ratio.png", "speed_memory.png"]
 STEPS = 24
-BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"  # full rank, the projections as they are listed
-METHODS = ["full rank", *(f"rank {ratio}, {p}" for ratio in ("1/2", "1/4") for p in ("gaussian", "sparse"))]
+# full rank, the projections as they are listed
+BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"
+METHODS = ["full rank",
+           *(f"rank {ratio}, {p}" for ratio in ("1/2", "1/4") for p in ("gaussian", "sparse"))]
 
-# A trainer that notes in `calls`, a line a time, when a run begins (+) and ends (-) and with which flags; plans it leaves alone.
-# Those runs whose flags hold $WHERE go wrong in the way that $HOW names.
+# A trainer that notes in `calls`, a line a time, when a run begins (+) and ends (-) and with which
+# flags; plans it leaves alone. Those runs whose flags hold $WHERE go wrong in the way that $HOW
+# names.
 WRAPPER = """#!/bin/bash
 [ "$1" = --plan=json ] && exec {trainer} "$@"
 echo "+ $*" >> {calls}
@@ -64,15 +70,19 @@ class Sweep:
         self.calls.touch()
         (folder / "text.txt").write_text(make_text(3000))
         self.binary = folder / "trainer.sh"
-        self.binary.write_text(WRAPPER.replace("{trainer}", TRAINER).replace("{calls}", str(self.calls)))
+        self.binary.write_text(WRAPPER.replace("{trainer}",
+                                               TRAINER).replace("{calls}", str(self.calls)))
         self.binary.chmod(0o755)
         self.process = None
 
     def start(self, *options, how="", where="", **settings):
-        command = [sys.executable, ROOT / "dev/ablate.py", "--binary", self.binary, "--out", self.out, "--train", self.folder / "text.txt", *SHAPE,
-                   "--steps", STEPS, *([] if "--lr-sweep" in options else ["-l", "1e-2"]), *options]
-        environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", HOW=how, WHERE=where or "no such flags")
-        self.process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        command = [sys.executable, ROOT / "dev/ablate.py", "--binary", self.binary, "--out",
+                   self.out, "--train", self.folder / "text.txt", *SHAPE, "--steps", STEPS,
+                   *([] if "--lr-sweep" in options else ["-l", "1e-2"]), *options]
+        environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", HOW=how,
+                           WHERE=where or "no such flags")
+        self.process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True, env=environment,
                                         **settings)
         return self.process
 
@@ -111,9 +121,13 @@ def sweep(tmp_path):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A sweep that is done, to look at: full rank, and two ratios by two projections, each with two seeds."""
+    """
+    A sweep that is done, to look at: full rank, and two ratios by two projections, each with two
+    seeds.
+    """
     made = Sweep(tmp_path_factory.mktemp("sweep"))
-    made.said = made.run("--ratios", "1,1/2,0.25", "--optimizers", "adamw", "--projections", "gaussian,sparse", "--seeds", "1,2", "-v", 8)
+    made.said = made.run("--ratios", "1,1/2,0.25", "--optimizers", "adamw", "--projections",
+                         "gaussian,sparse", "--seeds", "1,2", "-v", 8)
     made.command = made.process.args
     return made
 
@@ -129,7 +143,8 @@ def gone(pid):
     """Whether a process has ended, waited for or not."""
     try:
         os.kill(pid, 0)
-        return Path("/proc/self").exists() and Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z"
+        return (Path("/proc/self").exists()
+                and Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z")
     except (ProcessLookupError, FileNotFoundError):
         return True
 
@@ -137,42 +152,50 @@ def gone(pid):
 # ---------------------------------------------------------------------------- a whole sweep
 
 def test_which_runs(done):
-    """Full rank is run once a seed, not once a projection; a ratio reaches the trainer as a number."""
-    assert len(done.begun) == len(set(done.begun)) == 10 and done.folders == sorted(row["name"] for row in done.rows)
+    """
+    Full rank is run once a seed, not once a projection; a ratio reaches the trainer as a number.
+    """
+    assert (len(done.begun) == len(set(done.begun)) == 10
+            and done.folders == sorted(row["name"] for row in done.rows))
     options = [formats.read_log(done.out / name)[0]["options"] for name in done.folders]
     ran = sorted((o["rank"], o["projection"], o["seed"]) for o in options)
-    assert ran == sorted([(1, "sparse", seed) for seed in (1, 2)] +
-                         [(ratio, projection, seed) for ratio in (0.5, 0.25) for projection in ("gaussian", "sparse") for seed in (1, 2)])
+    assert ran == sorted([(1, "sparse", seed) for seed in (1, 2)]
+                         + [(ratio, projection, seed) for ratio in (0.5, 0.25)
+                            for projection in ("gaussian", "sparse") for seed in (1, 2)])
     begins = sorted(name[:name.index("-r0-lr0.01-s")] for name in done.folders)
-    assert begins == sorted(2 * ["full"] + [f"{ratio}-{p}" for ratio in (0.5, 0.25) for p in 2 * ("gaussian", "sparse")])
+    assert begins == sorted(2 * ["full"] + [f"{ratio}-{p}" for ratio in (0.5, 0.25)
+                                            for p in 2 * ("gaussian", "sparse")])
     assert all(o["steps"] == STEPS and o["lr"] == 0.01 and o["channels"] == 16 for o in options)
-    assert "10 of 10 runs are done" in done.said and len(re.findall(r"val \d\.\d{4}\n", done.said)) == 10
+    assert "10 of 10 runs are done" in done.said and len(re.findall(r"val \d\.\d{4}\n",
+                                                                    done.said)) == 10
 
 
 def test_the_csv_says_what_the_logs_say(done):
     logs = {name: formats.read_log(done.out / name) for name in done.folders}
-    base = {head["options"]["seed"]: evaluations[-1]["val_loss"] for name, (head, _, evaluations) in logs.items() if name.startswith("full")}
+    base = {head["options"]["seed"]: evaluations[-1]["val_loss"]
+            for name, (head, _, evaluations) in logs.items() if name.startswith("full")}
     for row in done.rows:
         head, steps, evaluations = logs[row["name"]]
         options, plan, full = head["options"], head["plan"], row["name"].startswith("full")
         assert [evaluation["step"] for evaluation in evaluations] == [8, 16, 24]
-        for column, option in (("projection", "projection"), ("gap", "gap"), ("alpha", "alpha"), ("moments", "moments"), ("compress", "compress")):
+        for column, option in (("projection", "projection"), ("gap", "gap"), ("alpha", "alpha"),
+                               ("moments", "moments"), ("compress", "compress")):
             assert row[column] == ("" if full else str(options[option]))
         assert float(row["rank"]) == options["rank"] and row["weight_decay"] == "0.1"
         assert row["level"] == "0" and row["seed"] == str(options["seed"])
         assert row["lr"] == "0.01" and row["steps"] == "24" and row["status"] == "ok"
-        figures = {"final_train_loss": statistics.mean(step["loss"] for step in steps[-20:]),
-                   "final_val_loss": evaluations[-1]["val_loss"],
-                   "perplexity": math.exp(evaluations[-1]["val_loss"]),
-                   "bits_per_byte": evaluations[-1]["bits_per_byte"],
-                   "best_val_loss": min(evaluation["val_loss"] for evaluation in evaluations),
-                   "perplexity_above_full_rank_percent": 100 * (math.exp(evaluations[-1]["val_loss"]) / math.exp(base[options["seed"]]) - 1),
-                   "plan_bytes": plan["total_bytes"],
-                   "full_rank_bytes": plan["full_rank_total_bytes"],
-                   "flops_per_token": plan["flops_per_token"]["total"],
-                   "tokens_per_second": statistics.median(step["tokens_per_second"]
-                                                          for step in steps[5:]),
-                   "seconds": sum(step["ms"] for step in steps) / 1000}
+        figures = {
+            "final_train_loss": statistics.mean(step["loss"] for step in steps[-20:]),
+            "final_val_loss": evaluations[-1]["val_loss"],
+            "perplexity": math.exp(evaluations[-1]["val_loss"]),
+            "bits_per_byte": evaluations[-1]["bits_per_byte"],
+            "best_val_loss": min(evaluation["val_loss"] for evaluation in evaluations),
+            "perplexity_above_full_rank_percent": 100 * (math.exp(evaluations[-1]["val_loss"])
+                                                         / math.exp(base[options["seed"]]) - 1),
+            "plan_bytes": plan["total_bytes"], "full_rank_bytes": plan["full_rank_total_bytes"],
+            "flops_per_token": plan["flops_per_token"]["total"],
+            "tokens_per_second": statistics.median(step["tokens_per_second"] for step in steps[5:]),
+            "seconds": sum(step["ms"] for step in steps) / 1000}
         for column, value in figures.items():
             assert float(row[column]) == pytest.approx(value, rel=1e-9, abs=1e-9), column
     for column, count in (("final_val_loss", 10), ("plan_bytes", 5), ("flops_per_token", 5)):
@@ -180,14 +203,17 @@ def test_the_csv_says_what_the_logs_say(done):
 
 
 def test_the_table(done):
-    lines = [line.strip("| ").split(" | ") for line in done.table.splitlines() if line.startswith("| ")]
+    lines = [line.strip("| ").split(" | ") for line in done.table.splitlines()
+             if line.startswith("| ")]
     methods = {line[0]: line for line in lines[2:7]}
     assert list(methods) == METHODS
-    for method, begin in (("rank 1/4, gaussian", "0.25-gaussian"), ("rank 1/4, sparse", "0.25-sparse")):
+    for method, begin in (("rank 1/4, gaussian", "0.25-gaussian"),
+                          ("rank 1/4, sparse", "0.25-sparse")):
         rows = [row for row in done.rows if row["name"].startswith(begin)]
         losses = [float(row["final_val_loss"]) for row in rows]
         line = methods[method]
-        assert line[1] == "2" and line[4] == f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
+        assert (line[1] == "2"
+                and line[4] == f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}")
         perplexities = list(map(math.exp, losses))
         mean, deviation = statistics.mean(perplexities), statistics.stdev(perplexities)
         assert line[5] == f"{mean:.3f} ± {deviation:.3f}"
@@ -209,7 +235,9 @@ def test_the_table(done):
 
 def pixels(path, colour):
     """How many pixels of a PNG are of a colour."""
-    return int((np.abs(picture(path) - [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]).max(axis=2) < 0.01).sum())
+    return int((np.abs(picture(path)
+                       - [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]).max(axis=2)
+                < 0.01).sum())
 
 
 def picture(path):
@@ -218,7 +246,10 @@ def picture(path):
 
 
 def check_picture(path, *colours):
-    """Not blank: it varies, it has many shades (of smoothed edges), and what stands for each series is there."""
+    """
+    Not blank: it varies, it has many shades (of smoothed edges), and what stands for each series is
+    there.
+    """
     image = picture(path)
     assert min(image.shape[:2]) > 400 and image.std() > 0.05, path
     assert len(np.unique((image * 255).astype(int) @ [1, 256, 65536])) > 50, path
@@ -246,7 +277,8 @@ def check_legend(figure, labels):
     assert [text.get_text() for text in legend.get_texts()] == labels
     figure.draw_without_rendering()
     place = legend.get_window_extent()
-    assert figure.bbox.x0 <= place.x0 and place.x1 <= figure.bbox.x1 + 1 and figure.bbox.y0 <= place.y0
+    assert (figure.bbox.x0 <= place.x0 and place.x1 <= figure.bbox.x1 + 1
+            and figure.bbox.y0 <= place.y0)
     for axis in figure.axes:
         assert not place.overlaps(axis.get_tightbbox()), "the legend covers the axes"
         assert axis.get_xlabel() and axis.get_ylabel() and axis.get_title()
@@ -254,52 +286,75 @@ def check_legend(figure, labels):
 
 def test_curves_hold_the_losses(done, figures):
     logs = [plot.read_log(done.out / name) for name in done.folders[:3]]
-    plot.draw_curves(logs, ["a", "b, which is rather long", "a"], [plot.look(0), plot.look(1), plot.look(0)], "")
+    plot.draw_curves(logs, ["a", "b, which is rather long", "a"],
+                     [plot.look(0), plot.look(1), plot.look(0)], "")
     check_legend(figures[0], ["a", "b, which is rather long"])
     train, val = figures[0].axes
-    for log, raw, smoothed, evaluations in zip(logs, train.lines[::2], train.lines[1::2], val.lines):
-        assert np.array_equal(raw.get_xydata(), np.stack([log.steps, log.losses], 1)) and raw.get_alpha() < 0.5
-        assert np.array_equal(smoothed.get_xydata(), np.stack([log.steps, plot.smooth(log.losses, 1)], 1))
-        assert np.array_equal(evaluations.get_xydata(), np.stack([log.val_steps, log.val_losses], 1))
+    for log, raw, smoothed, evaluations in zip(logs, train.lines[::2], train.lines[1::2],
+                                               val.lines):
+        assert np.array_equal(raw.get_xydata(),
+                              np.stack([log.steps, log.losses], 1)) and raw.get_alpha() < 0.5
+        assert np.array_equal(smoothed.get_xydata(),
+                              np.stack([log.steps, plot.smooth(log.losses, 1)], 1))
+        assert np.array_equal(evaluations.get_xydata(),
+                              np.stack([log.val_steps, log.val_losses], 1))
         low, high = train.get_ylim()
         assert low < log.losses.min() and high > smoothed.get_ydata()[1:].max()
     assert len(train.lines) == 6 and len(val.lines) == 3
 
 
 def test_series_hold_their_points(figures):
-    full = ablate.SimpleNamespace(label="full", look=dict(plot.look(0), linestyle="none"), points=[(1.0, [2.0, 2.2], "*")], start=None)
-    one = ablate.SimpleNamespace(label="one", look=plot.look(1), points=[(0.5, [3.0], "o"), (0.25, [5.0, 2.0, 8.0], "s")], start=(1.0, 2.1))
-    plot.draw_series([full, one], "", "title", "x", "y", markers={"o": "half", "s": "quarter"}, frontier=True)
+    full = ablate.SimpleNamespace(label="full", look=dict(plot.look(0), linestyle="none"),
+                                  points=[(1.0, [2.0, 2.2], "*")], start=None)
+    one = ablate.SimpleNamespace(label="one", look=plot.look(1),
+                                 points=[(0.5, [3.0], "o"), (0.25, [5.0, 2.0, 8.0], "s")],
+                                 start=(1.0, 2.1))
+    plot.draw_series([full, one], "", "title", "x", "y", markers={"o": "half", "s": "quarter"},
+                     frontier=True)
     check_legend(figures[0], ["full", "one", "half", "quarter", "frontier: not\nbeaten in both"])
     axis, = figures[0].axes
-    points = [container[0].get_xydata()[0].tolist() + [container[0].get_marker()] for container in axis.containers]
+    points = [container[0].get_xydata()[0].tolist() + [container[0].get_marker()]
+              for container in axis.containers]
     assert [point[2] for point in points] == ["*", "o", "s"]
-    assert [point[:2] for point in points] == [pytest.approx(place) for place in ([1.0, 2.1], [0.5, 3.0], [0.25, 5.0])]
-    bars = [container.has_yerr and np.ptp(container[2][0].get_segments()[0][:, 1]) for container in axis.containers]
+    assert [point[:2] for point in points] == [pytest.approx(place)
+                                               for place in ([1.0, 2.1], [0.5, 3.0], [0.25, 5.0])]
+    bars = [container.has_yerr and np.ptp(container[2][0].get_segments()[0][:, 1])
+            for container in axis.containers]
     assert bars == [pytest.approx(2 * statistics.stdev([2.0, 2.2])), False, pytest.approx(2 * 3.0)]
     lines = [line.get_xydata().tolist() for line in axis.lines]
-    assert [[1.0, 2.1], [0.5, 3.0], [0.25, 5.0]] in lines and "standard deviation" in axis.get_title()
+    assert [[1.0, 2.1], [0.5, 3.0],
+            [0.25, 5.0]] in lines and "standard deviation" in axis.get_title()
     assert [[0.25, 5.0], [0.5, 3.0], [1.0, 2.1]] in lines  # the frontier: here nothing is beaten
 
 
 def test_frontier_and_places(figures):
     def line(label, *points, number=1):
-        return ablate.SimpleNamespace(label=label, look=plot.look(number), points=[(x, [y], "o") for x, y in points], start=None)
-    plot.draw_series([line("a", (1, 5), (2, 4), (2, 4.5), (3, 4)), line("b", (2, 6), (4, 1), (5, 2))], "", "t", "x", "y", frontier=True)
-    assert [[1, 5], [2, 4], [4, 1]] in [line.get_xydata().tolist() for line in figures[0].axes[0].lines]
+        return ablate.SimpleNamespace(label=label, look=plot.look(number),
+                                      points=[(x, [y], "o") for x, y in points], start=None)
+    plot.draw_series([line("a", (1, 5), (2, 4), (2, 4.5), (3, 4)),
+                      line("b", (2, 6), (4, 1), (5, 2))],
+                     "", "t", "x", "y", frontier=True)
+    assert [[1, 5], [2, 4], [4, 1]] in [line.get_xydata().tolist()
+                                        for line in figures[0].axes[0].lines]
     ticks = {0.25: "1/4", 0.5: "1/2", 1.0: "1"}
     plot.draw_series([line("a", (0.25, 1)), line("b", (0.25, 1))], "", "t", "x", "y", ticks=ticks)
     axis, = figures[1].axes
-    assert [text.get_text() for text in axis.get_xticklabels()] == list(ticks.values()) and axis.get_title() == "t"
-    assert [line.get_xdata()[0] for line in axis.lines if len(line.get_xdata())] == [0.25] * 4  # a line and its marker, twice; none moved
-    both = [ablate.SimpleNamespace(label=label, look=plot.look(1), points=[(0.25, [1, 2], "o")], start=None) for label in "ab"]
+    assert [text.get_text()
+            for text in axis.get_xticklabels()] == list(ticks.values()) and axis.get_title() == "t"
+    # a line and its marker, twice; none moved
+    assert [line.get_xdata()[0] for line in axis.lines if len(line.get_xdata())] == [0.25] * 4
+    both = [ablate.SimpleNamespace(label=label, look=plot.look(1), points=[(0.25, [1, 2], "o")],
+                                   start=None) for label in "ab"]
     plot.draw_series(both, "", "t", "x", "y", ticks=ticks)
     a, b = (container[0].get_xdata()[0] for container in figures[2].axes[0].containers)
     assert 0.24 < a < 0.25 < b < 0.26  # error bars beside each other
 
 
 def test_pictures_hold_the_sweep(done, figures, monkeypatch):
-    """Started again on a sweep that is done, only the pictures are made: their points are those of the table."""
+    """
+    Started again on a sweep that is done, only the pictures are made: their points are those of the
+    table.
+    """
     monkeypatch.setattr(sys, "argv", done.command[1:])
     with pytest.raises(SystemExit) as caught:
         ablate.main()
@@ -310,11 +365,13 @@ def test_pictures_hold_the_sweep(done, figures, monkeypatch):
     check_legend(loss_ratio, ["full rank", "gaussian", "sparse"])
     check_legend(speed_memory, ["full rank", "gaussian", "sparse", "rank 1/2", "rank 1/4"])
     colours = {"": BLACK, "gaussian": BLUE, "sparse": ORANGE}
-    loss, memory = ("final_val_loss", "final validation loss (nats per token)"), ("plan_bytes", "memory of a run (MiB)", 2**20)
+    loss, memory = (("final_val_loss", "final validation loss (nats per token)"),
+                    ("plan_bytes", "memory of a run (MiB)", 2**20))
     flops = ("flops_per_token", "FLOPs of matrix products per token (millions)", 1e6)
     for figure, (x, x_name, unit), (y, y_name) in (
-            (loss_ratio, ("rank", "rank ratio", 1), loss), (loss_memory, memory, loss), (loss_flops, flops, loss),
-            (speed_memory, memory, ("tokens_per_second", "speed (tokens per second)"))):
+        (loss_ratio, ("rank", "rank ratio", 1), loss), (loss_memory, memory, loss),
+        (loss_flops, flops, loss),
+        (speed_memory, memory, ("tokens_per_second", "speed (tokens per second)"))):
         wanted = {}
         for row in done.rows:
             mark = {"1": "*", "0.5": "o", "0.25": "s"}[row["rank"]]
@@ -324,22 +381,29 @@ def test_pictures_hold_the_sweep(done, figures, monkeypatch):
             wanted.setdefault(key, [float(row[x]) / unit, []])[1].append(float(row[y]))
         axis, = figure.axes
         assert axis.get_xlabel() == x_name and axis.get_ylabel() == y_name
-        points = [(container[0].get_xydata()[0], to_hex(container[0].get_color()).upper(), container[0].get_marker()) for container in axis.containers]
+        points = [(container[0].get_xydata()[0], to_hex(container[0].get_color()).upper(),
+                   container[0].get_marker()) for container in axis.containers]
         full, = (list(place) for place, colour, _ in points if colour == BLACK)
-        joined = {to_hex(line.get_color()).upper(): line for line in axis.lines if len(line.get_xdata()) == 3}
+        joined = {to_hex(line.get_color()).upper(): line for line in axis.lines
+                  if len(line.get_xdata()) == 3}
         starts = [joined[colour].get_xydata()[0].tolist() == full for colour in (BLUE, ORANGE)]
         assert len(points) == 5 and starts == [True, True]
         assert [joined[colour].get_linestyle() for colour in (BLUE, ORANGE)] == ["-", "--"]
         for (_, colour, mark), (at, ys) in wanted.items():
-            near = pytest.approx([at, statistics.mean(ys)], rel=0.05 if figure is loss_ratio else 1e-9)  # there, error bars stand side by side
-            assert [1 for place, c, m in points if (c, m) == (colour, mark) and list(place) == near], (x, y, colour, mark)
+            # there, error bars stand side by side
+            near = pytest.approx([at, statistics.mean(ys)],
+                                 rel=0.05 if figure is loss_ratio else 1e-9)
+            assert [1 for place, c, m in points
+                    if (c, m) == (colour, mark) and list(place) == near], (x, y, colour, mark)
 
 
 def test_looks():
     """No two of 24 lines look alike; nor do six lines of seven ratios."""
-    for looks in ([plot.look(number) for number in range(25)], [plot.look(number, kind) for number in range(1, 7) for kind in range(7)]):
+    for looks in ([plot.look(number) for number in range(25)],
+                  [plot.look(number, kind) for number in range(1, 7) for kind in range(7)]):
         assert len({tuple(look.values()) for look in looks}) == len(looks)
-    assert plot.look(0)["color"] == BLACK and plot.look(1)["color"] == BLUE and plot.look(2, 3)["color"] == ORANGE
+    assert (plot.look(0)["color"] == BLACK and plot.look(1)["color"] == BLUE
+            and plot.look(2, 3)["color"] == ORANGE)
 
 
 def test_many_ratios_have_one_colour(sweep):
@@ -352,27 +416,35 @@ def test_many_ratios_have_one_colour(sweep):
 # ---------------------------------------------------------------------------- sweeps that break off
 
 def test_goes_on_after_a_kill(sweep):
-    options = ["--ratios", "1,1/2", "--projections", "gaussian,sparse", "--seeds", "1,2"]  # the fourth run is seed 2 at full rank
+    # the fourth run is seed 2 at full rank
+    options = ["--ratios", "1,1/2", "--projections", "gaussian,sparse", "--seeds", "1,2"]
     sweep.start(*options, how="hang", where="--rank 1 --seed 2")
     pid = sweep.folder / "calls.pid"
     wait_for(lambda: pid.exists() and pid.read_text().endswith("\n"), "the run did not begin")
     unfinished = [name for name in sweep.folders if name.endswith(".part")]
-    assert len(sweep.folders) == 4 and len(unfinished) == 1 and len(formats.read_log(sweep.out / unfinished[0])[1]) == 5
-    assert [row["status"] for row in sweep.rows].count("ok") == 3 and [row["status"] for row in sweep.rows].count("not run yet") == 3
+    assert (len(sweep.folders) == 4 and len(unfinished) == 1
+            and len(formats.read_log(sweep.out / unfinished[0])[1]) == 5)
+    assert ([row["status"] for row in sweep.rows].count("ok") == 3
+            and [row["status"] for row in sweep.rows].count("not run yet") == 3)
     sweep.process.send_signal(signal.SIGKILL)
     sweep.process.communicate()
     wait_for(lambda: gone(int(pid.read_text())), "the trainer outlives the sweep")
-    begun, times = sweep.begun, {name: (sweep.out / name / "log.jsonl").stat().st_mtime_ns for name in sweep.folders if name not in unfinished}
+    begun, times = sweep.begun, {name: (sweep.out / name / "log.jsonl").stat().st_mtime_ns
+                                 for name in sweep.folders if name not in unfinished}
 
     assert "3 of 6 runs are done already" in sweep.run(*options)
     again = sweep.begun[len(begun):]
     assert len(again) == 3 and begun[3] == again[0] and len(set(begun[:3] + again)) == 6
-    assert len(sweep.folders) == 6 and not [name for name in sweep.folders if name.endswith(".part")]
-    assert all((sweep.out / name / "log.jsonl").stat().st_mtime_ns == before for name, before in times.items())
-    assert [row["status"] for row in sweep.rows] == ["ok"] * 6 and sorted(row["name"] for row in sweep.rows) == sweep.folders
+    assert len(sweep.folders) == 6 and not [name for name in sweep.folders
+                                            if name.endswith(".part")]
+    assert all((sweep.out / name / "log.jsonl").stat().st_mtime_ns == before
+               for name, before in times.items())
+    assert ([row["status"] for row in sweep.rows] == ["ok"] * 6
+            and sorted(row["name"] for row in sweep.rows) == sweep.folders)
     assert all(len(formats.read_log(sweep.out / name)[1]) == STEPS for name in sweep.folders)
 
-    # with nothing changed there is nothing to do; with a flag for the trainer all runs are others; a log cut off is no result
+    # with nothing changed there is nothing to do; with a flag for the trainer all runs are others;
+    # a log cut off is no result
     count = len(sweep.begun)
     cut = sweep.out / sweep.folders[0] / "log.jsonl"
     cut.write_bytes(cut.read_bytes()[:-200])
@@ -380,17 +452,22 @@ def test_goes_on_after_a_kill(sweep):
     assert len(sweep.begun) == count + 1 and len(formats.read_log(cut.parent)[1]) == STEPS
     sweep.run(*options, "-c", "0.2", "-v", "0")
     assert len(sweep.begun) == count + 7 and len(sweep.folders) == 12 and len(sweep.rows) == 6
-    assert {row["final_val_loss"] for row in sweep.rows} == {""} and "loss_ratio.png" not in sweep.table  # nothing to draw it from
+    # nothing to draw it from
+    assert {row["final_val_loss"]
+            for row in sweep.rows} == {""} and "loss_ratio.png" not in sweep.table
 
 
 def test_stops_when_told(sweep):
     sweep.start("--ratios", "1,1/2", "--jobs", "2", how="hang", where="--rank 0.5")
     pid = sweep.folder / "calls.pid"
-    wait_for(lambda: pid.exists() and pid.read_text().endswith("\n") and ",ok\n" in (sweep.out / "results.csv").read_text(), "the runs did not begin")
+    table = sweep.out / "results.csv"
+    wait_for(lambda: pid.exists() and pid.read_text().endswith("\n")
+             and ",ok\n" in table.read_text(), "the runs did not begin")
     sweep.process.send_signal(signal.SIGTERM)
     sweep.process.communicate(timeout=20)
     assert sweep.process.returncode == 143 and gone(int(pid.read_text()))
-    assert len(sweep.folders) == 1 and sorted(row["status"] for row in sweep.rows) == ["not run yet", "ok"]
+    assert len(sweep.folders) == 1 and sorted(row["status"]
+                                              for row in sweep.rows) == ["not run yet", "ok"]
 
 
 def test_only_one_at_a_time(sweep):
@@ -447,24 +524,32 @@ def test_a_run_fails(sweep):
     said = sweep.run(*options, status=1)
     assert "2 of 3 runs are done" in said
     ok, failed, last = sweep.rows
-    assert ok["status"] == last["status"] == "ok" and failed["alpha"] == "1000000000.0" and failed["final_val_loss"] == ""
-    assert re.fullmatch(r"failed, status 1: \w+: step \d+: the loss or its gradient is not finite; .*", failed["status"])
+    assert (ok["status"] == last["status"] == "ok" and failed["alpha"] == "1000000000.0"
+            and failed["final_val_loss"] == "")
+    assert re.fullmatch(r"failed, status 1: \w+: step \d+: the loss or its gradient is not finite; "
+                        r".*",
+                        failed["status"])
     assert failed["status"] in said and failed["status"] in sweep.table
     assert sorted(sweep.folders) == sorted([ok["name"], last["name"], failed["name"] + ".part"])
     sweep.run(*options, status=1)
-    assert len(sweep.begun) == 4 and sweep.begun[1] == sweep.begun[3]  # what failed is tried again, and only that
+    # what failed is tried again, and only that
+    assert len(sweep.begun) == 4 and sweep.begun[1] == sweep.begun[3]
     for name in PICTURES:
         check_picture(sweep.out / name, BLACK, BLUE)
 
 
-@pytest.mark.parametrize("how, why", [("signal", r"failed, ended by signal 9: "), ("short", r"failed, ended without its last step: step 5/5 .*")])
+@pytest.mark.parametrize("how, why",
+                         [("signal", r"failed, ended by signal 9: "),
+                          ("short", r"failed, ended without its last step: step 5/5 .*")])
 def test_a_trainer_breaks(sweep, how, why):
     sweep.run("--ratios", "1,1/2", how=how, where="--rank 0.5", status=1)
-    assert [row["status"] for row in sweep.rows][0] == "ok" and re.fullmatch(why, sweep.rows[1]["status"])
+    assert [row["status"]
+            for row in sweep.rows][0] == "ok" and re.fullmatch(why, sweep.rows[1]["status"])
     assert len(sweep.folders) == 2 and sweep.folders[0] == sweep.rows[1]["name"] + ".part"
 
 
-# ---------------------------------------------------------------------------- several at once; learning rates
+# ----------------------------------------------------------------------------
+# several at once; learning rates
 
 def test_jobs(sweep):
     sweep.run("--ratios", "1,1/2,1/4,1/8", "--jobs", "2", how="slow")
@@ -478,14 +563,18 @@ def test_jobs(sweep):
 
 
 def check_rates(sweep, rates):
-    """Each method's best rate is the one that the runs of the first seed say, and the other seeds are run at it alone. Returns who took what."""
+    """
+    Each method's best rate is the one that the runs of the first seed say, and the other seeds are
+    run at it alone. Returns who took what.
+    """
     taken = {}
     for ratio in ("1", "0.25"):
         rows = [row for row in sweep.rows if row["rank"] == ratio]
         first = [row for row in rows if row["seed"] == "1"]
         assert {float(row["lr"]) for row in first} == set(rates) and len(first) == len(rates)
         best = min(first, key=lambda row: float(row["final_val_loss"]))
-        choice = "taken, at the edge of the list" if float(best["lr"]) in (min(rates), max(rates)) else "taken"
+        choice = ("taken, at the edge of the list" if float(best["lr"]) in (min(rates), max(rates))
+                  else "taken")
         assert [(row["seed"], row["lr"]) for row in rows
                 if row["choice"] != "not taken"] == [("1", best["lr"]), ("2", best["lr"])]
         assert {row["choice"] for row in rows} == {choice, "not taken"}
@@ -495,15 +584,18 @@ def check_rates(sweep, rates):
 
 
 def rates_in_table(sweep):
-    return [line.strip("| ").split(" | ")[:3] for line in sweep.table.splitlines() if "±" in line and "|" in line]
+    return [line.strip("| ").split(" | ")[:3] for line in sweep.table.splitlines()
+            if "±" in line and "|" in line]
 
 
 def test_learning_rates(sweep):
     options = ["--ratios", "1,1/4", "--seeds", "1,2", "--projection", "gaussian"]
     said = sweep.run(*options, "--lr-sweep", "1e-2,1e-4,1e-3")
-    assert check_rates(sweep, [1e-2, 1e-4, 1e-3]) == {"1": 0.01, "0.25": 0.01} and len(sweep.begun) == 8
+    assert check_rates(sweep,
+                       [1e-2, 1e-4, 1e-3]) == {"1": 0.01, "0.25": 0.01} and len(sweep.begun) == 8
     assert said.count("at its edge") == 2 and "best at the edge" in sweep.table
-    assert rates_in_table(sweep) == [["full rank", "2", "0.01 (edge)"], ["rank 1/4", "2", "0.01 (edge)"]]
+    assert rates_in_table(sweep) == [["full rank", "2", "0.01 (edge)"],
+                                     ["rank 1/4", "2", "0.01 (edge)"]]
     # the runs that there are stay and count; at 10 losses are above 20
     said = sweep.run(*options, "--lr-sweep", "1e-2,1e-4,1e-3,10")
     assert check_rates(sweep, [1e-2, 1e-4, 1e-3, 10]) == {"1": 0.01, "0.25": 0.01}
@@ -624,7 +716,9 @@ def test_changed_data(sweep):
 
 
 def test_which_files_are_data(tmp_path, monkeypatch):
-    """As the trainer takes them: a name that exists is a name, else a pattern; the last one holds."""
+    """
+    As the trainer takes them: a name that exists is a name, else a pattern; the last one holds.
+    """
     monkeypatch.chdir(tmp_path)
     for name in ("a[1].txt", "a1.txt", "b1.bin", "b2.bin", "m.bin"):
         Path(name).write_text(name)
@@ -709,72 +803,89 @@ def test_a_loss_beyond_all_bounds(done, tmp_path, figures, monkeypatch):
 
 
 def test_learning_rates_need_a_validation_loss(sweep):
-    formats.write_tokens(sweep.folder / "text.txt", np.arange(2000) % 50, 50)  # a shard: nothing of it is set aside
+    # a shard: nothing of it is set aside
+    formats.write_tokens(sweep.folder / "text.txt", np.arange(2000) % 50, 50)
     said = sweep.run("--ratios", "1", "--lr-sweep", "1e-2,1e-3", status=2)
-    assert said.endswith("ablate.py: --lr-sweep: chooses by validation loss, and there is none; give --val\n")
+    assert said.endswith("ablate.py: --lr-sweep: chooses by validation loss, and there is none; "
+                         "give --val\n")
 
 
 # ---------------------------------------------------------------------------- the command line
 
 def line_of(program, options, monkeypatch, capfd):
-    """What a program that ends with status 2 says, run in this process, which spares loading it anew: its own line or the trainer's."""
+    """
+    What a program that ends with status 2 says, run in this process, which spares loading it anew:
+    its own line or the trainer's.
+    """
     monkeypatch.setattr(sys, "argv", [program.__name__ + ".py", *map(str, options)])
     with pytest.raises((plot.Problem, SystemExit)) as caught:
         program.main()
     out, err = capfd.readouterr()
     line = str(caught.value) + "\n" if caught.type is plot.Problem else err
-    assert (caught.type is plot.Problem or caught.value.code == 2) and out == "" and line.count("\n") == 1, line
+    assert (caught.type is plot.Problem
+            or caught.value.code == 2) and out == "" and line.count("\n") == 1, line
     return line
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--ratios", "1,0"], "--ratios: '0' is neither a ratio in (0, 1]"),
-    (["--ratios", "3/2"], "--ratios: '3/2' is neither"),
-    (["--ratios", "64.5"], "--ratios: '64.5' is neither"),
-    (["--ratios", "1/0"], "--ratios: '1/0' is neither"),
-    (["--decays", "0,-0.1"], "--decays: '-0.1' is not a weight decay"),
-    (["--also", "--seeds 3"], "--also: --seeds is one for all combinations"),
-    (["--also", "--ratios 1 --also x"], "--also: --also is one for all"),
-    (["--also", "--ratios '1"], "--also: \"--ratios '1\": No closing quotation"),
-    (["--also", "--nonsense 3"], "train_gpt2_compact: --nonsense: "),
-    (["--decays", "0,0.1", "-c", "0.2"], "--weight-decay: is 0 by what is listed, and 0.2 by the flags"),
-    (["--seeds", ""], "--seeds: '' is empty"),
-    (["--compress", "qkv,fc/"], "--compress: 'qkv,fc/' "),
-    (["--lr-sweep", "1e-3,-1"], "--lr-sweep: '-1' is not a learning rate"),
-    (["--lr-sweep", "1e-3,1e-2", "-v", "0"], "--lr-sweep: chooses by validation loss, which --val-every 0"),
-    (["--jobs", "0"], "--jobs: '0' is not a whole number"),
-    (["--projections", "gaussian,cauchy"], "train_gpt2_compact: --projection: 'cauchy' "),
-    (["--nonsense"], "train_gpt2_compact: --nonsense: "),
-    (["--rank", "0.3"], "--rank: is 1 by what is listed, and 0.3 by the flags for the trainer"),
-    (["--train", "nothing.txt"], "train_gpt2_compact: --train: no file matches 'nothing.txt'"),
-    (["--steps", "-1"], "--steps: is missing"),
-    (["--plan"], "printed no plan"),
-    (["--binary", "/nonexistent"], "--binary: /nonexistent cannot be run: No such file"),
-    (["--out", "text.txt"], "--out: text.txt is a file"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [(["--ratios", "1,0"], "--ratios: '0' is neither a ratio in (0, 1]"),
+     (["--ratios", "3/2"], "--ratios: '3/2' is neither"),
+     (["--ratios", "64.5"], "--ratios: '64.5' is neither"),
+     (["--ratios", "1/0"], "--ratios: '1/0' is neither"),
+     (["--decays", "0,-0.1"], "--decays: '-0.1' is not a weight decay"),
+     (["--also", "--seeds 3"], "--also: --seeds is one for all combinations"),
+     (["--also", "--ratios 1 --also x"], "--also: --also is one for all"),
+     (["--also", "--ratios '1"], "--also: \"--ratios '1\": No closing quotation"),
+     (["--also", "--nonsense 3"], "train_gpt2_compact: --nonsense: "),
+     (["--decays", "0,0.1", "-c", "0.2"],
+      "--weight-decay: is 0 by what is listed, and 0.2 by the flags"),
+     (["--seeds", ""], "--seeds: '' is empty"),
+     (["--compress", "qkv,fc/"], "--compress: 'qkv,fc/' "),
+     (["--lr-sweep", "1e-3,-1"], "--lr-sweep: '-1' is not a learning rate"),
+     (["--lr-sweep", "1e-3,1e-2", "-v", "0"],
+      "--lr-sweep: chooses by validation loss, which --val-every 0"),
+     (["--jobs", "0"], "--jobs: '0' is not a whole number"),
+     (["--projections", "gaussian,cauchy"], "train_gpt2_compact: --projection: 'cauchy' "),
+     (["--nonsense"], "train_gpt2_compact: --nonsense: "),
+     (["--rank", "0.3"], "--rank: is 1 by what is listed, and 0.3 by the flags for the trainer"),
+     (["--train", "nothing.txt"], "train_gpt2_compact: --train: no file matches 'nothing.txt'"),
+     (["--steps", "-1"], "--steps: is missing"), (["--plan"], "printed no plan"),
+     (["--binary", "/nonexistent"], "--binary: /nonexistent cannot be run: No such file"),
+     (["--out", "text.txt"], "--out: text.txt is a file")])
 def test_bad_options(tmp_path, monkeypatch, capfd, options, words):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(make_text(3000))
-    options = ["--binary", TRAINER, "--out", "out", "--train", "text.txt", *SHAPE, "--steps", 3, *options]
+    options = ["--binary", TRAINER, "--out", "out", "--train", "text.txt", *SHAPE, "--steps", 3,
+               *options]
     assert words in line_of(ablate, options, monkeypatch, capfd)
     assert os.listdir() == ["text.txt"]
 
 
-@pytest.mark.parametrize("left_out, words", [("--train", "--train: is missing"), ("--out", "the following arguments are required: -o/--out")])
+@pytest.mark.parametrize("left_out, words",
+                         [("--train", "--train: is missing"),
+                          ("--out", "the following arguments are required: -o/--out")])
 def test_missing_options(tmp_path, left_out, words):
     (tmp_path / "text.txt").write_text(make_text(3000))
-    options = {"--train": "text.txt", "--out": "out", "--binary": TRAINER, "--steps": "3", "-e": "d2"}
-    command = [sys.executable, str(ROOT / "dev/ablate.py"), *(word for name, value in options.items() if name != left_out for word in (name, value))]
+    options = {"--train": "text.txt", "--out": "out", "--binary": TRAINER, "--steps": "3",
+               "-e": "d2"}
+    command = [sys.executable, str(ROOT / "dev/ablate.py"),
+               *(word for name, value in options.items() if name != left_out
+                 for word in (name, value))]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert (ended.returncode, ended.stdout) == (2, "") and words in ended.stderr and ended.stderr.count("\n") == 1
+    assert (ended.returncode,
+            ended.stdout) == (2, "") and words in ended.stderr and ended.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_a_package_is_missing(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError('no module', name='matplotlib')\n")
     for tool in ("plot.py", "ablate.py"):
-        ended = subprocess.run([sys.executable, str(ROOT / "dev" / tool), "x"], capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=tmp_path))
-        assert ended.returncode == 2 and ended.stderr == f"{tool}: the Python package matplotlib is missing: pip install -r dev/requirements.txt\n"
+        ended = subprocess.run([sys.executable, str(ROOT / "dev" / tool), "x"], capture_output=True,
+                               text=True, env=dict(os.environ, PYTHONPATH=tmp_path))
+        assert ended.returncode == 2
+        assert ended.stderr == (f"{tool}: the Python package matplotlib is missing: "
+                                "pip install -r dev/requirements.txt\n")
 
 
 def methods(*options):
@@ -785,11 +896,12 @@ def methods(*options):
 def test_methods():
     assert methods() == [{"rank": rank} for rank in ("1", "0.5", "0.25", "0.125")]
     assert methods("--ratios", "1/3,0.25") == [{"rank": "0.333333333"}, {"rank": "0.25"}]
-    assert methods("--ratios", "1,1/2,5e-1", "--projections", "a,b", "--levels", "0,2", "--gaps", "5") == [
-        {"rank": "1", "recompute": "0"}, {"rank": "1", "recompute": "2"},
-        *({"rank": "0.5", "recompute": level, "projection": projection, "gap": "5"} for level in "02" for projection in "ab")]
-    assert methods("--ratios", "1/2,1", "--compress", "qkv,fc/none/fc,qkv", "--moments", "keep") == [
-        {"rank": "0.5", "moments": "keep", "compress": "qkv,fc"}, {"rank": "1"}]
+    assert methods("--ratios", "1,1/2,5e-1", "--projections", "a,b", "--levels", "0,2", "--gaps",
+                   "5") == [{"rank": "1", "recompute": "0"}, {"rank": "1", "recompute": "2"},
+                            *({"rank": "0.5", "recompute": level, "projection": projection,
+                               "gap": "5"} for level in "02" for projection in "ab")]
+    assert (methods("--ratios", "1/2,1", "--compress", "qkv,fc/none/fc,qkv", "--moments", "keep")
+            == [{"rank": "0.5", "moments": "keep", "compress": "qkv,fc"}, {"rank": "1"}])
     assert len(methods("--alphas", "1,0.25,1.0", "--moments", "keep,move")) == 13
     assert methods("--ratios", "1,64,2e1", "--optimizers", "adamw,muon") == [
         {"rank": rank, "optimizer": optimizer}
@@ -810,9 +922,12 @@ def test_what_makes_a_run_another(tmp_path):
         args.binary = binary
         return ablate.plan_run(args, args.groups[0], {"rank": "0.25"}, seed, lr, None).name
     first = name()
-    for same in (name("--gap", 100), name("--projection", "sparse"), name("-l", "3e-4"), name("--jobs", 2), name("--tokenizer", "none.bin"), name(seed="1337", lr="0.0003")):
+    for same in (name("--gap", 100), name("--projection", "sparse"), name("-l", "3e-4"),
+                 name("--jobs", 2), name("--tokenizer", "none.bin"),
+                 name(seed="1337", lr="0.0003")):
         assert same == first
-    others = [name("--gap", 49), name("-l", "4e-4"), name("-b", 3), name("-c", 0.2), name("--clip", 2), name("--overfit"), name(seed="2"),
+    others = [name("--gap", 49), name("-l", "4e-4"), name("-b", 3), name("-c", 0.2),
+              name("--clip", 2), name("--overfit"), name(seed="2"),
               name(binary=str(tmp_path / "other"))]
     assert len({first, *others}) == 9
 
@@ -821,7 +936,8 @@ def test_which_binary(tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "ROOT", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     (tmp_path / "bin").mkdir()
-    smi, cuda, cpu = tmp_path / "bin/nvidia-smi", tmp_path / "train_gpt2_compactcu", tmp_path / "train_gpt2_compact"
+    smi, cuda, cpu = (tmp_path / "bin/nvidia-smi", tmp_path / "train_gpt2_compactcu",
+                      tmp_path / "train_gpt2_compact")
     smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA Test'\n")
     smi.chmod(0o755)
     (tmp_path / "Makefile").write_text("train_gpt2_compact:\n\tfalse\n")
@@ -841,7 +957,9 @@ def test_which_binary(tmp_path, monkeypatch):
 @pytest.fixture
 def cut(done, tmp_path):
     """A copy of a run whose log ends in the middle of a line; the log's lines."""
-    lines = (done.out / next(name for name in done.folders if name.startswith("full"))/ "log.jsonl").read_text().splitlines(keepends=True)
+    lines = (done.out
+             / next(name for name in done.folders
+                    if name.startswith("full"))/ "log.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut/log.jsonl").write_text("".join(lines[:14]) + lines[14][:20])
     return lines
@@ -854,7 +972,8 @@ def test_plot(done, cut, tmp_path):
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "picture.png\n", "")
     check_picture(tmp_path / "picture.png", BLACK, BLUE, ORANGE)
     log = plot.read_log(tmp_path / "cut")
-    assert list(log.steps) == list(range(1, 13)) and list(log.val_steps) == [8] and log.losses[0] == json.loads(cut[1])["loss"]
+    assert (list(log.steps) == list(range(1, 13)) and list(log.val_steps) == [8]
+            and log.losses[0] == json.loads(cut[1])["loss"])
 
 
 def test_plot_passes_over_what_is_no_run(done, tmp_path, monkeypatch, capfd):
@@ -908,34 +1027,42 @@ def test_a_log_of_several_starts(tmp_path):
 ])
 def test_plot_bad_logs(cut, tmp_path, monkeypatch, capfd, what, words):
     log = tmp_path / "cut/log.jsonl"
-    contents = {"empty": "", "head": cut[0], "middle": "".join([*cut[:2], cut[2][:9] + "\n", *cut[3:]]), "other": '{"step": 1}\n'}
+    contents = {"empty": "", "head": cut[0],
+                "middle": "".join([*cut[:2], cut[2][:9] + "\n", *cut[3:]]),
+                "other": '{"step": 1}\n'}
     log.write_text(contents[what]) if what in contents else log.unlink()
     monkeypatch.chdir(tmp_path)
     assert words in line_of(plot, ["cut", "--out", "picture.png"], monkeypatch, capfd)
     assert os.listdir() == ["cut"]
 
 
-@pytest.mark.parametrize("options, words", [(["--out", "loss.pdf"], "--out: loss.pdf does not end in .png"), (["-o", "no/loss.png"], "--out: there is no"),
-                                            (["--nonsense"], "--nonsense")])
+@pytest.mark.parametrize("options, words",
+                         [(["--out", "loss.pdf"], "--out: loss.pdf does not end in .png"),
+                          (["-o", "no/loss.png"], "--out: there is no"),
+                          (["--nonsense"], "--nonsense")])
 def test_plot_bad_options(cut, tmp_path, monkeypatch, capfd, options, words):
     monkeypatch.chdir(tmp_path)
     assert words in line_of(plot, ["cut", *options], monkeypatch, capfd)
 
 
 def test_labels():
-    base = {"rank": 0.25, "compress": "qkv,fc", "projection": "gaussian", "gap": 50, "alpha": 1, "lr": 0.001, "seed": 1, "recompute": 0,
-            "overfit": False, "out": "x"}
+    base = {"rank": 0.25, "compress": "qkv,fc", "projection": "gaussian", "gap": 50, "alpha": 1,
+            "lr": 0.001, "seed": 1, "recompute": 0, "overfit": False, "out": "x"}
 
     def labels(*changes, **how):
         return plot.labels([dict(base, **change) for change in changes], **how)
     assert labels({}) == [""] and labels({}, {"out": "y"}) == ["", ""]
-    assert labels({"rank": 1}, {}, {"projection": "sparse"}) == ["full rank", "rank 1/4, gaussian", "rank 1/4, sparse"]
+    assert labels({"rank": 1}, {}, {"projection": "sparse"}) == ["full rank", "rank 1/4, gaussian",
+                                                                 "rank 1/4, sparse"]
     assert labels({}, {"projection": "sparse", "gap": 5}, {"projection": "sparse", "gap": 10}) == [
         "gaussian, gap 50", "sparse, gap 5", "sparse, gap 10"]
-    assert labels({"compress": "none", "gap": 5}, {"rank": 0.333333333}) == ["full rank", "rank 1/3"]  # a gap means nothing at full rank
+    # a gap means nothing at full rank
+    assert labels({"compress": "none", "gap": 5},
+                  {"rank": 0.333333333}) == ["full rank", "rank 1/3"]
     assert labels({"seed": 2, "lr": 1e-4}, {}) == ["lr 0.0001, seed 2", "lr 0.001, seed 1"]
     assert labels({"seed": 2, "lr": 1e-4}, {}, leave_out=["seed"]) == ["lr 0.0001", "lr 0.001"]
-    assert labels({"recompute": 2}, {}) == ["recompute 2", "recompute 0"] and labels({"overfit": True}, {}) == ["overfit", "no overfit"]
+    assert (labels({"recompute": 2}, {}) == ["recompute 2", "recompute 0"]
+            and labels({"overfit": True}, {}) == ["overfit", "no overfit"])
     assert labels({"optimizer": "muon"}, {"optimizer": "adamw", "rank": 1}) == [
         "rank 1/4, muon", "full rank, adamw"]
     # each has its own gap by default
@@ -943,7 +1070,8 @@ def test_labels():
     assert labels({"rank": 64.0}, {}) == ["rank 64", "rank 1/4"]
     assert labels({"weight-decay": 0.0}, {"weight-decay": 0.1}) == [
         "weight-decay 0", "weight-decay 0.1"]
-    assert labels({"gelu": "2bit"}, {"gelu": "none"}) == ["gelu 2bit", "gelu none"]  # an option that this file does not know
+    # an option that this file does not know
+    assert labels({"gelu": "2bit"}, {"gelu": "none"}) == ["gelu 2bit", "gelu none"]
 
 
 def test_smoothing():
@@ -953,9 +1081,11 @@ def test_smoothing():
             before = min(reach, i)
             assert smoothed == pytest.approx(values[i - before:i + before + 1].mean())
     assert plot.smooth(np.array([2.0]), 3) == [2.0]
-    assert plot.smooth(np.arange(9.0), 3)[:6] == pytest.approx(np.arange(6.0))  # a slope stays where it is
+    # a slope stays where it is
+    assert plot.smooth(np.arange(9.0), 3)[:6] == pytest.approx(np.arange(6.0))
 
 
 def test_mean_and_deviation():
     assert plot.mean_and_deviation([3.0]) == (3.0, 0.0)
-    assert plot.mean_and_deviation([1.0, 2.0, 6.0]) == pytest.approx((3.0, statistics.stdev([1, 2, 6])))
+    assert plot.mean_and_deviation([1.0, 2.0, 6.0]) == pytest.approx((3.0,
+                                                                      statistics.stdev([1, 2, 6])))

@@ -1,7 +1,9 @@
 """
-Tests of the tools in data_prep/. No network: what is downloaded comes from a file:// address, or fails at a closed port.
+Tests of the tools in data_prep/. No network: what is downloaded comes from a file:// address, or
+fails at a closed port.
 
-GPT-2's vocabulary is taken from ../shared/data/gpt2 beside the repository; without it the tests that need it are skipped.
+GPT-2's vocabulary is taken from ../shared/data/gpt2 beside the repository; without it the tests
+that need it are skipped.
 """
 
 import bz2
@@ -29,7 +31,8 @@ pytest.importorskip("tqdm")
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "data_prep"
 SHARED = ROOT.parent / "shared" / "data"
-VOCABULARY = ["--vocab-bpe", SHARED / "gpt2" / "vocab.bpe", "--encoder-json", SHARED / "gpt2" / "encoder.json"]
+VOCABULARY = ["--vocab-bpe", SHARED / "gpt2" / "vocab.bpe", "--encoder-json",
+              SHARED / "gpt2" / "encoder.json"]
 BYTES = ["--tokenizer", "bytes"]
 NO_SERVER = "http://127.0.0.1:9"
 
@@ -40,7 +43,8 @@ import prepare  # noqa: E402
 
 try:
     import tiktoken  # noqa: F401
-    LACKING = "" if (SHARED / "gpt2" / "vocab.bpe").is_file() else f"no GPT-2 vocabulary in {os.path.relpath(SHARED, ROOT)}/gpt2"
+    LACKING = ("" if (SHARED / "gpt2" / "vocab.bpe").is_file()
+               else f"no GPT-2 vocabulary in {os.path.relpath(SHARED, ROOT)}/gpt2")
 except ImportError:
     LACKING = "no tiktoken"
 needs_gpt2 = pytest.mark.skipif(bool(LACKING), reason=LACKING)
@@ -53,11 +57,11 @@ def gpt2():
 
 def run(tool, *args, **options):
     # as without a network: every download goes to a port where nobody answers
-    environment = dict(os.environ, http_proxy=NO_SERVER, https_proxy=NO_SERVER, HTTPS_PROXY=NO_SERVER,
-                       PYTHONDONTWRITEBYTECODE="1")
+    environment = dict(os.environ, http_proxy=NO_SERVER, https_proxy=NO_SERVER,
+                       HTTPS_PROXY=NO_SERVER, PYTHONDONTWRITEBYTECODE="1")
     environment.update(options.pop("env", {}))
-    return subprocess.run([sys.executable, str(TOOLS / tool), *map(str, args)], env=environment, text=True, capture_output=True,
-                          timeout=100, **options)
+    return subprocess.run([sys.executable, str(TOOLS / tool), *map(str, args)], env=environment,
+                          text=True, capture_output=True, timeout=100, **options)
 
 
 def good(tool, *args, **options):
@@ -69,7 +73,8 @@ def good(tool, *args, **options):
 def one_line(tool, result, *words):
     """The tool said what was wrong in one line, and that line names each of the words."""
     assert result.returncode == 2, result.stdout + result.stderr
-    assert result.stderr.startswith(f"{tool}: ") and result.stderr.count("\n") == 1 and result.stderr.endswith("\n"), result.stderr
+    assert (result.stderr.startswith(f"{tool}: ") and result.stderr.count("\n") == 1
+            and result.stderr.endswith("\n")), result.stderr
     for word in words:
         assert str(word) in result.stderr
 
@@ -112,8 +117,8 @@ def names(folder):
 def words(size, seed=1, separator=" "):
     """Some text: about `size` characters of words, some of them not ASCII."""
     draw = random.Random(seed)
-    some = ["the", "of", "it's", "GPT-2", "1984", "naïve", "Ωμέγα", "日本語", "🙂", "Shakespeare", "(and)", "don't\n", "\n", " ",
-            "end.\n\n"]
+    some = ["the", "of", "it's", "GPT-2", "1984", "naïve", "Ωμέγα", "日本語", "🙂", "Shakespeare",
+            "(and)", "don't\n", "\n", " ", "end.\n\n"]
     text = separator.join(draw.choice(some) for _ in range(size // 6))
     return text if separator == " " else text.replace("\n", "").replace(" ", separator)
 
@@ -127,7 +132,8 @@ def test_bytes_format(tmp_path):
     good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES)
     assert names(tmp_path / "out") == ["tokenizer.bin", "train_000000.bin", "val_000000.bin"]
     assert bytes_of(tmp_path / "out", "train") + bytes_of(tmp_path / "out", "val") == data
-    expected = struct.pack("<256i", 20240328, 2, 256, 10, *[0] * 252) + b"".join(bytes([1, byte]) for byte in range(256))
+    expected = (struct.pack("<256i", 20240328, 2, 256, 10, *[0] * 252)
+                + b"".join(bytes([1, byte]) for byte in range(256)))
     assert (tmp_path / "out" / "tokenizer.bin").read_bytes() == expected
 
 
@@ -139,7 +145,8 @@ def test_gpt2_format(tmp_path, gpt2):
     out = tmp_path / "out"
     good("prepare.py", *sorted(tmp_path.glob("*.txt")), "--out", out, *VOCABULARY)
     train, val = read_split(out, "train", 50257), read_split(out, "val", 50257)
-    assert train[0] == 50256 and list(train[1:3]) == [15496, 995]  # "Hello", " world", in GPT-2's published ids
+    # "Hello", " world", in GPT-2's published ids
+    assert train[0] == 50256 and list(train[1:3]) == [15496, 995]
     assert val[0] != 50256  # the last document goes on in it
 
     fields, table = read_table(out / "tokenizer.bin")
@@ -155,7 +162,10 @@ def test_gpt2_format(tmp_path, gpt2):
 @needs_gpt2
 @pytest.mark.parametrize("separator", [" ", "\n", "  \n\n ", "\u3000", ""])
 def test_pieces_have_the_tokens_of_the_whole(tmp_path, gpt2, separator):
-    """Text of many blocks has the tokens that it has when tokenised at once, however words are separated."""
+    """
+    Text of many blocks has the tokens that it has when tokenised at once, however words are
+    separated.
+    """
     text = words(6 * common.BLOCK, separator=separator or " ")
     if not separator:  # no whitespace at all: cut in words, so only what is decoded is the same
         text = text.replace(" ", "").replace("\n", "")
@@ -173,12 +183,14 @@ def test_pieces_have_the_tokens_of_the_whole(tmp_path, gpt2, separator):
 
 def test_cut_text():
     block = common.BLOCK
-    for text in "a" * 5 * block, " " * 5 * block, "ab " * 2 * block, "a" + " " * 3 * block + "b" * 3 * block, words(5 * block), "x":
+    gap = "a" + " " * 3 * block + "b" * 3 * block
+    for text in "a" * 5 * block, " " * 5 * block, "ab " * 2 * block, gap, words(5 * block), "x":
         pieces = list(common.cut_text(text[i:i + block] for i in range(0, len(text), block)))
         assert "".join(pieces) == text
         assert all(0 < len(piece) <= 2 * block for piece in pieces)
     pieces = list(common.cut_text(["one two  ", " three\nfour", " five"]))
-    assert pieces == ["one two", "   three\nfour", " five"] or pieces == ["one two", "   three", "\nfour five"]
+    assert (pieces == ["one two", "   three\nfour", " five"]
+            or pieces == ["one two", "   three", "\nfour five"])
 
 
 @needs_gpt2
@@ -187,7 +199,8 @@ def test_long_words_and_long_whitespace(tmp_path, gpt2):
     text = "begin" + " " * 10**6 + "\n" * 10**6 + "a" * 10**6 + "end"
     (tmp_path / "in").write_text(text)
     good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *VOCABULARY, "--val-fraction", 0)
-    assert b"".join(gpt2.table[token] for token in read_split(tmp_path / "out", "train", 50257)[1:]).decode() == text
+    assert b"".join(gpt2.table[token]
+                    for token in read_split(tmp_path / "out", "train", 50257)[1:]).decode() == text
 
 
 @needs_gpt2
@@ -195,8 +208,10 @@ def test_invalid_utf8(tmp_path, gpt2):
     """Bytes that are not UTF-8 become U+FFFD; a character across two blocks does not."""
     data = b"x" * (common.BLOCK - 1) + "é".encode() + b" caf\xe9 au lait\n" * 5 + b"\xe2\x82"
     (tmp_path / "in").write_bytes(data)
-    result = good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *VOCABULARY, "--val-fraction", 0)
-    assert result.stderr.count("\n") == 1 and "U+FFFD" in result.stderr and str(tmp_path / "in") in result.stderr
+    result = good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *VOCABULARY,
+                  "--val-fraction", 0)
+    assert (result.stderr.count("\n") == 1 and "U+FFFD" in result.stderr
+            and str(tmp_path / "in") in result.stderr)
     tokens = read_split(tmp_path / "out", "train", 50257)[1:]
     assert b"".join(gpt2.table[token] for token in tokens).decode() == data.decode(errors="replace")
 
@@ -209,11 +224,13 @@ def test_split_at_a_line(tmp_path, fraction):
     draw = random.Random(2)
     lines = "".join("é" * draw.randrange(60) + "\n" for _ in range(3000)).encode()
     (tmp_path / "in").write_bytes(lines)
-    good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES, "--val-fraction", fraction)
+    good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES, "--val-fraction",
+         fraction)
     train, val = bytes_of(tmp_path / "out", "train"), bytes_of(tmp_path / "out", "val")
     assert train + val == lines
     assert train.endswith(b"\n")
-    assert abs(len(val) - fraction * len(lines)) <= 61  # at most half of the longest line, 121 bytes, off
+    # at most half of the longest line, 121 bytes, off
+    assert abs(len(val) - fraction * len(lines)) <= 61
 
 
 @pytest.mark.parametrize("size", [25, 102, 300004])  # nine tenths of it end within a character
@@ -229,7 +246,9 @@ def test_split_within_a_line(tmp_path, size):
 
 
 def test_split_keeps_near(tmp_path):
-    """A line that is most of the text does not become validation as a whole, nor is validation empty."""
+    """
+    A line that is most of the text does not become validation as a whole, nor is validation empty.
+    """
     data = b"short\n" + b"long " * 1000 + b"\n"
     (tmp_path / "in").write_bytes(data)
     good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES)
@@ -252,8 +271,10 @@ def test_document_starts(tmp_path):
         (tmp_path / f"{i}.txt").write_text("a line\n" * 100)
     starts = {}
     for fraction in "0.1", "0.15":
-        good("prepare.py", tmp_path, "--out", tmp_path / "out", *VOCABULARY, "--val-fraction", fraction)
-        starts[fraction] = [list(np.flatnonzero(read_split(tmp_path / "out", split, 50257) == 50256))
+        good("prepare.py", tmp_path, "--out", tmp_path / "out", *VOCABULARY, "--val-fraction",
+             fraction)
+        starts[fraction] = [list(np.flatnonzero(read_split(tmp_path / "out", split,
+                                                           50257) == 50256))
                             for split in ("train", "val")]
     assert [len(at) for at in starts["0.1"]] == [9, 1] and starts["0.1"][1] == [0]
     assert [len(at) for at in starts["0.15"]] == [9, 1] and starts["0.15"][1][0] > 0
@@ -261,7 +282,8 @@ def test_document_starts(tmp_path):
 
 def test_no_validation(tmp_path):
     (tmp_path / "in").write_text("text\n" * 10)
-    result = good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES, "--val-fraction", 0)
+    result = good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES,
+                  "--val-fraction", 0)
     assert names(tmp_path / "out") == ["tokenizer.bin", "train_000000.bin"]
     assert "--train" in result.stdout and "--val" not in result.stdout
 
@@ -272,14 +294,18 @@ def test_shards(tmp_path):
     out = tmp_path / "an out"
     result = good("prepare.py", tmp_path / "in", "--out", out, *BYTES, "--shard-tokens", "1e3")
     shards = sorted(out.glob("train_*.bin"))
-    assert [path.name for path in shards] == [f"train_{i:06d}.bin" for i in range(len(shards))] and len(shards) > 10
+    assert [path.name for path in shards] == [f"train_{i:06d}.bin"
+                                              for i in range(len(shards))] and len(shards) > 10
     assert all(len(read_shard(path, 256)) == 1000 for path in shards[:-1])
     assert 0 < len(read_shard(shards[-1], 256)) <= 1000
     assert bytes_of(out, "train") + bytes_of(out, "val") == data
-    assert f"./train_gpt2_compact --train '{out}/train_*.bin' --val '{out}/val_*.bin'" in result.stdout
-    assert f"train_000000.bin to {shards[-1].name}: {len(bytes_of(out, 'train')):,} tokens" in result.stdout
+    assert (f"./train_gpt2_compact --train '{out}/train_*.bin' --val '{out}/val_*.bin'"
+            in result.stdout)
+    assert (f"train_000000.bin to {shards[-1].name}: {len(bytes_of(out, 'train')):,} tokens"
+            in result.stdout)
 
-    # a later run with fewer shards leaves none of the earlier ones, and nothing that is not its own is touched
+    # a later run with fewer shards leaves none of the earlier ones, and nothing that is not its own
+    # is touched
     (out / "train_notes.bin").write_text("mine")
     result = good("prepare.py", tmp_path / "in", "--out", out, *BYTES, "--val-fraction", 0)
     assert names(out) == ["tokenizer.bin", "train_000000.bin", "train_notes.bin"]
@@ -289,12 +315,14 @@ def test_shards(tmp_path):
 def test_last_shard_full(tmp_path):
     """Tokens that fill the shards exactly leave no empty one behind."""
     (tmp_path / "in").write_bytes(b"a" * 3000)
-    good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES, "--shard-tokens", 1000, "--val-fraction", 0)
-    assert [len(read_shard(path, 256)) for path in sorted((tmp_path / "out").glob("*_*.bin"))] == [1000] * 3
+    good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES, "--shard-tokens", 1000,
+         "--val-fraction", 0)
+    assert [len(read_shard(path, 256))
+            for path in sorted((tmp_path / "out").glob("*_*.bin"))] == [1000] * 3
 
 
-@pytest.mark.parametrize("ending, pack", [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress),
-                                          (".GZ", gzip.compress)])
+@pytest.mark.parametrize("ending, pack", [(".gz", gzip.compress), (".bz2", bz2.compress),
+                                          (".xz", lzma.compress), (".GZ", gzip.compress)])
 def test_compressed(tmp_path, ending, pack):
     data = words(200000).encode()
     (tmp_path / "in.txt").write_bytes(data)
@@ -302,19 +330,26 @@ def test_compressed(tmp_path, ending, pack):
     for name in "in.txt", "in.txt" + ending:
         good("prepare.py", tmp_path / name, "--out", tmp_path / ("out " + name), *BYTES)
     for name in "train_000000.bin", "val_000000.bin", "tokenizer.bin":
-        assert (tmp_path / "out in.txt" / name).read_bytes() == (tmp_path / f"out in.txt{ending}" / name).read_bytes()
+        assert (tmp_path / "out in.txt" / name).read_bytes() == (tmp_path / f"out in.txt{ending}"
+                                                                 / name).read_bytes()
 
 
 def test_folder(tmp_path):
-    """In sorted order, files before the folders beside them; what is hidden, empty or not text is left out."""
+    """
+    In sorted order, files before the folders beside them; what is hidden, empty or not text is left
+    out.
+    """
     folder = tmp_path / "in"
-    for name, data in [("b.txt", b"2"), ("a.txt", b"1"), ("z/c.txt", b"4"), ("m/d.txt", b"3"), (".git/config", b"x"),
-                       (".hidden", b"x"), ("empty", b""), ("picture.png", b"\x89PNG\0"), ("late.bin", b"x" * 3 * common.BLOCK + b"\0")]:
+    for name, data in [("b.txt", b"2"), ("a.txt", b"1"), ("z/c.txt", b"4"), ("m/d.txt", b"3"),
+                       (".git/config", b"x"), (".hidden", b"x"), ("empty", b""),
+                       ("picture.png", b"\x89PNG\0"),
+                       ("late.bin", b"x" * 3 * common.BLOCK + b"\0")]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     result = good("prepare.py", folder, "--out", tmp_path / "out", *BYTES, "--val-fraction", 0)
     assert bytes_of(tmp_path / "out", "train") == b"1234"
-    assert result.stderr.count("\n") == 1 and "late.bin" in result.stderr and "picture.png" in result.stderr
+    assert (result.stderr.count("\n") == 1 and "late.bin" in result.stderr
+            and "picture.png" in result.stderr)
 
 
 def test_links(tmp_path):
@@ -582,27 +617,35 @@ def test_file_with_nul(tmp_path):
     good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES, "--val-fraction", 0)
     assert bytes_of(tmp_path / "out", "train") == b"\0\1\2"
     if not LACKING:
-        one_line("prepare.py", run("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *VOCABULARY), tmp_path / "in", "NUL")
+        one_line("prepare.py",
+                 run("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *VOCABULARY),
+                 tmp_path / "in", "NUL")
 
 # ----------------------------------------------------------------------------
 # memory
 
-# Runs a tool as its own only child and prints the most memory that child had. The process between is small: the peak of a
-# process counts from its fork, when it has its parent's memory, and this one's is large.
-MEASURE = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); " \
-          "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+# Runs a tool as its own only child and prints the most memory that child had. The process between
+# is small: the peak of a process counts from its fork, when it has its parent's memory, and this
+# one's is large.
+MEASURE = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
+           "stdout=subprocess.DEVNULL); "
+           "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
 
 
 def peak_kib(*args):
-    command = [sys.executable, "-c", MEASURE, sys.executable, str(TOOLS / "prepare.py"), *map(str, args)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=100).stdout)
+    command = [sys.executable, "-c", MEASURE, sys.executable, str(TOOLS / "prepare.py"),
+               *map(str, args)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True,
+                              timeout=100).stdout)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("gpt2", marks=needs_gpt2)])
 @pytest.mark.parametrize("separator", ["\n", " ", ""], ids=["lines", "words", "letters"])
 def test_memory_is_bounded(tmp_path, tokenizer, separator):
-    """60 MB (GPT-2: 15 MB) take at most 40 MB more than 1 kB: to hold the text and its tokens takes 60 MB and 120 MB
-    (GPT-2: 15 MB and, as a list, 150 MB)."""
+    """
+    60 MB (GPT-2: 15 MB) take at most 40 MB more than 1 kB: to hold the text and its tokens takes 60
+    MB and 120 MB (GPT-2: 15 MB and, as a list, 150 MB).
+    """
     block = separator.join(["word", "naïve", "1984"] * 30000)[:300000].encode() + separator.encode()
     options = BYTES if tokenizer == "bytes" else VOCABULARY
     (tmp_path / "small").write_bytes(block[:1000])
@@ -611,7 +654,8 @@ def test_memory_is_bounded(tmp_path, tokenizer, separator):
             file.write(block)
     small = peak_kib(tmp_path / "small", "--out", tmp_path / "out", *options)
     large = peak_kib(tmp_path / "large", "--out", tmp_path / "out", *options)
-    print(f"peak: {small} KiB for 1 kB, {large} KiB for {(tmp_path / 'large').stat().st_size} bytes")
+    print(f"peak: {small} KiB for 1 kB, "
+          f"{large} KiB for {(tmp_path / 'large').stat().st_size} bytes")
     assert large - small < 40 * 1024
 
 # ----------------------------------------------------------------------------
@@ -636,12 +680,14 @@ common.run(prepare.main)
 """
 
 
-@pytest.mark.parametrize("how, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("how, status",
+                         [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_interrupted(tmp_path, how, status):
     (tmp_path / "in").write_bytes(b"some text\n" * 100000)
-    args = [str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--shard-tokens", "100000", *BYTES]
-    child = subprocess.Popen([sys.executable, "-B", "-c", STOP_IN_A_SHARD, str(TOOLS), *args], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True)
+    args = [str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--shard-tokens", "100000",
+            *BYTES]
+    child = subprocess.Popen([sys.executable, "-B", "-c", STOP_IN_A_SHARD, str(TOOLS), *args],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert child.stdout.readline() == "stopped\n"
         assert "train_000003.bin.tmp" in names(tmp_path / "out")
@@ -656,26 +702,36 @@ def test_interrupted(tmp_path, how, status):
     assert [len(read_shard(tmp_path / "out" / name, 256)) for name in shards[1:]] == [100000] * 3
     assert how == signal.SIGKILL or "train_000003.bin.tmp" not in names(tmp_path / "out")
 
-    good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES)  # and the next run leaves nothing of it
+    # and the next run leaves nothing of it
+    good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES)
     assert names(tmp_path / "out") == ["tokenizer.bin", "train_000000.bin", "val_000000.bin"]
 
 
 def test_no_space(tmp_path):
-    """A shard that cannot be written to its end: one line, and no part of it left. What an earlier run wrote stays."""
+    """
+    A shard that cannot be written to its end: one line, and no part of it left. What an earlier run
+    wrote stays.
+    """
     (tmp_path / "in").write_bytes(b"some text\n" * 100000)
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))}
     result = run("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES, **limit)
     one_line("prepare.py", result, "--out", tmp_path / "out", "large")
     assert names(tmp_path / "out") == []
-    (tmp_path / "short").write_bytes(b"some text\n" * 200)  # stays in the file's buffer, and fails when the file is completed
+    # stays in the file's buffer, and fails when the file is completed
+    (tmp_path / "short").write_bytes(b"some text\n" * 200)
     short = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))}
-    one_line("prepare.py", run("prepare.py", tmp_path / "short", "--out", tmp_path / "out", *BYTES, **short), "large")
+    one_line("prepare.py",
+             run("prepare.py", tmp_path / "short", "--out", tmp_path / "out", *BYTES, **short),
+             "large")
     assert names(tmp_path / "out") == []
 
     good("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES, "--shard-tokens", 300000)
     before = {name: (tmp_path / "out" / name).read_bytes() for name in names(tmp_path / "out")}
-    one_line("prepare.py", run("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES, **limit), "large")
-    assert {name: (tmp_path / "out" / name).read_bytes() for name in names(tmp_path / "out")} == before
+    one_line("prepare.py",
+             run("prepare.py", tmp_path / "in", "--out", tmp_path / "out", *BYTES, **limit),
+             "large")
+    assert {name: (tmp_path / "out" / name).read_bytes()
+            for name in names(tmp_path / "out")} == before
 
 # ----------------------------------------------------------------------------
 # bad input: one line, status 2
@@ -683,7 +739,10 @@ def test_no_space(tmp_path):
 
 @pytest.fixture
 def inputs(tmp_path):
-    """A folder with a good text, an empty file, an empty folder, and files that are not what their names say."""
+    """
+    A folder with a good text, an empty file, an empty folder, and files that are not what their
+    names say.
+    """
     (tmp_path / "text").write_text("Some text.\n" * 100)
     (tmp_path / "two").write_text("ab")
     (tmp_path / "empty").write_text("")
@@ -697,40 +756,36 @@ def inputs(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("args, named", [
-    ([], ["INPUT", "--out"]),
-    (["text"], ["--out"]),
-    (["--out", "out"], ["INPUT"]),
-    (["none", "--out", "out"], ["none", "no such file"]),
-    (["text", "none", "--out", "out"], ["none", "no such file"]),
-    (["pipe", "--out", "out"], ["pipe"]),
-    (["empty", "--out", "out"], ["empty", "no text"]),
-    (["empty", "folder", "--out", "out"], ["no text"]),
-    (["text", "--out", "text"], ["--out text", "cannot write"]),
-    (["text", "--out", "text/out"], ["--out text/out", "cannot write"]),
-    (["text", "--out", "/proc/none"], ["--out /proc/none", "cannot write"]),
-    (["text", "--out", "out", "--val-fraction", "1"], ["--val-fraction", "'1'", "0.1"]),
-    (["text", "--out", "out", "--val-fraction", "-0.1"], ["--val-fraction"]),
-    (["text", "--out", "out", "--val-fraction", "nan"], ["--val-fraction", "'nan'"]),
-    (["text", "--out", "out", "--val-fraction", "ten"], ["--val-fraction", "'ten'"]),
-    (["two", "--out", "out", "--val-fraction", "0.1"], ["--val-fraction", "too few"]),
-    (["text", "--out", "out", "--shard-tokens", "0"], ["--shard-tokens", "'0'", "from 1 to 2147483647"]),
-    (["text", "--out", "out", "--shard-tokens", "2147483648"], ["--shard-tokens", "'2147483648'"]),
-    (["text", "--out", "out", "--shard-tokens", "1.5"], ["--shard-tokens", "'1.5'"]),
-    (["text", "--out", "out", "--shard-tokens", "nan"], ["--shard-tokens", "'nan'"]),
-    (["text", "--out", "out", "--shard-tokens", "inf"], ["--shard-tokens", "'inf'"]),
-    (["text", "--out", "out", "--shard-tokens", "many"], ["--shard-tokens", "'many'"]),
-    (["text", "--out", "out", "--tokenizer", "gpt3"], ["--tokenizer", "gpt3", "bytes"]),
-    (["text", "--out", "out", "--vocab-bpe", "text"], ["--vocab-bpe", "--tokenizer gpt2"]),
-    (["text", "--out", "out", "--encoder-json", "text"], ["--encoder-json", "--tokenizer gpt2"]),
-    (["text", "--out", "out", "--no-such-option"], ["--no-such-option"]),
-    (["bad.gz", "--out", "out"], ["bad.gz"]),
-    (["bad.bz2", "--out", "out"], ["bad.bz2"]),
-    (["bad.xz", "--out", "out"], ["bad.xz"]),
-    (["half.gz", "--out", "out"], ["half.gz"]),
-    (["half.bz2", "--out", "out"], ["half.bz2"]),
-    (["half.xz", "--out", "out"], ["half.xz"]),
-], ids=lambda value: " ".join(value))
+@pytest.mark.parametrize(
+    "args, named",
+    [([], ["INPUT", "--out"]), (["text"], ["--out"]), (["--out", "out"], ["INPUT"]),
+     (["none", "--out", "out"], ["none", "no such file"]),
+     (["text", "none", "--out", "out"], ["none", "no such file"]),
+     (["pipe", "--out", "out"], ["pipe"]), (["empty", "--out", "out"], ["empty", "no text"]),
+     (["empty", "folder", "--out", "out"], ["no text"]),
+     (["text", "--out", "text"], ["--out text", "cannot write"]),
+     (["text", "--out", "text/out"], ["--out text/out", "cannot write"]),
+     (["text", "--out", "/proc/none"], ["--out /proc/none", "cannot write"]),
+     (["text", "--out", "out", "--val-fraction", "1"], ["--val-fraction", "'1'", "0.1"]),
+     (["text", "--out", "out", "--val-fraction", "-0.1"], ["--val-fraction"]),
+     (["text", "--out", "out", "--val-fraction", "nan"], ["--val-fraction", "'nan'"]),
+     (["text", "--out", "out", "--val-fraction", "ten"], ["--val-fraction", "'ten'"]),
+     (["two", "--out", "out", "--val-fraction", "0.1"], ["--val-fraction", "too few"]),
+     (["text", "--out", "out", "--shard-tokens", "0"],
+      ["--shard-tokens", "'0'", "from 1 to 2147483647"]),
+     (["text", "--out", "out", "--shard-tokens", "2147483648"], ["--shard-tokens", "'2147483648'"]),
+     (["text", "--out", "out", "--shard-tokens", "1.5"], ["--shard-tokens", "'1.5'"]),
+     (["text", "--out", "out", "--shard-tokens", "nan"], ["--shard-tokens", "'nan'"]),
+     (["text", "--out", "out", "--shard-tokens", "inf"], ["--shard-tokens", "'inf'"]),
+     (["text", "--out", "out", "--shard-tokens", "many"], ["--shard-tokens", "'many'"]),
+     (["text", "--out", "out", "--tokenizer", "gpt3"], ["--tokenizer", "gpt3", "bytes"]),
+     (["text", "--out", "out", "--vocab-bpe", "text"], ["--vocab-bpe", "--tokenizer gpt2"]),
+     (["text", "--out", "out", "--encoder-json", "text"], ["--encoder-json", "--tokenizer gpt2"]),
+     (["text", "--out", "out", "--no-such-option"], ["--no-such-option"]),
+     (["bad.gz", "--out", "out"], ["bad.gz"]), (["bad.bz2", "--out", "out"], ["bad.bz2"]),
+     (["bad.xz", "--out", "out"], ["bad.xz"]), (["half.gz", "--out", "out"], ["half.gz"]),
+     (["half.bz2", "--out", "out"], ["half.bz2"]), (["half.xz", "--out", "out"], ["half.xz"])],
+    ids=lambda value: " ".join(value))
 def test_bad_input(inputs, args, named):
     result = run("prepare.py", *(args if "--tokenizer" in args else args + BYTES), cwd=inputs)
     skipped = "skipped, not text (NUL bytes): folder/binary\n"
@@ -741,22 +796,26 @@ def test_bad_input(inputs, args, named):
     assert not list(inputs.glob("out/*"))
 
 
-@pytest.mark.parametrize("args, named", [
-    (["--vocab-bpe", "text"], ["--encoder-json FILE", "go together"]),
-    (["--encoder-json", "text"], ["--vocab-bpe FILE", "go together"]),
-    (["--vocab-bpe", "none", "--encoder-json", "text"], ["--vocab-bpe none"]),
-    (["--vocab-bpe", "text", "--encoder-json", "folder"], ["--encoder-json folder"]),
-    (["--vocab-bpe", "text", "--encoder-json", "text"], ["--vocab-bpe text", "--encoder-json text"]),
-    (["--vocab-bpe", "folder/binary", "--encoder-json", "empty"], ["--encoder-json empty"]),
-    (["--vocab-bpe", "small.bpe", "--encoder-json", "small.json"], ["--vocab-bpe small.bpe"]),
-    (["--vocab-bpe", "other.bpe", "--encoder-json", "small.json"], ["--vocab-bpe other.bpe"]),
-], ids=lambda value: " ".join(value))
+@pytest.mark.parametrize(
+    "args, named",
+    [(["--vocab-bpe", "text"], ["--encoder-json FILE", "go together"]),
+     (["--encoder-json", "text"], ["--vocab-bpe FILE", "go together"]),
+     (["--vocab-bpe", "none", "--encoder-json", "text"], ["--vocab-bpe none"]),
+     (["--vocab-bpe", "text", "--encoder-json", "folder"], ["--encoder-json folder"]),
+     (["--vocab-bpe", "text", "--encoder-json", "text"],
+      ["--vocab-bpe text", "--encoder-json text"]),
+     (["--vocab-bpe", "folder/binary", "--encoder-json", "empty"], ["--encoder-json empty"]),
+     (["--vocab-bpe", "small.bpe", "--encoder-json", "small.json"], ["--vocab-bpe small.bpe"]),
+     (["--vocab-bpe", "other.bpe", "--encoder-json", "small.json"], ["--vocab-bpe other.bpe"])],
+    ids=lambda value: " ".join(value))
 def test_bad_vocabulary(inputs, args, named):
     pytest.importorskip("tiktoken")
-    # a vocabulary of single bytes: whole, but not GPT-2's. What is not printable is written as characters from 256 on.
+    # a vocabulary of single bytes: whole, but not GPT-2's. What is not printable is written as
+    # characters from 256 on.
     printable = [chr(byte) for byte in range(256) if chr(byte).isprintable() and byte != 32]
     characters = printable + [chr(256 + i) for i in range(256 - len(printable))]
-    (inputs / "small.json").write_text(json.dumps({character: i for i, character in enumerate(characters)}))
+    (inputs / "small.json").write_text(json.dumps({character: i
+                                                   for i, character in enumerate(characters)}))
     (inputs / "small.bpe").write_text("#version: 0.2\n")
     (inputs / "other.bpe").write_text("#version: 0.2\na b\n")
     one_line("prepare.py", run("prepare.py", "text", "--out", "out", *args, cwd=inputs), *named)
@@ -776,23 +835,28 @@ def test_vocabulary_is_read_anew(inputs):
 
 def test_vocabulary_download_fails(inputs):
     pytest.importorskip("tiktoken")
-    result = run("prepare.py", "text", "--out", "out", cwd=inputs, env={"TIKTOKEN_CACHE_DIR": str(inputs / "cache")})
-    one_line("prepare.py", result, "vocab.bpe", "encoder.json", "--vocab-bpe", "--encoder-json", "--tokenizer bytes")
+    result = run("prepare.py", "text", "--out", "out", cwd=inputs,
+                 env={"TIKTOKEN_CACHE_DIR": str(inputs / "cache")})
+    one_line("prepare.py", result, "vocab.bpe", "encoder.json", "--vocab-bpe", "--encoder-json",
+             "--tokenizer bytes")
 
 
-@pytest.mark.parametrize("tool, args, package", [("prepare.py", ["--help"], "numpy"), ("hellaswag.py", ["--help"], "tqdm"),
-                                                 ("prepare.py", ["text", "--out", "out"], "tiktoken"),
-                                                 ("fineweb.py", BYTES, "datasets")])
+@pytest.mark.parametrize("tool, args, package",
+                         [("prepare.py", ["--help"], "numpy"), ("hellaswag.py", ["--help"], "tqdm"),
+                          ("prepare.py", ["text", "--out", "out"], "tiktoken"),
+                          ("fineweb.py", BYTES, "datasets")])
 def test_missing_package(inputs, tool, args, package):
     (inputs / "packages").mkdir()
-    (inputs / "packages" / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
+    (inputs / "packages" / f"{package}.py").write_text("raise "
+                                                       f"ModuleNotFoundError(name={package!r})")
     result = run(tool, *args, cwd=inputs, env={"PYTHONPATH": str(inputs / "packages")})
     one_line(tool, result, package, "pip install -r", "requirements.txt")
 
 
 @pytest.mark.parametrize("tool", ["prepare.py", "tinyshakespeare.py", "fineweb.py", "hellaswag.py"])
 def test_help(tool):
-    assert os.access(TOOLS / tool, os.X_OK) and (TOOLS / tool).read_text().startswith("#!/usr/bin/env python3\n")
+    assert os.access(TOOLS / tool,
+                     os.X_OK) and (TOOLS / tool).read_text().startswith("#!/usr/bin/env python3\n")
     text = " ".join(good(tool, "--help").stdout.split())  # lines are broken anywhere
     assert "(default: gpt2)" in text and "--vocab-bpe" in text and "example:" in text
     assert tool == "prepare.py" or "(default: data/" in text
@@ -817,19 +881,23 @@ def test_tinyshakespeare(tmp_path):
 
 
 @needs_gpt2
-@pytest.mark.skipif(not (SHARED / "tinyshakespeare.txt").is_file(), reason="no tinyshakespeare.txt in ../shared/data")
+@pytest.mark.skipif(not (SHARED / "tinyshakespeare.txt").is_file(),
+                    reason="no tinyshakespeare.txt in ../shared/data")
 def test_tinyshakespeare_in_gpt2(tmp_path):
     """The whole text has the number of tokens that everybody gets."""
-    good("tinyshakespeare.py", "--file", SHARED / "tinyshakespeare.txt", "--out", tmp_path, *VOCABULARY)
+    good("tinyshakespeare.py", "--file", SHARED / "tinyshakespeare.txt", "--out", tmp_path,
+         *VOCABULARY)
     train, val = read_split(tmp_path, "train", 50257), read_split(tmp_path, "val", 50257)
-    assert 338025 + 1 <= len(train) + len(val) <= 338025 + 2  # end-of-text; one more where the split parts two newlines
+    # end-of-text; one more where the split parts two newlines
+    assert 338025 + 1 <= len(train) + len(val) <= 338025 + 2
     assert 0.09 < len(val) / len(train) < 0.13
 
 
 @pytest.mark.parametrize("tool", ["tinyshakespeare.py", "hellaswag.py"])
 @pytest.mark.parametrize("url", [NO_SERVER + "/a/file.txt", "file:///no/such/file.txt", "nonsense"])
 def test_download_fails(tmp_path, tool, url):
-    one_line(tool, run(tool, "--url", url, "--out", "out", *BYTES, cwd=tmp_path), f"cannot download {url}", "--file FILE")
+    one_line(tool, run(tool, "--url", url, "--out", "out", *BYTES, cwd=tmp_path),
+             f"cannot download {url}", "--file FILE")
     assert names(tmp_path) == []
 
 
@@ -841,7 +909,8 @@ def test_download_is_cut_short(tmp_path, monkeypatch):
     class Short(io.BytesIO):
         headers = {"Content-Length": "100"}
 
-    monkeypatch.setattr(common.urllib, "request", SimpleNamespace(urlopen=lambda url, timeout: Short(b"x" * 60)))
+    monkeypatch.setattr(common.urllib, "request",
+                        SimpleNamespace(urlopen=lambda url, timeout: Short(b"x" * 60)))
     with pytest.raises(common.Problem, match="60 of 100 bytes.*--file FILE"):
         common.download("http://host/file", str(tmp_path / "out" / "file"))
     assert names(tmp_path / "out") == []
@@ -857,22 +926,24 @@ def test_file_missing(tmp_path, tool):
 
 
 def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
+    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n"
+                            for i, text in enumerate(texts)))
 
 
 def test_fineweb_jsonl(tmp_path):
     texts = [words(500, seed) for seed in range(100)]
     write_jsonl(tmp_path / "in.jsonl", texts)
     whole = "".join(text + "\n" for text in texts).encode()
-    good("fineweb.py", "--jsonl", tmp_path / "in.jsonl", "--out", tmp_path / "out", *BYTES, "--shard-tokens", "10000")
+    good("fineweb.py", "--jsonl", tmp_path / "in.jsonl", "--out", tmp_path / "out", *BYTES,
+         "--shard-tokens", "10000")
     shards = names(tmp_path / "out")
     assert [name for name in shards if name.startswith("val")] == ["val_000000.bin"]
     assert bytes_of(tmp_path / "out", "val") == whole[:10000]
     assert bytes_of(tmp_path / "out", "train") == whole[10000:]
     assert len(shards) == 2 + (len(whole) - 1) // 10000
 
-    good("fineweb.py", "--jsonl", tmp_path / "in.jsonl", "--out", tmp_path / "out", *BYTES, "--shard-tokens", "10000",
-         "--max-tokens", "12345")
+    good("fineweb.py", "--jsonl", tmp_path / "in.jsonl", "--out", tmp_path / "out", *BYTES,
+         "--shard-tokens", "10000", "--max-tokens", "12345")
     assert names(tmp_path / "out") == ["tokenizer.bin", "train_000000.bin", "val_000000.bin"]
     assert bytes_of(tmp_path / "out", "train") == whole[10000:12345]
 
@@ -881,14 +952,18 @@ def test_fineweb_jsonl(tmp_path):
 def test_fineweb_gpt2(tmp_path, gpt2):
     texts = [words(300, seed) for seed in range(50)] + ["", "half a pair \ud800.", " " * 10**6]
     write_jsonl(tmp_path / "in.jsonl", texts)
-    good("fineweb.py", "--jsonl", tmp_path / "in.jsonl", "--out", tmp_path / "out", *VOCABULARY, "--shard-tokens", "100000")
-    tokens = np.concatenate([read_split(tmp_path / "out", split, 50257) for split in ("val", "train")])
+    good("fineweb.py", "--jsonl", tmp_path / "in.jsonl", "--out", tmp_path / "out", *VOCABULARY,
+         "--shard-tokens", "100000")
+    tokens = np.concatenate([read_split(tmp_path / "out", split, 50257)
+                             for split in ("val", "train")])
     starts = list(np.flatnonzero(tokens == 50256)) + [len(tokens)]
-    decoded = [b"".join(gpt2.table[token] for token in tokens[a + 1:b]).decode() for a, b in zip(starts, starts[1:])]
+    decoded = [b"".join(gpt2.table[token] for token in tokens[a + 1:b]).decode()
+               for a, b in zip(starts, starts[1:])]
     assert decoded == [text.replace("\ud800", "?") for text in texts if text]
 
 
-# What the package datasets does for fineweb.py: documents one by one, and then maybe the connection breaks.
+# What the package datasets does for fineweb.py: documents one by one, and then maybe the connection
+# breaks.
 DATASETS = """
 def load_dataset(path, name, split, streaming):
     assert (path, name, split, streaming) == ("HuggingFaceFW/fineweb", "sample-10BT", "train", True)
@@ -906,7 +981,8 @@ def hub(folder, **values):
 
 def test_fineweb_hub(tmp_path):
     environment = hub(tmp_path, documents=1000, breaks=False)
-    good("fineweb.py", *BYTES, "--shard-tokens", 10000, "--max-tokens", 15000, cwd=tmp_path, env=environment)
+    good("fineweb.py", *BYTES, "--shard-tokens", 10000, "--max-tokens", 15000, cwd=tmp_path,
+         env=environment)
     whole = b"a document of 26 letters..\n" * 1000
     assert bytes_of(tmp_path / "data/fineweb", "val") == whole[:10000]
     assert bytes_of(tmp_path / "data/fineweb", "train") == whole[10000:15000]
@@ -914,7 +990,8 @@ def test_fineweb_hub(tmp_path):
 
 def test_fineweb_connection(tmp_path):
     """No connection: one line. One that breaks: one line, and the shards complete by then stay."""
-    result = run("fineweb.py", *BYTES, "--out", "out", cwd=tmp_path, env=hub(tmp_path, documents=0, breaks=True))
+    result = run("fineweb.py", *BYTES, "--out", "out", cwd=tmp_path,
+                 env=hub(tmp_path, documents=0, breaks=True))
     one_line("fineweb.py", result, "HuggingFaceFW/fineweb", "the server hung up", "--jsonl FILE")
     assert names(tmp_path / "out") == []
     result = run("fineweb.py", *BYTES, "--out", "out", "--shard-tokens", "1e6", cwd=tmp_path,
@@ -925,35 +1002,42 @@ def test_fineweb_connection(tmp_path):
     assert all(len(read_shard(tmp_path / "out" / name, 256)) == 10**6 for name in shards[1:])
 
 
-@pytest.mark.parametrize("lines, args, named", [
-    ('{"text": "a"}\n', ["--shard-tokens", "10", "--max-tokens", "10"], ["--max-tokens 10", "--shard-tokens 10"]),
-    ('{"text": "a"}\n', ["--max-tokens", "0"], ["--max-tokens", "'0'"]),
-    ('{"text": "abc"}\n', ["--shard-tokens", "10"], ["in.jsonl", "4 tokens", "--shard-tokens"]),
-    ("", ["--shard-tokens", "10"], ["in.jsonl", "0 tokens"]),
-    ('{"text": "a"}\n{"text": 1}\n', [], ["in.jsonl", "line 2", "text"]),
-    ('{"text": "a"}\n{"words": "a"}\n', [], ["in.jsonl", "line 2"]),
-    ('{"text": "a"}\n[]\n', [], ["in.jsonl", "line 2"]),
-    ('{"text": "a"}\n\n{"text"\n', [], ["in.jsonl", "line 3"]),
-    ('{"text": "a"}\n', ["--jsonl", "none"], ["--jsonl none", "no such file"]),
-])
+@pytest.mark.parametrize(
+    "lines, args, named",
+    [('{"text": "a"}\n', ["--shard-tokens", "10", "--max-tokens", "10"],
+      ["--max-tokens 10", "--shard-tokens 10"]),
+     ('{"text": "a"}\n', ["--max-tokens", "0"], ["--max-tokens", "'0'"]),
+     ('{"text": "abc"}\n', ["--shard-tokens", "10"], ["in.jsonl", "4 tokens", "--shard-tokens"]),
+     ("", ["--shard-tokens", "10"], ["in.jsonl", "0 tokens"]),
+     ('{"text": "a"}\n{"text": 1}\n', [], ["in.jsonl", "line 2", "text"]),
+     ('{"text": "a"}\n{"words": "a"}\n', [], ["in.jsonl", "line 2"]),
+     ('{"text": "a"}\n[]\n', [], ["in.jsonl", "line 2"]),
+     ('{"text": "a"}\n\n{"text"\n', [], ["in.jsonl", "line 3"]),
+     ('{"text": "a"}\n', ["--jsonl", "none"], ["--jsonl none", "no such file"])])
 def test_fineweb_bad_input(tmp_path, lines, args, named):
     (tmp_path / "in.jsonl").write_text(lines)
-    one_line("fineweb.py", run("fineweb.py", "--jsonl", "in.jsonl", "--out", "out", *BYTES, *args, cwd=tmp_path), *named)
+    one_line("fineweb.py",
+             run("fineweb.py", "--jsonl", "in.jsonl", "--out", "out", *BYTES, *args, cwd=tmp_path),
+             *named)
     assert not list(tmp_path.glob("out/*"))
 
 # ----------------------------------------------------------------------------
 # HellaSwag
 
-EXAMPLES = [("Clean and jerk", "A lady walks to a barbell: she", 3, ["waits.", "pulls.", "lifts it — twice.", "jumps."]),
+EXAMPLES = [("Clean and jerk", "A lady walks to a barbell: she", 3,
+             ["waits.", "pulls.", "lifts it — twice.", "jumps."]),
             ("Youth", "How to read. Open a book.", 0, ["Read.", "", "Eat it.", "Close it."])]
 
 
 def write_hellaswag(folder, examples=EXAMPLES):
     """The same examples as JSON lines and in the six-line format."""
     fields = "activity_label", "ctx", "label", "endings"
-    (folder / "hs.jsonl").write_text("".join(json.dumps(dict(zip(fields, example), ind=9)) + "\n" for example in examples))
-    (folder / "hs.txt").write_text("".join(f"{activity}: {context}\n{label}\n" + "\n".join(endings) + "\n"
-                                           for activity, context, label, endings in examples), encoding="utf-8")
+    (folder / "hs.jsonl").write_text("".join(json.dumps(dict(zip(fields, example), ind=9)) + "\n"
+                                             for example in examples))
+    (folder / "hs.txt").write_text("".join(f"{activity}: {context}\n{label}\n" + "\n".join(endings)
+                                           + "\n"
+                                           for activity, context, label, endings in examples),
+                                   encoding="utf-8")
 
 
 def expected_hellaswag(encode, examples=EXAMPLES):
@@ -963,8 +1047,10 @@ def expected_hellaswag(encode, examples=EXAMPLES):
         numbers = [label, 4, len(encode(context)), *encode(context)]
         for ending in endings:
             numbers += [len(encode(" " + ending)), *encode(" " + ending)]
-        out.append(struct.pack(f"<{3 + len(numbers)}H", 65535, 2 * (3 + len(numbers)), index, *numbers))
-    return struct.pack("<256i", 20240522, 1, len(out), max(map(len, out)), *[0] * 252) + b"".join(out)
+        out.append(struct.pack(f"<{3 + len(numbers)}H", 65535, 2 * (3 + len(numbers)), index,
+                               *numbers))
+    return struct.pack("<256i", 20240522, 1, len(out), max(map(len, out)),
+                       *[0] * 252) + b"".join(out)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("gpt2", marks=needs_gpt2)])
@@ -981,14 +1067,20 @@ def test_hellaswag(tmp_path, tokenizer, request):
     for name in "hs.jsonl", "hs.txt", "hs.txt.bz2":
         good("hellaswag.py", "--file", tmp_path / name, "--out", tmp_path / "out", *options)
         assert names(tmp_path / "out") == ["hellaswag_val.bin"]
-        assert (tmp_path / "out" / "hellaswag_val.bin").read_bytes() == expected_hellaswag(encode), name
+        assert (tmp_path / "out"
+                / "hellaswag_val.bin").read_bytes() == expected_hellaswag(encode), name
 
-        good("hellaswag.py", "--file", tmp_path / name, "--out", tmp_path / "out", *options, "--limit", 1)
-        assert (tmp_path / "out" / "hellaswag_val.bin").read_bytes() == expected_hellaswag(encode, EXAMPLES[:1]), name
+        good("hellaswag.py", "--file", tmp_path / name, "--out", tmp_path / "out", *options,
+             "--limit", 1)
+        assert (tmp_path / "out" / "hellaswag_val.bin").read_bytes() == expected_hellaswag(
+            encode, EXAMPLES[:1]), name
 
-        good("hellaswag.py", "--file", tmp_path / name, "--out", tmp_path / "out", *options, "--activity")
-        named = [(activity, f"{activity}: {context}", *rest) for activity, context, *rest in EXAMPLES]
-        assert (tmp_path / "out" / "hellaswag_val.bin").read_bytes() == expected_hellaswag(encode, named), name
+        good("hellaswag.py", "--file", tmp_path / name, "--out", tmp_path / "out", *options,
+             "--activity")
+        named = [(activity, f"{activity}: {context}", *rest)
+                 for activity, context, *rest in EXAMPLES]
+        assert (tmp_path / "out"
+                / "hellaswag_val.bin").read_bytes() == expected_hellaswag(encode, named), name
 
 
 def test_hellaswag_download(tmp_path):
@@ -999,17 +1091,23 @@ def test_hellaswag_download(tmp_path):
 
 def test_hellaswag_context_without_activity():
     lines = ["He sat down. She said: go", "1", "a", "b", "c", "d"]
-    assert hellaswag.read_six(lines, False) == ("He sat down. She said: go", 1, ["a", "b", "c", "d"])
+    assert hellaswag.read_six(lines, False) == ("He sat down. She said: go", 1,
+                                                ["a", "b", "c", "d"])
 
 
 @needs_gpt2
 @pytest.mark.skipif(not (SHARED / "hellaswag_val_full.txt.bz2").is_file(),
                     reason="no hellaswag_val_full.txt.bz2 in ../shared/data")
 def test_hellaswag_in_full(tmp_path):
-    """All 10,042 examples: the file is as long as its examples say, and its longest one is as long as its header says."""
-    good("hellaswag.py", "--file", SHARED / "hellaswag_val_full.txt.bz2", "--out", tmp_path, *VOCABULARY)
+    """
+    All 10,042 examples: the file is as long as its examples say, and its longest one is as long as
+    its header says.
+    """
+    good("hellaswag.py", "--file", SHARED / "hellaswag_val_full.txt.bz2", "--out", tmp_path,
+         *VOCABULARY)
     data = (tmp_path / "hellaswag_val.bin").read_bytes()
-    header, stream = np.frombuffer(data[:1024], dtype="<i4"), np.frombuffer(data[1024:], dtype="<u2").tolist()
+    header, stream = np.frombuffer(data[:1024],
+                                   dtype="<i4"), np.frombuffer(data[1024:], dtype="<u2").tolist()
     at, sizes, right = 0, [], []
     for index in range(10042):
         assert [stream[at], stream[at + 2], stream[at + 4]] == [65535, index, 4]
@@ -1047,5 +1145,7 @@ def test_hellaswag_in_full(tmp_path):
 ])
 def test_hellaswag_bad_input(tmp_path, text, args, named):
     (tmp_path / "in").write_text(text)
-    one_line("hellaswag.py", run("hellaswag.py", "--file", "in", "--out", "out", *BYTES, *args, cwd=tmp_path), *named)
+    one_line("hellaswag.py",
+             run("hellaswag.py", "--file", "in", "--out", "out", *BYTES, *args, cwd=tmp_path),
+             *named)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,7 @@
-"""dev/dump.py: its reader against records written from the format's description, what it prints, and lifted gradients."""
+"""
+dev/dump.py: its reader against records written from the format's description, what it prints, and
+lifted gradients.
+"""
 
 import os
 import random
@@ -13,13 +16,15 @@ import formats
 from dump import Problem, lift, read
 
 TOOL = os.path.join(formats.ROOT, "dev", "dump.py")
-RECORDS = {"loss": np.array([2.5], np.float32), "param.ln1w": np.array([[3, -4, 0], [0, 0, 12]], np.float32),
-           "act.odd.0": np.arange(24, dtype=np.float32).reshape(2, 3, 4), "scalar": np.array(7, np.float32),
-           "empty": np.zeros((0, 3), np.float32)}
+RECORDS = {"loss": np.array([2.5], np.float32),
+           "param.ln1w": np.array([[3, -4, 0], [0, 0, 12]], np.float32),
+           "act.odd.0": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+           "scalar": np.array(7, np.float32), "empty": np.zeros((0, 3), np.float32)}
 
 
 def encode(name, values):
-    return (struct.pack("<i", len(name)) + name.encode() + struct.pack(f"<i{values.ndim}q", values.ndim, *values.shape)
+    return (struct.pack("<i", len(name)) + name.encode()
+            + struct.pack(f"<i{values.ndim}q", values.ndim, *values.shape)
             + values.astype("<f4").tobytes())
 
 
@@ -31,7 +36,8 @@ def file(tmp_path):
 
 
 def run(*args, **kw):
-    return subprocess.run([sys.executable, TOOL, *map(str, args)], capture_output=True, text=True, **kw)
+    return subprocess.run([sys.executable, TOOL, *map(str, args)], capture_output=True, text=True,
+                          **kw)
 
 
 def good(*args):
@@ -67,7 +73,8 @@ def test_list(file):
 
 
 def test_list_shows_what_is_not_finite(tmp_path):
-    (tmp_path / "dump").write_bytes(encode("a", np.array([1, np.nan])) + encode("b", np.array([1, np.inf])))
+    (tmp_path / "dump").write_bytes(encode("a", np.array([1, np.nan]))
+                                    + encode("b", np.array([1, np.inf])))
     lines = [line.split() for line in good(tmp_path / "dump").splitlines()]
     assert lines[1:] == [["a", "2", "nan", "nan", "nan"], ["b", "2", "1", "inf", "inf"]]
 
@@ -97,12 +104,16 @@ def test_lift(train, projection):
             P = compressed["proj." + name].astype(np.float64)
             gradient = gradient @ P @ P.T
         assert lift(compressed, name).shape == gradient.shape
-        # three products of 16 to 64 terms in float32, roundoff 6e-8, each sum off by some 1e-6 of the greatest element
-        assert np.abs(lift(compressed, name) - gradient).max() <= 1e-5 * np.abs(gradient).max(), name
+        # three products of 16 to 64 terms in float32, roundoff 6e-8, each sum off by some 1e-6 of
+        # the greatest element
+        assert np.abs(lift(compressed,
+                           name) - gradient).max() <= 1e-5 * np.abs(gradient).max(), name
 
 
 def test_cut_short(file):
-    """Cut anywhere but between two records, a file is refused; between two it is the records before."""
+    """
+    Cut anywhere but between two records, a file is refused; between two it is the records before.
+    """
     whole, ends = file.read_bytes(), {}
     for name, values in RECORDS.items():
         ends[max(ends, default=0) + len(encode(name, values))] = len(ends) + 1
@@ -131,11 +142,13 @@ def test_hostile(file):
             assert str(problem).count("\n") == 0
 
 
-@pytest.mark.parametrize("record", [encode("a", np.zeros(2)) * 2, struct.pack("<i1siqq", 1, b"a", 2, -1, -2) + bytes(8),
-                                    struct.pack("<i1siq", 1, b"a", 1, -1), struct.pack("<i1siqq", 1, b"a", 2, 2**62, 4),
-                                    struct.pack("<i1siqq", 1, b"a", 2, 2**62, 0), struct.pack("<i1si", 1, b"a", 2**31 - 1),
-                                    encode("\x1b[2J", np.zeros(1)), struct.pack("<i1siq", 1, b"\xff", 1, 0)],
-                         ids=["twice", "-1 x -2", "-1", "2^62 x 4", "2^62 x 0", "2^31 dimensions", "control", "no text"])
+@pytest.mark.parametrize(
+    "record",
+    [encode("a", np.zeros(2)) * 2, struct.pack("<i1siqq", 1, b"a", 2, -1, -2) + bytes(8),
+     struct.pack("<i1siq", 1, b"a", 1, -1), struct.pack("<i1siqq", 1, b"a", 2, 2**62, 4),
+     struct.pack("<i1siqq", 1, b"a", 2, 2**62, 0), struct.pack("<i1si", 1, b"a", 2**31 - 1),
+     encode("\x1b[2J", np.zeros(1)), struct.pack("<i1siq", 1, b"\xff", 1, 0)],
+    ids=["twice", "-1 x -2", "-1", "2^62 x 4", "2^62 x 0", "2^31 dimensions", "control", "no text"])
 def test_bad_record(tmp_path, record):
     (tmp_path / "dump").write_bytes(encode("fine", np.zeros(3)) + record)
     refused(run(tmp_path / "dump"), "dump: ", "broken or cut short")
@@ -157,6 +170,7 @@ def test_a_closed_pipe_is_no_error(file):
     """As in `dump.py FILE | head -0`."""
     ours, theirs = os.pipe()
     os.close(ours)
-    done = subprocess.run([sys.executable, TOOL, file], stdout=theirs, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, TOOL, file], stdout=theirs, stderr=subprocess.PIPE,
+                          text=True)
     os.close(theirs)
     assert done.stderr == ""

@@ -1,7 +1,9 @@
-"""The trainer's HellaSwag score of a model by transformers, against losses that PyTorch computes ending by ending.
+"""
+The trainer's HellaSwag score of a model by transformers, against losses that PyTorch computes
+ending by ending.
 
-Ten examples, written by data_prep/hellaswag.py's own function. The score is the share of examples whose right ending has the
-lowest mean loss, so the labels decide what it must be.
+Ten examples, written by data_prep/hellaswag.py's own function. The score is the share of examples
+whose right ending has the lowest mean loss, so the labels decide what it must be.
 """
 
 import json
@@ -24,25 +26,33 @@ VOCAB, T, EXAMPLES = 97, 16, 10
 
 
 def draw_examples(seed):
-    """Three times EXAMPLES pairs (context, endings). Some are longer than the sequence: they lose their beginning."""
+    """
+    Three times EXAMPLES pairs (context, endings). Some are longer than the sequence: they lose
+    their beginning.
+    """
     rng = np.random.default_rng(seed)
 
     def tokens(low, high):
         return rng.integers(0, VOCAB, rng.integers(low, high)).tolist()
-    return [(tokens(1, 3), [tokens(T + 1, T + 9) for _ in range(4)]) for _ in range(2)] + [  # no token of the context is left, nor all of the ending
-        (tokens(1, 24), [tokens(1, 9) for _ in range(4)]) for _ in range(3 * EXAMPLES - 2)]
+    # of the first two no token of the context is left, nor all of the ending
+    sizes = [((1, 3), (T + 1, T + 9))] * 2 + [((1, 24), (1, 9))] * (3 * EXAMPLES - 2)
+    return [(tokens(*context), [tokens(*ending) for _ in range(4)]) for context, ending in sizes]
 
 
 def write_examples(path, examples, labels):
-    encoded = [hellaswag.encode_example(i, label, *example) for i, (example, label) in enumerate(zip(examples, labels))]
+    encoded = [hellaswag.encode_example(i, label, *example)
+               for i, (example, label) in enumerate(zip(examples, labels))]
     header = common.header(hellaswag.MAGIC, hellaswag.VERSION, len(encoded), max(map(len, encoded)))
     path.write_bytes(header + b"".join(encoded))
 
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
-    """A folder with a model, the examples, and the mean loss of each ending, (examples, 4). The two best endings of an example differ by far more
-    than the rounding of a loss, which is some 1e-6, so that no other way to add up may choose another ending."""
+    """
+    A folder with a model, the examples, and the mean loss of each ending, (examples, 4). The two
+    best endings of an example differ by far more than the rounding of a loss, which is some 1e-6,
+    so that no other way to add up may choose another ending.
+    """
     folder = tmp_path_factory.mktemp("hellaswag")
     config = dict(n_positions=T + 4, vocab_size=VOCAB, n_layer=2, n_head=2, n_embd=24)
     with_transformers.good("make", folder, json.dumps(config))
@@ -59,8 +69,9 @@ def judged(tmp_path_factory):
 
 def score(folder, out, *options):
     run = out / f"run{len(list(out.glob('run*')))}"
-    done = formats.run_trainer(["-e", folder / "model.bin", "--train", folder / "tokens.bin", "-t", T, "-x", 0, "-v", -1,
-                                "--hellaswag", out / "hs.bin", "-o", run, *options])
+    done = formats.run_trainer(["-e", folder / "model.bin", "--train", folder / "tokens.bin", "-t",
+                                T, "-x", 0, "-v", -1, "--hellaswag", out / "hs.bin", "-o", run,
+                                *options])
     assert done.returncode == 0, done.stderr
     (evaluation,) = Run(done, run).evaluations
     assert f"| hellaswag {evaluation['hellaswag']:.4f}" in done.stdout
@@ -81,7 +92,8 @@ def test_each_example(judged, tmp_path):
     """One by one, with each ending in turn as the right one, so that no two mistakes cancel."""
     folder, examples, losses = judged
     sums = losses * [[len(ending[-T:]) for ending in endings] for _, endings in examples]
-    assert (losses.argmin(1) != sums.argmin(1)).any(), "a score by the sum of losses would be another"
+    assert (losses.argmin(1)
+            != sums.argmin(1)).any(), "a score by the sum of losses would be another"
     for example, best in zip(examples, losses.argmin(1)):
         for label in {int(best), (int(best) + 1) % 4}:
             write_examples(tmp_path / "hs.bin", [example], [label])
@@ -105,4 +117,5 @@ def test_fewer_endings(judged, tmp_path, count):
 @pytest.mark.parametrize("label, count", [(2, 2), (0, 1), (0, 5)])
 def test_bad_count(train, tmp_path, label, count):
     write_examples(tmp_path / "hs.bin", [([5, 6], [[7], [8, 9], [7], [1], [2]][:count])], [label])
-    check_one_line(train("-x", 0, "--hellaswag", tmp_path / "hs.bin", status=2).stderr, "hs.bin", "the number of endings")
+    check_one_line(train("-x", 0, "--hellaswag", tmp_path / "hs.bin", status=2).stderr, "hs.bin",
+                   "the number of endings")

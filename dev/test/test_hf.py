@@ -1,8 +1,9 @@
-"""data_prep/hf.py: weights from transformers to the trainer and back, from nanoGPT, to GGUF, and
+"""
+data_prep/hf.py: weights from transformers to the trainer and back, from nanoGPT, to GGUF, and
 what the trainer makes of them.
 
-No network: a model on the Hub is one in a cache that the test lays out. What needs transformers itself is skipped where
-with_transformers.py finds no Python that has it and PyTorch.
+No network: a model on the Hub is one in a cache that the test lays out. What needs transformers
+itself is skipped where with_transformers.py finds no Python that has it and PyTorch.
 """
 
 import json
@@ -26,20 +27,22 @@ TOOL = Path(formats.ROOT) / "data_prep" / "hf.py"
 CONFIG = dict(context=24, vocab=151, layers=3, heads=4, channels=32, padded_vocab=256)
 HF_CONFIG = dict(n_positions=24, vocab_size=151, n_layer=3, n_head=4, n_embd=32)
 
-# A parameter's tensors in transformers, for layer l where it has layers, and whether they are transposed there.
-NAMES = {"wte": ("wte.weight", False), "wpe": ("wpe.weight", False),
-         "lnfw": ("ln_f.weight", False), "lnfb": ("ln_f.bias", False),
-         "ln1w": ("h.{l}.ln_1.weight", False), "ln1b": ("h.{l}.ln_1.bias", False),
-         "qkvw": ("h.{l}.attn.c_attn.weight", True), "qkvb": ("h.{l}.attn.c_attn.bias", False),
-         "attprojw": ("h.{l}.attn.c_proj.weight", True), "attprojb": ("h.{l}.attn.c_proj.bias", False),
-         "ln2w": ("h.{l}.ln_2.weight", False), "ln2b": ("h.{l}.ln_2.bias", False),
-         "fcw": ("h.{l}.mlp.c_fc.weight", True), "fcb": ("h.{l}.mlp.c_fc.bias", False),
-         "fcprojw": ("h.{l}.mlp.c_proj.weight", True), "fcprojb": ("h.{l}.mlp.c_proj.bias", False)}
+# A parameter's tensors in transformers, for layer l where it has layers, and whether they are
+# transposed there.
+NAMES = {"wte": ("wte.weight", False), "wpe": ("wpe.weight", False), "lnfw": ("ln_f.weight", False),
+         "lnfb": ("ln_f.bias", False), "ln1w": ("h.{l}.ln_1.weight", False),
+         "ln1b": ("h.{l}.ln_1.bias", False), "qkvw": ("h.{l}.attn.c_attn.weight", True),
+         "qkvb": ("h.{l}.attn.c_attn.bias", False), "attprojw": ("h.{l}.attn.c_proj.weight", True),
+         "attprojb": ("h.{l}.attn.c_proj.bias", False), "ln2w": ("h.{l}.ln_2.weight", False),
+         "ln2b": ("h.{l}.ln_2.bias", False), "fcw": ("h.{l}.mlp.c_fc.weight", True),
+         "fcb": ("h.{l}.mlp.c_fc.bias", False), "fcprojw": ("h.{l}.mlp.c_proj.weight", True),
+         "fcprojb": ("h.{l}.mlp.c_proj.bias", False)}
 
 
 def run(*args, env={}):
     return subprocess.run([sys.executable, TOOL, *map(str, args)], capture_output=True, text=True,
-                          env=dict(os.environ, HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1", **env))
+                          env=dict(os.environ, HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1",
+                                   **env))
 
 
 def good(*args, env={}):
@@ -61,7 +64,8 @@ def tensors_of(params):
     tensors = {}
     for param, (name, transposed) in NAMES.items():
         for record, values in formats.per_layer(param, params[param]):
-            tensors[name.format(l=record.rpartition(".")[2])] = np.ascontiguousarray(values.T if transposed else values)
+            tensors[name.format(l=record.rpartition(".")[2])] = np.ascontiguousarray(
+                values.T if transposed else values)
     tensors["wte.weight"] = tensors["wte.weight"][:CONFIG["vocab"]]
     return tensors
 
@@ -92,7 +96,8 @@ def model(tmp_path, params):
 def test_export(tmp_path, model, params):
     from safetensors.numpy import load_file
     said = good("export", model, tmp_path / "out")
-    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "generation_config.json",
+                                                    "model.safetensors"]
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
     got, want = load_file(tmp_path / "out" / "model.safetensors"), tensors_of(params)
     assert sorted(got) == sorted("transformer." + name for name in want)
@@ -116,7 +121,10 @@ def test_export_of_bf16(tmp_path, model, params):
 
 
 def test_there_and_back(tmp_path, model):
-    """An import of an export is the same file, bit for bit; over what stands there from an earlier one, too."""
+    """
+    An import of an export is the same file, bit for bit; over what stands there from an earlier
+    one, too.
+    """
     for _ in range(2):
         good("export", model, tmp_path / "out")
         good("import", tmp_path / "out", tmp_path / "new" / "again.bin")
@@ -128,17 +136,20 @@ def test_there_and_back(tmp_path, model):
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_import(tmp_path, model, params, prefix, kind):
     tensors = {prefix + name: values for name, values in tensors_of(params).items()}
-    tensors["lm_head.weight"] = tensors[prefix + "wte.weight"]  # some files hold it, as they do attention's masks
+    # some files hold it, as they do attention's masks
+    tensors["lm_head.weight"] = tensors[prefix + "wte.weight"]
     tensors[prefix + "h.0.attn.bias"] = np.tril(np.ones((1, 1, 24, 24), np.float32))
     tensors[prefix + "h.0.attn.masked_bias"] = np.array(-1e4, np.float32)
     save(tmp_path / "in", tensors)
-    good("import", tmp_path / "in", tmp_path / "out.bin", *(["--type", "bf16"] if kind == "bf16" else []))
+    good("import", tmp_path / "in", tmp_path / "out.bin",
+         *(["--type", "bf16"] if kind == "bf16" else []))
     formats.write_model(model, CONFIG, params, formats.BF16 if kind == "bf16" else formats.FP32)
     assert (tmp_path / "out.bin").read_bytes() == model.read_bytes()
 
 
 def test_import_of_half_precision(tmp_path, params):
-    save(tmp_path / "in", {name: values.astype(np.float16) for name, values in tensors_of(params).items()})
+    save(tmp_path / "in",
+         {name: values.astype(np.float16) for name, values in tensors_of(params).items()})
     good("import", tmp_path / "in", tmp_path / "out.bin")
     for name, values in formats.read_model(tmp_path / "out.bin")[1].items():
         assert np.array_equal(values, params[name].astype(np.float16)), name
@@ -185,15 +196,20 @@ def test_pytorch_and_numpy_do_not_fit(tmp_path, params):
     assert not (tmp_path / "out.bin").exists()
 
 
-@pytest.mark.parametrize("layers, channels, count", [(12, 768, 124439808), (24, 1024, 354823168), (36, 1280, 774030080),
-                                                     (48, 1600, 1557611200)])
+@pytest.mark.parametrize("layers, channels, count", [(12, 768, 124439808), (24, 1024, 354823168),
+                                                     (36, 1280, 774030080), (48, 1600, 1557611200)])
 def test_sizes(tmp_path, layers, channels, count):
-    """The four sizes have their published numbers of parameters, and the padded vocabulary of llm.c's files."""
-    (tmp_path / "config.json").write_text(json.dumps(dict(
-        model_type="gpt2", n_positions=1024, vocab_size=50257, n_layer=layers, n_head=channels // 64, n_embd=channels)))
+    """
+    The four sizes have their published numbers of parameters, and the padded vocabulary of llm.c's
+    files.
+    """
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="gpt2", n_positions=1024,
+                                                          vocab_size=50257, n_layer=layers,
+                                                          n_head=channels // 64, n_embd=channels)))
     shape = hf.read_config(str(tmp_path / "config.json"))
     assert shape.padded == 50304
-    assert sum(np.prod(wanted) for _, wanted, _ in hf.tensors(shape)) == count + (50304 - 50257) * channels
+    assert sum(np.prod(wanted)
+               for _, wanted, _ in hf.tensors(shape)) == count + (50304 - 50257) * channels
 
 
 def test_hub(tmp_path, params, model):
@@ -203,9 +219,11 @@ def test_hub(tmp_path, params, model):
     save(snapshot, tensors_of(params))
     (tmp_path / "hub" / "models--some--model" / "refs").mkdir()
     (tmp_path / "hub" / "models--some--model" / "refs" / "main").write_text("0123")
-    said = good("import", "some/model", tmp_path / "out.bin", env={"HF_HUB_CACHE": str(tmp_path / "hub")})
+    said = good("import", "some/model", tmp_path / "out.bin",
+                env={"HF_HUB_CACHE": str(tmp_path / "hub")})
     assert "151" in said and (tmp_path / "out.bin").read_bytes() == model.read_bytes()
-    done = run("import", "some/other", tmp_path / "other.bin", env={"HF_HUB_CACHE": str(tmp_path / "hub")})
+    done = run("import", "some/other", tmp_path / "other.bin",
+               env={"HF_HUB_CACHE": str(tmp_path / "hub")})
     refused(done, "some/other", "no such folder", "downloaded", "give a folder")
     assert not (tmp_path / "other.bin").exists()
 
@@ -214,12 +232,13 @@ def test_missing_package(tmp_path, params):
     save(tmp_path / "in", tensors_of(params))
     shutil.copytree(tmp_path / "in", tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
-    for package, source in (("safetensors", tmp_path / "in"), ("torch", tmp_path / "pickled"), ("huggingface_hub", "gpt2"),
-                            ("numpy", "gpt2")):
+    for package, source in (("safetensors", tmp_path / "in"), ("torch", tmp_path / "pickled"),
+                            ("huggingface_hub", "gpt2"), ("numpy", "gpt2")):
         packages = tmp_path / package
         packages.mkdir()
         (packages / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
-        refused(run("import", source, tmp_path / "out.bin", env={"PYTHONPATH": str(packages)}), package)
+        refused(run("import", source, tmp_path / "out.bin", env={"PYTHONPATH": str(packages)}),
+                package)
 
 
 # ---------------------------------------------------------------------------- bad input
@@ -232,29 +251,29 @@ def not_finite(tensors):
     tensors["ln_f.bias"][5] = np.inf  # found when most of the file is written
 
 
-@pytest.mark.parametrize("config, change, named", [
-    ({"activation_function": "gelu"}, None, ["config.json", "activation_function", "'gelu'", "gelu_new"]),
-    ({"model_type": "llama"}, None, ["config.json", "model_type", "'llama'"]),
-    ({"scale_attn_by_inverse_layer_idx": True}, None, ["scale_attn_by_inverse_layer_idx"]),
-    ({"tie_word_embeddings": False}, None, ["tie_word_embeddings"]),
-    ({"layer_norm_epsilon": 1e-6}, None, ["layer_norm_epsilon"]),
-    ({"n_inner": 64}, None, ["n_inner", "64"]),
-    ({"n_head": 5}, None, ["config.json", "32 channels", "5 heads"]),
-    ({"n_layer": None}, None, ["config.json", "n_layer"]),
-    ({"n_positions": 0}, None, ["config.json", "n_positions"]),
-    ({"vocab_size": 1 << 20}, None, ["config.json", "vocab_size"]),
-    ({"n_embd": 32.5}, None, ["config.json", "n_embd"]),
-    ({"n_embd": 64}, None, ["model.safetensors", "wte.weight", "(151, 32)", "(151, 64)"]),
-    ({"n_layer": 4}, None, ["model.safetensors", "has no tensor h.3.ln_1.weight"]),
-    ({"n_layer": 2}, None, ["model.safetensors", "h.2."]),
-    ({}, lambda t: t.pop("ln_f.bias"), ["model.safetensors", "has no tensor ln_f.bias"]),
-    ({}, lambda t: t.update({"h.1.attn.c_attn.weight": t["h.1.attn.c_attn.weight"].T.copy()}),
-     ["h.1.attn.c_attn.weight", "(96, 32)", "(32, 96)"]),
-    ({}, lambda t: t.update({"score.weight": np.zeros((2, 32), np.float32)}), ["score.weight"]),
-    ({}, lambda t: t.update({"ln_f.bias": np.zeros(32, np.int32)}), ["ln_f.bias", "I32", "F32"]),
-    ({}, untied, ["lm_head.weight", "wte.weight"]),
-    ({}, not_finite, ["ln_f.bias", "not finite"]),
-])
+@pytest.mark.parametrize(
+    "config, change, named",
+    [({"activation_function": "gelu"}, None,
+      ["config.json", "activation_function", "'gelu'", "gelu_new"]),
+     ({"model_type": "llama"}, None, ["config.json", "model_type", "'llama'"]),
+     ({"scale_attn_by_inverse_layer_idx": True}, None, ["scale_attn_by_inverse_layer_idx"]),
+     ({"tie_word_embeddings": False}, None, ["tie_word_embeddings"]),
+     ({"layer_norm_epsilon": 1e-6}, None, ["layer_norm_epsilon"]),
+     ({"n_inner": 64}, None, ["n_inner", "64"]),
+     ({"n_head": 5}, None, ["config.json", "32 channels", "5 heads"]),
+     ({"n_layer": None}, None, ["config.json", "n_layer"]),
+     ({"n_positions": 0}, None, ["config.json", "n_positions"]),
+     ({"vocab_size": 1 << 20}, None, ["config.json", "vocab_size"]),
+     ({"n_embd": 32.5}, None, ["config.json", "n_embd"]),
+     ({"n_embd": 64}, None, ["model.safetensors", "wte.weight", "(151, 32)", "(151, 64)"]),
+     ({"n_layer": 4}, None, ["model.safetensors", "has no tensor h.3.ln_1.weight"]),
+     ({"n_layer": 2}, None, ["model.safetensors", "h.2."]),
+     ({}, lambda t: t.pop("ln_f.bias"), ["model.safetensors", "has no tensor ln_f.bias"]),
+     ({}, lambda t: t.update({"h.1.attn.c_attn.weight": t["h.1.attn.c_attn.weight"].T.copy()}),
+      ["h.1.attn.c_attn.weight", "(96, 32)", "(32, 96)"]),
+     ({}, lambda t: t.update({"score.weight": np.zeros((2, 32), np.float32)}), ["score.weight"]),
+     ({}, lambda t: t.update({"ln_f.bias": np.zeros(32, np.int32)}), ["ln_f.bias", "I32", "F32"]),
+     ({}, untied, ["lm_head.weight", "wte.weight"]), ({}, not_finite, ["ln_f.bias", "not finite"])])
 def test_bad_model(tmp_path, params, config, change, named):
     tensors = {name: values.copy() for name, values in tensors_of(params).items()}
     if change:
@@ -271,7 +290,8 @@ def test_bad_files(tmp_path, params, model):
     weights.write_bytes(whole[:-1])
     refused(run("import", tmp_path / "in", tmp_path / "out.bin"), weights, "cut short")
     weights.unlink()
-    refused(run("import", tmp_path / "in", tmp_path / "out.bin"), "neither model.safetensors nor pytorch_model.bin")
+    refused(run("import", tmp_path / "in", tmp_path / "out.bin"),
+            "neither model.safetensors nor pytorch_model.bin")
     for text in b"[1]", b"{", b"\xff":
         config.write_bytes(text)
         refused(run("import", tmp_path / "in", tmp_path / "out.bin"), config, "no config.json")
@@ -293,11 +313,13 @@ def test_bad_files(tmp_path, params, model):
     assert sorted(os.listdir(tmp_path)) == ["in", "model.bin"]
 
 
-@pytest.mark.parametrize("at, value, named", [
-    (0, 20240520, "is no GPT-2 model file"), (1, 2, "is no GPT-2 model file"), (2, 0, "its context is 0"),
-    (3, 70000, "its vocabulary is 70000"), (4, -1, "its layers is -1"), (5, 5, "5 heads"), (6, 36, "its header asks for"),
-    (7, 150, "its padded vocabulary is 150"), (7, 257, "its header asks for"), (None, 1000, "is no GPT-2 model file"),
-    (None, 5000, "its header asks for"), (None, 0, "is no GPT-2 model file")])
+@pytest.mark.parametrize("at, value, named",
+                         [(0, 20240520, "is no GPT-2 model file"), (1, 2, "is no GPT-2 model file"),
+                          (2, 0, "its context is 0"), (3, 70000, "its vocabulary is 70000"),
+                          (4, -1, "its layers is -1"), (5, 5, "5 heads"),
+                          (6, 36, "its header asks for"), (7, 150, "its padded vocabulary is 150"),
+                          (7, 257, "its header asks for"), (None, 1000, "is no GPT-2 model file"),
+                          (None, 5000, "its header asks for"), (None, 0, "is no GPT-2 model file")])
 def test_bad_bin(tmp_path, model, at, value, named):
     data = bytearray(model.read_bytes())
     if at is None:
@@ -563,10 +585,12 @@ def loaded(folder, out):
 
 def test_transformers_reads_the_same_weights_back(random_model, tmp_path):
     good("export", random_model / "model.bin", tmp_path / "out")
-    got, want = loaded(tmp_path / "out", tmp_path / "out.npz"), dict(np.load(random_model / "tensors.npz"))
+    got, want = (loaded(tmp_path / "out", tmp_path / "out.npz"),
+                 dict(np.load(random_model / "tensors.npz")))
     assert sorted(got) == sorted(want) and len(want) == 5 + 12 * HF_CONFIG["n_layer"]
     for name, values in want.items():
-        assert np.array_equal(got[name], values) and got[name].dtype == values.dtype == np.float32, name
+        assert np.array_equal(got[name],
+                              values) and got[name].dtype == values.dtype == np.float32, name
 
 
 def test_pytorch_model_bin(random_model, tmp_path):
@@ -575,41 +599,54 @@ def test_pytorch_model_bin(random_model, tmp_path):
     folder = tmp_path / "in"
     shutil.copytree(random_model / "pickled", folder)
     (folder / "pytorch_model.bin").write_bytes(b"no weights")
-    refused(with_transformers.ask("run", TOOL, "import", folder, tmp_path / "out2.bin"), "pytorch_model.bin", "PyTorch")
+    refused(with_transformers.ask("run", TOOL, "import", folder, tmp_path / "out2.bin"),
+            "pytorch_model.bin", "PyTorch")
 
 
 def near(name, got, want, tolerance, unit=None):
-    """got differs from want nowhere by more than tolerance in units of want's greatest element, or of unit."""
-    error = np.abs(np.asarray(got, np.float64).reshape(want.shape) - want).max() / (unit or np.abs(want).max())
+    """
+    got differs from want nowhere by more than tolerance in units of want's greatest element, or of
+    unit.
+    """
+    error = np.abs(np.asarray(got, np.float64).reshape(want.shape)
+                   - want).max() / (unit or np.abs(want).max())
     assert error <= tolerance, f"{name} is off by {error:.2e}, {tolerance:.0e} allowed"
 
 
 def test_trainer_and_transformers_agree(random_model, tmp_path):
-    """Logits and loss of a model by transformers, ten AdamW steps, and the trained model back in transformers."""
+    """
+    Logits and loss of a model by transformers, ten AdamW steps, and the trained model back in
+    transformers.
+    """
     B, T = 3, 20
     hyper = dict(steps=10, lr=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-3, clip=1.0)
     tokens = np.random.default_rng(5).integers(0, 151, B * T + 1)
     formats.write_tokens(tmp_path / "tokens.bin", tokens, 151)
     out = tmp_path / "run"
     done = formats.run_trainer(
-        ["-e", random_model / "model.bin", "--train", tmp_path / "tokens.bin", "-b", B, "-t", T, "-x", hyper["steps"],
-         "--overfit", "--optimizer", "adamw", "--rank", 1, "-o", out, "-n", -1, "--dump", tmp_path / "dump", "-l", hyper["lr"], "-k", "constant",
-         "-c", hyper["weight_decay"], "--beta1", hyper["beta1"], "--beta2", hyper["beta2"], "--eps", hyper["eps"],
-         "--clip", hyper["clip"]])
+        ["-e", random_model / "model.bin", "--train", tmp_path / "tokens.bin", "-b", B, "-t", T,
+         "-x", hyper["steps"], "--overfit", "--optimizer", "adamw", "--rank", 1, "-o", out, "-n",
+         -1, "--dump", tmp_path / "dump", "-l", hyper["lr"], "-k", "constant", "-c",
+         hyper["weight_decay"], "--beta1", hyper["beta1"], "--beta2", hyper["beta2"], "--eps",
+         hyper["eps"], "--clip", hyper["clip"]])
     assert done.returncode == 0, done.stderr
     dump = formats.read_dump(tmp_path / "dump")
     np.savez(tmp_path / "job.npz", inputs=dump["inputs"], targets=dump["targets"])
-    with_transformers.good("train", random_model, tmp_path / "job.npz", tmp_path / "want.npz", json.dumps(hyper))
+    with_transformers.good("train", random_model, tmp_path / "job.npz", tmp_path / "want.npz",
+                           json.dumps(hyper))
     want = dict(np.load(tmp_path / "want.npz"))
 
-    # float32 has a unit roundoff of 6e-8. A logit ends some ten products in a row of 32 to 128 terms, each off by about 1e-6.
+    # float32 has a unit roundoff of 6e-8. A logit ends some ten products in a row of 32 to 128
+    # terms, each off by about 1e-6.
     near("logits", dump["logits"], want["logits"], 1e-5)
     near("loss", dump["loss"], want["losses"][:1], 2e-6)
-    near("losses", [step["loss"] for step in formats.read_log(out)[1]], want["losses"], 5e-6)  # the log has 6 decimals
+    # the log has 6 decimals
+    near("losses", [step["loss"] for step in formats.read_log(out)[1]], want["losses"], 5e-6)
     assert want["losses"][-1] < want["losses"][0] - 0.5, "ten steps change the model"
 
-    # In units of lr, which is about what a step moves a weight by. eps = 1e-3 keeps U = m / (sqrt(v) + eps) from magnifying
-    # the rounding of gradients near 0, so ten steps are off by some 1e-5; a wrong decay or eps would be off by more than 1e-2.
+    # In units of lr, which is about what a step moves a weight by. eps = 1e-3 keeps U = m /
+    # (sqrt(v) + eps) from magnifying the rounding of gradients near 0, so ten steps are off by some
+    # 1e-5; a wrong decay or eps would be off by more than 1e-2.
     good("export", out / f"model_{hyper['steps']:08d}.bin", tmp_path / "out")
     got = loaded(tmp_path / "out", tmp_path / "out.npz")
     before = dict(np.load(random_model / "tensors.npz"))

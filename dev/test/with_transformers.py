@@ -1,15 +1,22 @@
-"""GPT-2 by transformers: what the tests hold data_prep/hf.py, and the trainer on its files, to.
+"""
+GPT-2 by transformers: what the tests hold data_prep/hf.py, and the trainer on its files, to.
 
-The tests call ask(command, ...), which runs this file under a Python that has PyTorch, where there is one, with the
-packages of the tests' own Python behind: PyTorch may be the system's, and transformers not.
+The tests call ask(command, ...), which runs this file under a Python that has PyTorch, where there
+is one, with the packages of the tests' own Python behind: PyTorch may be the system's, and
+transformers not.
 
-make FOLDER CONFIG            a random model of CONFIG (JSON) to FOLDER, and to FOLDER/pickled as pytorch_model.bin
+make FOLDER CONFIG            a random model of CONFIG (JSON) to FOLDER, and to FOLDER/pickled as
+                              pytorch_model.bin
 load FOLDER OUT               its tensors, as from_pretrained finds them
-train FOLDER JOB OUT HYPER    its logits, and AdamW steps of HYPER (JSON) on inputs and targets (B, T), a target below 0 being
-                              without loss: the losses, and the trained tensors
-score FOLDER EXAMPLES OUT T   for examples (JSON: context, endings) the mean loss of each ending; rows of T + 1 tokens at most
-tokens FOLDER TEXTS OUT       the ids of each of TEXTS (JSON) by the folder's tokenizer, and what they spell
-checkpoint FILE MODEL ARGS    writes a checkpoint as nanoGPT does, of tensors in an .npz and model_args (JSON)
+train FOLDER JOB OUT HYPER    its logits, and AdamW steps of HYPER (JSON) on inputs and targets
+                              (B, T), a target below 0 being without loss: the losses, and the
+                              trained tensors
+score FOLDER EXAMPLES OUT T   for examples (JSON: context, endings) the mean loss of each ending;
+                              rows of T + 1 tokens at most
+tokens FOLDER TEXTS OUT       the ids of each of TEXTS (JSON) by the folder's tokenizer, and what
+                              they spell
+checkpoint FILE MODEL ARGS    writes a checkpoint as nanoGPT does, of tensors in an .npz and
+                              model_args (JSON)
 run TOOL ...                  one of the tools, so that it finds PyTorch
 Numbers go in and out as .npz. All is computed in double precision.
 """
@@ -35,8 +42,8 @@ def python_with_transformers():
 
 def command(python, *args):
     packages = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
-    return subprocess.run([python, __file__, packages, *map(str, args)], capture_output=True, text=True,
-                          env=dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"))
+    return subprocess.run([python, __file__, packages, *map(str, args)], capture_output=True,
+                          text=True, env=dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"))
 
 
 def ask(*args):
@@ -53,7 +60,8 @@ def good(*args):
     return done
 
 
-# ---------------------------------------------------------------------------- under a Python with PyTorch
+# ----------------------------------------------------------------------------
+# under a Python with PyTorch
 
 def tensors(model):
     return {name: values.detach().numpy() for name, values in model.state_dict().items()}
@@ -63,10 +71,12 @@ def make(folder, config):
     torch.manual_seed(1)
     model = GPT2LMHeadModel(GPT2Config(**json.loads(config)))
     with torch.no_grad():
-        for name, values in model.named_parameters():  # no bias 0 and no LayerNorm 1: every term of the model counts
+        # no bias 0 and no LayerNorm 1: every term of the model counts
+        for name, values in model.named_parameters():
             values.normal_(1.0 if "ln_" in name and "weight" in name else 0.0, 0.15)
     model.save_pretrained(folder)
-    model.config.save_pretrained(os.path.join(folder, "pickled"))  # the newest transformers write no pytorch_model.bin any more
+    # the newest transformers write no pytorch_model.bin any more
+    model.config.save_pretrained(os.path.join(folder, "pickled"))
     torch.save(model.state_dict(), os.path.join(folder, "pickled", "pytorch_model.bin"))
     np.savez(os.path.join(folder, "tensors.npz"), **tensors(model))
 
@@ -86,11 +96,14 @@ def train(folder, job, out, hyper):
     inputs, targets = (torch.as_tensor(job[name]).long() for name in ("inputs", "targets"))
     model, results = open_model(folder).double(), {"losses": []}
     groups = [{"params": [p for p in model.parameters() if (p.dim() == 2) == decays],
-               "weight_decay": hyper["weight_decay"] if decays else 0.0} for decays in (True, False)]
-    adam = torch.optim.AdamW(groups, lr=hyper["lr"], betas=(hyper["beta1"], hyper["beta2"]), eps=hyper["eps"])
+               "weight_decay": hyper["weight_decay"] if decays else 0.0}
+              for decays in (True, False)]
+    adam = torch.optim.AdamW(groups, lr=hyper["lr"], betas=(hyper["beta1"], hyper["beta2"]),
+                             eps=hyper["eps"])
     for step in range(hyper["steps"]):
         logits = model(inputs).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten().clamp(min=-1), ignore_index=-1)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1),
+                                                 targets.flatten().clamp(min=-1), ignore_index=-1)
         if step == 0:
             results["logits"] = logits.detach().numpy()
         results["losses"].append(loss.item())
@@ -126,17 +139,21 @@ def tokens(folder, texts, out):
 def checkpoint(path, model, args):
     state = {name: torch.as_tensor(values) for name, values in np.load(model).items()}
     args, floats = json.loads(args), {}
-    if torch.__version__ >= "2":  # earlier ones do not read numbers with a point, where they are to read safely
+    # earlier ones do not read numbers with a point, where they are to read safely
+    if torch.__version__ >= "2":
         parameter = torch.nn.Parameter(torch.zeros(2))
         parameter.grad = torch.ones(2)
         optimizer = torch.optim.AdamW([parameter], lr=1e-3)
         optimizer.step()
         floats = {"optimizer": optimizer.state_dict(), "config": {"dropout": 0.0}}
-    torch.save({"model": state, "model_args": args, "iter_num": 5, "best_val_loss": torch.tensor(1.5), **floats}, path)
+    torch.save({"model": state, "model_args": args, "iter_num": 5,
+                "best_val_loss": torch.tensor(1.5), **floats},
+               path)
 
 
 def try_out():
-    GPT2LMHeadModel(GPT2Config(vocab_size=2, n_positions=2, n_embd=2, n_layer=1, n_head=1))  # a dummy where PyTorch is too old
+    # a dummy where PyTorch is too old
+    GPT2LMHeadModel(GPT2Config(vocab_size=2, n_positions=2, n_embd=2, n_layer=1, n_head=1))
 
 
 def run(tool, *args):
@@ -152,5 +169,5 @@ if __name__ == "__main__":
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.set_num_threads(1)  # the tensors are tiny
     with torch.set_grad_enabled(sys.argv[2] == "train"):
-        {"try": try_out, "make": make, "load": load, "train": train, "score": score, "tokens": tokens,
-         "checkpoint": checkpoint, "run": run}[sys.argv[2]](*sys.argv[3:])
+        {"try": try_out, "make": make, "load": load, "train": train, "score": score,
+         "tokens": tokens, "checkpoint": checkpoint, "run": run}[sys.argv[2]](*sys.argv[3:])
