@@ -1,10 +1,13 @@
-"""Readers and writers of the trainer's files, in NumPy alone, and a way to run the trainer.
+"""
+Readers and writers of the trainer's files, in NumPy alone, and a way to run the trainer.
 
-They are written from the description of the formats, not from the trainer's code, so that a test that
-goes through them checks the trainer's own reading and writing too. Everything is little-endian.
+They are written from the description of the formats, not from the trainer's code, so that a test
+that goes through them checks the trainer's own reading and writing too. Everything is
+little-endian.
 
-A model is (config, params): config is a dict with the keys context, vocab, layers, heads, channels and
-padded_vocab; params is a dict from the names in PARAMS to float32 arrays, each whole over all layers.
+A model is (config, params): config is a dict with the keys context, vocab, layers, heads, channels
+and padded_vocab; params is a dict from the names in PARAMS to float32 arrays, each whole over all
+layers.
 """
 
 import hashlib
@@ -26,11 +29,13 @@ CONFIG = ["context", "vocab", "layers", "heads", "channels", "padded_vocab"]  # 
 PARAMS = ["wte", "wpe", "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb",
           "ln2w", "ln2b", "fcw", "fcb", "fcprojw", "fcprojb", "lnfw", "lnfb"]
 WITHOUT_LAYER = ["wte", "wpe", "lnfw", "lnfb"]  # the others have one tensor a layer
-# AdamW decays the matrices. ln1w and its like are (L, C) in the file but vectors to a layer, so the set goes by name.
+# AdamW decays the matrices. ln1w and its like are (L, C) in the file but vectors to a layer, so the
+# set goes by name.
 DECAYED = ["wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"]
 
+# ----------------------------------------------------------------------------
+# models
 
-# ---------------------------------------------------------------------------- models
 
 def param_shapes(config):
     """The shape of every parameter, in the order of the file."""
@@ -51,8 +56,11 @@ def per_layer(name, values):
 
 
 def draw_model(config, seed):
-    """A model to try things on. Its weights are wide, so that every term of a gradient counts. Uniform numbers come
-    straight from the generator's bits, with no library function between, so every NumPy draws the same."""
+    """
+    A model to try things on. Its weights are wide, so that every term of a gradient counts. Uniform
+    numbers come straight from the generator's bits, with no library function between, so every
+    NumPy draws the same.
+    """
     rng, params = np.random.Generator(np.random.PCG64(seed)), {}
     for name, shape in param_shapes(config).items():
         mean = 1.0 if name in ("ln1w", "ln2w", "lnfw") else 0.0
@@ -109,8 +117,9 @@ def read_model(path):
     assert at == len(data), f"{path} holds {len(data)} bytes, its header says {at}"
     return config, params
 
+# ----------------------------------------------------------------------------
+# tokens
 
-# ---------------------------------------------------------------------------- tokens
 
 def write_tokens(path, tokens, vocab=0):
     """vocab 0 stands for GPT-2's 50257."""
@@ -126,18 +135,24 @@ def read_tokens(path):
     header = np.frombuffer(data, "<i4", HEADER)
     assert header[0] == TOKENS_MAGIC and header[1] == 1, f"{path} is no token file"
     tokens = np.frombuffer(data, "<u2", -1, HEADER * 4)
-    assert tokens.size == header[2], f"{path} holds {tokens.size} tokens, its header says {header[2]}"
+    assert tokens.size == header[
+        2], f"{path} holds {tokens.size} tokens, its header says {header[2]}"
     return tokens, int(header[3])
 
+# ----------------------------------------------------------------------------
+# what the trainer writes
 
-# ---------------------------------------------------------------------------- what the trainer writes
 
 def read_log(directory):
-    """log.jsonl of an output directory as (first line, the lines of the steps, the other lines but those of later starts)."""
+    """
+    log.jsonl of an output directory as (first line, the lines of the steps, the other lines but
+    those of later starts).
+    """
     with open(os.path.join(directory, "log.jsonl")) as f:
         lines = [json.loads(line) for line in f]
     later = [line for line in lines[1:] if "options" not in line]
-    return lines[0], [line for line in later if "loss" in line], [line for line in later if "loss" not in line]
+    return lines[0], [line for line in later if "loss" in line], [line for line in later
+                                                                  if "loss" not in line]
 
 
 def trainer_path():
@@ -148,7 +163,10 @@ def trainer_path():
 
 
 def run_trainer(args, trainer=None, **kw):
-    """Runs the trainer, or another one, to its end; the arguments may be paths and numbers. Its exit status is not judged."""
+    """
+    Runs the trainer, or another one, to its end; the arguments may be paths and numbers. Its exit
+    status is not judged.
+    """
     kw.setdefault("capture_output", True)
     kw.setdefault("text", True)
     kw.setdefault("timeout", 600)

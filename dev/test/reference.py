@@ -26,8 +26,9 @@ import formats
 HERE = os.path.dirname(os.path.abspath(__file__))
 LINEAR = ["qkvw", "attprojw", "fcw", "fcprojw"]
 
+# ----------------------------------------------------------------------------
+# the model
 
-# ---------------------------------------------------------------------------- the model
 
 def forward(p, config, inputs, targets, act):
     """
@@ -89,8 +90,9 @@ def first_step(params, config, inputs, targets):
             out["grad." + record] = part
     return out
 
+# ----------------------------------------------------------------------------
+# training
 
-# ---------------------------------------------------------------------------- training
 
 def train(params, config, inputs, targets, hyper, steps):
     """
@@ -174,8 +176,8 @@ def train_compact(params, config, inputs, targets, hyper, steps, proj):
         norms.append(norm)
     return np.array(losses), np.array(norms), {name: t.detach().numpy() for name, t in p.items()}
 
-
-# ---------------------------------------------------------------------------- goldens
+# ----------------------------------------------------------------------------
+# goldens
 
 # Clipping is active in some of the ten steps and not in the others; test_parity.py asserts that it
 # is.
@@ -236,9 +238,9 @@ def make_goldens(directory):
         np.savez_compressed(path, **make_golden(case))
         print(f"{path}: {os.path.getsize(path)} bytes")
 
-
 # ----------------------------------------------------------------------------
 # questions from test_parity.py
+
 
 def evaluate(job_path, out_path):
     """

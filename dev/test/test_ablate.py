@@ -148,8 +148,9 @@ def gone(pid):
     except (ProcessLookupError, FileNotFoundError):
         return True
 
+# ----------------------------------------------------------------------------
+# a whole sweep
 
-# ---------------------------------------------------------------------------- a whole sweep
 
 def test_which_runs(done):
     """
@@ -413,7 +414,9 @@ def test_many_ratios_have_one_colour(sweep):
         check_picture(sweep.out / name, BLACK, BLUE)
         assert pixels(sweep.out / name, ORANGE) == pixels(sweep.out / name, GREEN) == 0
 
-# ---------------------------------------------------------------------------- sweeps that break off
+# ----------------------------------------------------------------------------
+# sweeps that break off
+
 
 def test_goes_on_after_a_kill(sweep):
     # the fourth run is seed 2 at full rank
@@ -516,8 +519,9 @@ def test_names_of_any_bytes(sweep):
     again = sweep.run("--ratios", "1")
     assert "1 of 1 runs are done already" in again and len(sweep.begun) == 1
 
+# ----------------------------------------------------------------------------
+# runs that fail
 
-# ---------------------------------------------------------------------------- runs that fail
 
 def test_a_run_fails(sweep):
     options = ["--ratios", "1/2,1", "--alphas", "1,1e9"]  # the second of three runs
@@ -547,9 +551,9 @@ def test_a_trainer_breaks(sweep, how, why):
             for row in sweep.rows][0] == "ok" and re.fullmatch(why, sweep.rows[1]["status"])
     assert len(sweep.folders) == 2 and sweep.folders[0] == sweep.rows[1]["name"] + ".part"
 
-
 # ----------------------------------------------------------------------------
 # several at once; learning rates
+
 
 def test_jobs(sweep):
     sweep.run("--ratios", "1,1/2,1/4,1/8", "--jobs", "2", how="slow")
@@ -809,8 +813,9 @@ def test_learning_rates_need_a_validation_loss(sweep):
     assert said.endswith("ablate.py: --lr-sweep: chooses by validation loss, and there is none; "
                          "give --val\n")
 
+# ----------------------------------------------------------------------------
+# the command line
 
-# ---------------------------------------------------------------------------- the command line
 
 def line_of(program, options, monkeypatch, capfd):
     """
@@ -951,8 +956,9 @@ def test_which_binary(tmp_path, monkeypatch):
     assert ablate.choose_binary(None) == str(cpu)
     assert ablate.choose_binary("x/trainer") == os.path.abspath("x/trainer")
 
+# ----------------------------------------------------------------------------
+# plot.py
 
-# ---------------------------------------------------------------------------- plot.py
 
 @pytest.fixture
 def cut(done, tmp_path):

@@ -44,7 +44,6 @@ def same_end(run, whole, step):
         range(1, step + 1)), "a step is missing in the log, or there twice"
     assert run.losses == whole.losses and run.norms == whole.norms
 
-
 # ----------------------------------------------------------------------------
 # train 20 = train 10, stop, resume, 10 more
 
@@ -141,7 +140,6 @@ def test_folder_with_odd_name(train, tmp_path):
     same_end(run, whole, 8)
     assert files(out) == files(whole.out) == ["model_00000008.bin", "state_00000008.bin"]
 
-
 # ----------------------------------------------------------------------------
 # states that do not fit
 
@@ -191,8 +189,9 @@ def test_resume_refuses_other_data(saved, train, tmp_path):
                          status=2).stderr,
                    "--train:")
 
+# ----------------------------------------------------------------------------
+# damage
 
-# ---------------------------------------------------------------------------- damage
 
 def damages(size, data):
     """Name -> the damaged file, made from the good one."""
@@ -269,8 +268,9 @@ def test_folder_of_an_earlier_run(saved, train, tmp_path):
     assert "resumed after step 2" in run.stdout
     same_end(run, whole, 4)
 
+# ----------------------------------------------------------------------------
+# killed
 
-# ---------------------------------------------------------------------------- killed
 
 def newest(out):
     states = files(out)
@@ -328,8 +328,9 @@ def test_killed_while_saving(text, tmp_path):
         assert content(out / name) == content(alone / name)
     assert files(out, ".tmp") == [], "left over from a kill"
 
+# ----------------------------------------------------------------------------
+# no room, no folder
 
-# ---------------------------------------------------------------------------- no room, no folder
 
 @pytest.mark.parametrize("file", ["model_00000008.bin", "state_00000008.bin"])
 def test_disk_full(file, train, tmp_path):
@@ -379,9 +380,9 @@ def test_out_that_cannot_be(train, tmp_path):
             check_one_line(run.stderr, "--out", tmp_path / "file")
             assert run.stdout == ""
 
-
 # ----------------------------------------------------------------------------
 # what is kept; model files
+
 
 def test_keep(train):
     for keep, steps in ((0, [2, 4, 6, 7]), (1, [7]), (2, [6, 7]), (3, [4, 6, 7]),

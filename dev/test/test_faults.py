@@ -1,7 +1,10 @@
-"""Faults that runs met in the world: a busy machine, folders with a history, signals, odd data, closed descriptors.
+"""
+Faults that runs met in the world: a busy machine, folders with a history, signals, odd data, closed
+descriptors.
 
-They are tried on the trainer that TRAINER names, else on the CPU's; what matters to the host's text alone, on the CUDA trainer
-under nogpu as well, where that is built."""
+They are tried on the trainer that TRAINER names, else on the CPU's; what matters to the host's text
+alone, on the CUDA trainer under nogpu as well, where that is built.
+"""
 
 import bz2
 import gzip
@@ -44,7 +47,8 @@ def cases(names, *values):
 
 
 def start(trainer, *args, **kw):
-    return subprocess.Popen([trainer, *map(str, args)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+    return subprocess.Popen([trainer, *map(str, args)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **kw)
 
 
 def first_step(process):
@@ -57,7 +61,8 @@ def first_step(process):
 
 def go(trainer, *args, status=0, **kw):
     """A run to its end."""
-    done = subprocess.run([trainer, *map(str, args)], text=True, capture_output=True, env=environment(), timeout=300, **kw)
+    done = subprocess.run([trainer, *map(str, args)], text=True, capture_output=True,
+                          env=environment(), timeout=300, **kw)
     assert done.returncode == status, f"{done.args}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -72,17 +77,21 @@ def lines_of(folder):
         records = [json.loads(line) for line in file]
     return [record.get("options", record) for record in records]
 
+# ----------------------------------------------------------------------------
+# threads
 
-# ---------------------------------------------------------------------------- threads
 
 def plain_environment():
-    return {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    return {name: value for name, value in os.environ.items()
+            if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
 
 
 @cases("given", ["OMP_WAIT_POLICY=active"], ["GOMP_SPINCOUNT=100"], ["KMP_BLOCKTIME=1"], [""])
 def test_waiting_threads_sleep(given, trainer, text):
-    """Whatever the OpenMP runtime: it reads its variables from the environment that the process began
-    with. Who has chosen how threads wait keeps that. The process keeps its name."""
+    """
+    Whatever the OpenMP runtime: it reads its variables from the environment that the process began
+    with. Who has chosen how threads wait keeps that. The process keeps its name.
+    """
     if not os.path.exists("/proc/self/environ"):
         pytest.skip("no /proc here: a Mac's runtime reads the variable when it is first used")
     env = plain_environment() | dict([given.split("=")] if given else [])
@@ -100,8 +109,9 @@ def test_waiting_threads_sleep(given, trainer, text):
 
 def threads_used(preexec_fn, text, **more):
     """As the configuration says it."""
-    done = subprocess.run([formats.trainer_path(), *map(str, TINY), "--train", text, "-x", "0"], text=True, capture_output=True,
-                          preexec_fn=preexec_fn, env=plain_environment() | more, check=True)
+    done = subprocess.run([formats.trainer_path(), *map(str, TINY), "--train", text, "-x", "0"],
+                          text=True, capture_output=True, preexec_fn=preexec_fn,
+                          env=plain_environment() | more, check=True)
     return int(done.stdout.split(" threads")[0].split()[-1])
 
 
@@ -115,10 +125,12 @@ def test_threads_keep_to_affinity(text):
 
 def test_threads_keep_to_a_quota(text):
     """A control group of one CPU's time, version 1 or 2, where this user may make one."""
-    group = next((folder for folder in ("/sys/fs/cgroup/cpu", "/sys/fs/cgroup") if os.access(folder, os.W_OK)
-                  and os.path.exists(f"{folder}/cgroup.procs")), None)
+    group = next((folder for folder in ("/sys/fs/cgroup/cpu", "/sys/fs/cgroup")
+                  if os.access(folder, os.W_OK) and os.path.exists(f"{folder}/cgroup.procs")),
+                 None)
     if group is None:
-        pytest.skip("no control group can be made here; test_cpu's Threads.Quota reads made-up ones")
+        pytest.skip("no control group can be made here; "
+                    "test_cpu's Threads.Quota reads made-up ones")
     group = f"{group}/train_gpt2_compact_test_{os.getpid()}"
     try:
         os.mkdir(group)
@@ -142,33 +154,40 @@ def test_threads_keep_to_a_quota(text):
             except OSError:
                 time.sleep(0.01)
 
+# ----------------------------------------------------------------------------
+# descriptors
 
-# ---------------------------------------------------------------------------- descriptors
 
 @cases("closed", [">&-"], ["2>&-"], ["<&-"], [">&- 2>&-"], ["<&- >&- 2>&-"])
 def test_closed_descriptors(closed, trainer, text, tmp_path):
     """What is printed goes to no file that the run opens, and the run does its work."""
     out = tmp_path / "out"
-    args = [trainer, *map(str, TINY), "--train", str(text), "-x", "3", "-v", "2", "-n", "-1", "-o", str(out)]
-    done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *args], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    args = [trainer, *map(str, TINY), "--train", str(text), "-x", "3", "-v", "2", "-n", "-1", "-o",
+            str(out)]
+    done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *args], env=environment(),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert done.returncode == 0
     header, steps, evaluations = formats.read_log(out)
-    assert [step["step"] for step in steps] == [1, 2, 3] and [e["step"] for e in evaluations] == [2, 3]
+    assert [step["step"]
+            for step in steps] == [1, 2, 3] and [e["step"] for e in evaluations] == [2, 3]
     formats.read_model(out / "model_00000003.bin")
     assert (b"step 3/3" in done.stdout) == (">&-" not in closed.replace("2>&-", ""))
 
+# ----------------------------------------------------------------------------
+# data that is something else
 
-# ---------------------------------------------------------------------------- data that is something else
 
 def ask(*args, trainer=None, **kw):
-    return subprocess.run([trainer or formats.trainer_path(), *map(str, TINY), "-x", "1", "-v", "0", *map(str, args)],
+    return subprocess.run([trainer or formats.trainer_path(), *map(str, TINY), "-x", "1", "-v", "0",
+                           *map(str, args)],
                           text=True, capture_output=True, env=environment(), **kw)
 
 
 PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
-STARTS = {"zst": b"\x28\xb5\x2f\xfd", "lz4": b"\x04\x22\x4d\x18", "7z": b"7z\xbc\xaf\x27\x1c", "pdf": b"%PDF-1.7",
-          "parquet": b"PAR1", "npy": b"\x93NUMPY\1\0"}
-SAID = {"gz": "gzip", "bz2": "bzip2", "zst": "zstd", "pdf": "PDF", "parquet": "Parquet", "npy": "NumPy", "zip": "zip"}
+STARTS = {"zst": b"\x28\xb5\x2f\xfd", "lz4": b"\x04\x22\x4d\x18", "7z": b"7z\xbc\xaf\x27\x1c",
+          "pdf": b"%PDF-1.7", "parquet": b"PAR1", "npy": b"\x93NUMPY\1\0"}
+SAID = {"gz": "gzip", "bz2": "bzip2", "zst": "zstd", "pdf": "PDF", "parquet": "Parquet",
+        "npy": "NumPy", "zip": "zip"}
 
 
 def foreign_file(kind, folder, name):
@@ -188,7 +207,8 @@ def test_packed_files(kind, trainer, text, tmp_path):
     for name in (f"text.txt.{kind}", "text.txt", "text.bin"):
         path = foreign_file(kind, tmp_path, name)
         check_refused(ask("--train", path, trainer=trainer), path, SAID.get(kind, kind))
-        check_refused(ask("--train", text, "--val", path, trainer=trainer), path, SAID.get(kind, kind))
+        check_refused(ask("--train", text, "--val", path, trainer=trainer), path,
+                      SAID.get(kind, kind))
     for option in ("--tokenizer", "--hellaswag", "-e"):
         done = ask("--train", text, option, path)
         assert done.returncode == 2
@@ -200,11 +220,13 @@ def test_headerless_tokens(trainer, tmp_path):
     rng = np.random.Generator(np.random.PCG64(3))
     gpt2 = np.minimum(rng.zipf(1.3, 20000) * 7, 50256)  # a fifth of them below 256, as of English
     characters = rng.integers(0, 65, 5001)
-    for ids, kind in ((gpt2, "<u2"), (characters, "<u2"), (gpt2, "<u4"), (characters, "<i4"), (gpt2, "<i8")):
+    for ids, kind in ((gpt2, "<u2"), (characters, "<u2"), (gpt2, "<u4"), (characters, "<i4"),
+                      (gpt2, "<i8")):
         for name in ("train.bin", "train.dat"):
             (tmp_path / name).write_bytes(ids.astype(kind).tobytes())
-            check_refused(ask("--train", tmp_path / name, trainer=trainer), tmp_path / name, "16 bits" if kind == "<u2" else "32 bits",
-                          "without a header", "nanoGPT", "prepare.py")
+            check_refused(ask("--train", tmp_path / name, trainer=trainer), tmp_path / name,
+                          "16 bits" if kind == "<u2" else "32 bits", "without a header", "nanoGPT",
+                          "prepare.py")
 
 
 def test_text_in_utf_16(text, tmp_path):
@@ -226,18 +248,23 @@ def test_own_files_of_another_kind(text, tmp_path):
 
 
 def test_what_is_text_stays_text(text, tmp_path):
-    """A byte-order mark, carriage returns, other alphabets, a beginning like a packer's name, a NUL here and there."""
+    """
+    A byte-order mark, carriage returns, other alphabets, a beginning like a packer's name, a NUL
+    here and there.
+    """
     words = make_text(3000)
-    texts = [b"\xef\xbb\xbf" + words.encode(), words.replace("\n", "\r\n").encode(), ("Ж日本" + words).encode(),
-             b"BZh was here. " + words.encode(), b"PAR and 7z" + words.encode(), words.encode() + b"\0\0", words.encode("latin-1"),
+    texts = [b"\xef\xbb\xbf" + words.encode(), words.replace("\n", "\r\n").encode(),
+             ("Ж日本" + words).encode(), b"BZh was here. " + words.encode(),
+             b"PAR and 7z" + words.encode(), words.encode() + b"\0\0", words.encode("latin-1"),
              np.random.Generator(np.random.PCG64(3)).integers(0, 256, 5000).astype("u1").tobytes()]
     for content in texts:
         (tmp_path / "text").write_bytes(content)
         done = ask("--train", tmp_path / "text")
         assert done.returncode == 0 and done.stderr == "", (content[:20], done.stderr)
 
+# ----------------------------------------------------------------------------
+# names and vocabularies
 
-# ---------------------------------------------------------------------------- names and vocabularies
 
 def test_a_name_that_exists_is_a_name(trainer, tmp_path):
     for name in ("a[1].txt", "b?.txt", "c*.txt", "d\\.txt", "~e.txt"):
@@ -256,15 +283,19 @@ def test_a_name_that_exists_is_a_name(trainer, tmp_path):
 
 
 def test_a_model_with_more_words(trainer, text, tmp_path):
-    """Special words, or padding that counts as words: the data's ids are all below. Far more are another tokenizer's."""
+    """
+    Special words, or padding that counts as words: the data's ids are all below. Far more are
+    another tokenizer's.
+    """
     def model(vocab):
         config = dict(context=32, vocab=vocab, layers=1, heads=1, channels=8, padded_vocab=vocab)
         formats.write_model(tmp_path / f"{vocab}.bin", config, formats.draw_model(config, 1))
         return tmp_path / f"{vocab}.bin"
 
     def with_model(vocab, *args):
-        return subprocess.run([trainer, "-e", model(vocab), "-b", "2", "-x", "1", "-v", "-1", *map(str, args)], text=True,
-                              capture_output=True, env=environment())
+        return subprocess.run([trainer, "-e", model(vocab), "-b", "2", "-x", "1", "-v", "-1",
+                               *map(str, args)],
+                              text=True, capture_output=True, env=environment())
     data = tmp_path / "gpt2.bin"
     formats.write_tokens(data, np.minimum(np.arange(500) * 101, 50256))
     formats.write_tokens(tmp_path / "val.bin", np.full(100, 50257), 50258)
@@ -273,42 +304,51 @@ def test_a_model_with_more_words(trainer, text, tmp_path):
         assert done.returncode == 0 and "loss" in done.stdout, done.stderr
     # and validation data may know the new words, where the training data do not
     assert with_model(50258, "--train", data, "--val", tmp_path / "val.bin").returncode == 0
-    check_refused(with_model(50257, "--train", data, "--val", tmp_path / "val.bin"), "--val", 50258, 50257)
+    check_refused(with_model(50257, "--train", data, "--val", tmp_path / "val.bin"), "--val", 50258,
+                  50257)
     check_refused(with_model(50256, "--train", data), "--train", 50257, 50256)
     assert with_model(257, "--train", text).returncode == 0  # bytes, and an end of text
     check_refused(with_model(50257, "--train", text), "--train", 256, 50257)
 
+# ----------------------------------------------------------------------------
+# text that is not plain
 
-# ---------------------------------------------------------------------------- text that is not plain
 
 def test_lines_of_the_log(trainer, tmp_path, shards):
-    """Whatever a sample or a name holds, each line of the log is one line to any reader, and CRLF is the end of one."""
-    pieces = ["a", "\r\n", "\r", "\n", "\u2028", "\u2029", "\x85", "\x9b", "\x0b", "\x0c", "\x1c", "\ufeff", "é", "\r\n"] * 8
+    """
+    Whatever a sample or a name holds, each line of the log is one line to any reader, and CRLF is
+    the end of one.
+    """
+    pieces = ["a", "\r\n", "\r", "\n", "\u2028", "\u2029", "\x85", "\x9b", "\x0b", "\x0c", "\x1c",
+              "\ufeff", "é", "\r\n"] * 8
     header = np.zeros(256, "<i4")
     header[:4] = [20240328, 2, len(pieces), 0]
     packed = b"".join(bytes([len(piece.encode())]) + piece.encode() for piece in pieces)
     (tmp_path / "tokens").write_bytes(header.tobytes() + packed)
     out = tmp_path / "line\u2028and\u2029paragraph"
-    done = ask("--train", shards / "train_0.bin", "--tokenizer", tmp_path / "tokens", "-s", -1, "-g", 500, "--temperature", 9, "--top-k", 0,
-               "-o", out, trainer=trainer)
+    done = ask("--train", shards / "train_0.bin", "--tokenizer", tmp_path / "tokens", "-s", -1,
+               "-g", 500, "--temperature", 9, "--top-k", 0, "-o", out, trainer=trainer)
     assert done.returncode == 0 and "\x9b" not in done.stdout
     raw = (out / "log.jsonl").read_bytes().decode("utf-8")
     assert raw.splitlines() == raw.split("\n")[:-1]
     lines = [json.loads(line) for line in raw.splitlines()]
     sample = lines[-1]["sample"]
     assert lines[0]["options"]["out"] == str(out)  # the same name, not one like it
-    assert "\r" not in sample and "a\n" in sample and all(character in sample for character in "\u2028\u2029\ufffdé")
+    assert "\r" not in sample and "a\n" in sample and all(character in sample
+                                                          for character in "\u2028\u2029\ufffdé")
     shown = done.stdout.split("--- sample ---\n")[1].split("\n--------------")[0]
     assert shown == sample
 
 
 def test_a_text_with_crlf(text, tmp_path):
     (tmp_path / "text.txt").write_bytes(b"ab\r\n" * 1000)
-    done = ask("--train", tmp_path / "text.txt", "-x", 80, "-l", 1e-2, "-s", -1, "-g", 60, "--temperature", 0)
+    done = ask("--train", tmp_path / "text.txt", "-x", 80, "-l", 1e-2, "-s", -1, "-g", 60,
+               "--temperature", 0)
     assert "ab\nab\nab\n" in done.stdout and "\ufffd" not in done.stdout
 
+# ----------------------------------------------------------------------------
+# nothing lost by a default or a signal
 
-# ---------------------------------------------------------------------------- nothing lost by a default or a signal
 
 def test_saved_at_the_end(trainer, text, tmp_path):
     """With --out, unless -n 0 says no."""
@@ -325,7 +365,10 @@ def test_saved_at_the_end(trainer, text, tmp_path):
                             for options in (["-n", 0], ["-o", "out", "-n", 0], ["-o", "out"])
                             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)))
 def test_signal_saves(number, options, trainer, text, tmp_path):
-    """The step is finished; what is saved is as if the run had been that long, and the run goes on from it."""
+    """
+    The step is finished; what is saved is as if the run had been that long, and the run goes on
+    from it.
+    """
     args = [*TINY, "--train", text, "-v", 0, "-k", "constant", *options]
     with start(trainer, *args, "-x", 1000000, cwd=tmp_path, env=environment(),
                preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as process:  # which nohup ignores
@@ -339,27 +382,35 @@ def test_signal_saves(number, options, trainer, text, tmp_path):
     if len(options) != 2 or options[0] == "-n":
         assert "nothing is saved" in said and not any(tmp_path.glob("*/*.bin"))
         return
-    assert "-y" in said and files(tmp_path / "out") == [f"model_{last:08d}.bin", f"state_{last:08d}.bin"]
+    assert "-y" in said and files(tmp_path / "out") == [f"model_{last:08d}.bin",
+                                                        f"state_{last:08d}.bin"]
     assert [line["step"] for line in lines_of(tmp_path / "out")[1:]] == list(range(1, last + 1))
-    assert f"resumed after step {last}\n" in go(trainer, *args, "-x", last + 2, "-y", cwd=tmp_path).stdout
-    assert [line["step"] for line in formats.read_log(tmp_path / "out")[1]] == list(range(1, last + 3))
+    assert f"resumed after step {last}\n" in go(trainer, *args, "-x", last + 2, "-y",
+                                                cwd=tmp_path).stdout
+    assert [line["step"]
+            for line in formats.read_log(tmp_path / "out")[1]] == list(range(1, last + 3))
 
 
 def test_signal_with_the_pipe_gone(text, tmp_path):
-    """Ctrl-C ends the `| tee` as well: what cannot be printed any more must not cost the checkpoint."""
-    with start(formats.trainer_path(), *TINY, "--train", text, "-x", 1000000, "-v", 0, "-o", tmp_path / "out", env=environment()) as process:
+    """
+    Ctrl-C ends the `| tee` as well: what cannot be printed any more must not cost the checkpoint.
+    """
+    with start(formats.trainer_path(), *TINY, "--train", text, "-x", 1000000, "-v", 0, "-o",
+               tmp_path / "out", env=environment()) as process:
         first_step(process)
         process.send_signal(signal.SIGINT)
         process.stdout.close()
         said = process.stderr.read()
         process.wait(60)
-    assert process.returncode in (130, -signal.SIGPIPE), said  # the latter: the pipe was gone before the signal came
+    # the latter: the pipe was gone before the signal came
+    assert process.returncode in (130, -signal.SIGPIPE), said
     assert process.returncode != 130 or len(files(tmp_path / "out")) == 2
 
 
 def slow(text):
     """Steps that take a long while."""
-    return ["--train", text, "-e", "d4", "--channels", 256, "--context", 512, "-b", 4, "-d", 1024 * 2048, "-v", 0, "-x", 5]
+    return ["--train", text, "-e", "d4", "--channels", 256, "--context", 512, "-b", 4, "-d",
+            1024 * 2048, "-v", 0, "-x", 5]
 
 
 def test_second_interrupt(text, tmp_path):
@@ -383,7 +434,8 @@ def test_second_interrupt(text, tmp_path):
 
 def test_ignored_signals_stay_ignored(text):
     """As nohup leaves them."""
-    with start(formats.trainer_path(), *TINY, "--train", text, "-x", 1000000, "-v", 0, env=environment(),
+    with start(formats.trainer_path(), *TINY, "--train", text, "-x", 1000000, "-v", 0,
+               env=environment(),
                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:
         first_step(process)
         process.send_signal(signal.SIGHUP)
@@ -401,21 +453,26 @@ def test_full_disk_is_foreseen(trainer, text, tmp_path):
     with start(trainer, *args, "-x", 1000000000, env=environment()) as process:
         first_step(process)
         process.kill()
-    model, state = (sum(path.stat().st_size for path in (tmp_path / "out").glob(f"{kind}_00000001.bin")) for kind in ("model", "state"))
+    model, state = (sum(path.stat().st_size
+                        for path in (tmp_path / "out").glob(f"{kind}_00000001.bin"))
+                    for kind in ("model", "state"))
     if model and state:  # not killed before
         each = int(done.stderr.split("checkpoints of ")[1].split(" bytes")[0].replace(",", ""))
         assert model + state - 2048 < each <= model + state
 
+# ----------------------------------------------------------------------------
+# a folder in use, or with a history
 
-# ---------------------------------------------------------------------------- a folder in use, or with a history
 
 def test_earlier_log_is_not_replaced(trainer, text, tmp_path):
     args = [*TINY, "--train", text, "-v", 0, "-n", 0, "-o", tmp_path]
     go(trainer, *args, "-x", 5)
     before = (tmp_path / "log.jsonl").read_bytes()
-    check_one_line(go(trainer, *args, "-x", 3, status=2).stderr, "--out", tmp_path, "log", "--resume")
+    check_one_line(go(trainer, *args, "-x", 3, status=2).stderr, "--out", tmp_path, "log",
+                   "--resume")
     assert (tmp_path / "log.jsonl").read_bytes() == before
-    assert "log.jsonl.1" in go(trainer, *args, "-x", 3, "-y").stdout  # nothing to resume: step 1 is done again
+    # nothing to resume: step 1 is done again
+    assert "log.jsonl.1" in go(trainer, *args, "-x", 3, "-y").stdout
     assert (tmp_path / "log.jsonl.1").read_bytes() == before
     assert [line["step"] for line in formats.read_log(tmp_path)[1]] == [1, 2, 3]
 
@@ -433,10 +490,13 @@ def test_folder_in_use(trainer, text, tmp_path):
     """Until the other ends, however it does. The same folder by another name is the same."""
     args = [*TINY, "--train", text, "-v", 0]
     (tmp_path / "link").symlink_to(tmp_path / "out")
-    with start(trainer, *args, "-x", 1000000, "-n", 1, "-o", tmp_path / "out", env=environment()) as process:
+    with start(trainer, *args, "-x", 1000000, "-n", 1, "-o", tmp_path / "out",
+               env=environment()) as process:
         first_step(process)
         for more in ([], ["-y"]):
-            check_one_line(go(trainer, *args, "-x", 3, "-o", tmp_path / "link", *more, status=2).stderr, "--out", "in use")
+            check_one_line(go(trainer, *args, "-x", 3, "-o", tmp_path / "link", *more,
+                              status=2).stderr,
+                           "--out", "in use")
         process.kill()
         process.communicate()
     go(trainer, *args, "-x", 3, "-o", tmp_path / "link", "-y")
@@ -446,14 +506,17 @@ def test_half_done_files_are_tidied(trainer, text, tmp_path):
     """Those of the trainer alone, and under its lock."""
     args = [*TINY, "--train", text, "-v", 0, "-o", tmp_path]
     go(trainer, *args, "-x", 3)
-    half = ["model_00000004.bin.tmp", "state_00000004.bin.tmp", "log.jsonl.tmp", "tokenizer.bin.tmp", "model_00000004.bin"]
-    others = ["mine.tmp", "model_4.bin.tmp", "model_00000002.bin", "model_best.bin", "model_00000009.bin.tmp"]
+    half = ["model_00000004.bin.tmp", "state_00000004.bin.tmp", "log.jsonl.tmp",
+            "tokenizer.bin.tmp", "model_00000004.bin"]
+    others = ["mine.tmp", "model_4.bin.tmp", "model_00000002.bin", "model_best.bin",
+              "model_00000009.bin.tmp"]
     for name in half + others[:-1]:
         (tmp_path / name).write_text("x")
     (tmp_path / others[-1]).symlink_to("/nowhere")
     go(trainer, *args, "-x", 3, "-y")
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == sorted([*others, "lock", "log.jsonl", "model_00000003.bin", "state_00000003.bin"])
+    assert left == sorted([*others, "lock", "log.jsonl", "model_00000003.bin",
+                           "state_00000003.bin"])
 
 
 def test_models_without_states_stay(text, tmp_path):
@@ -464,11 +527,13 @@ def test_models_without_states_stay(text, tmp_path):
     go(formats.trainer_path(), *args, "-x", 2, "-y")
     assert "model_00000003.bin" in files(tmp_path)
 
+# ----------------------------------------------------------------------------
+# what happened stands in the log
 
-# ---------------------------------------------------------------------------- what happened stands in the log
 
 def test_each_start_writes_its_header(trainer, text, tmp_path):
-    args = [*TINY, "--train", text, "--val", text, "-v", 0, "-n", 2, "-k", "constant", "-o", tmp_path]
+    args = [*TINY, "--train", text, "--val", text, "-v", 0, "-n", 2, "-k", "constant", "-o",
+            tmp_path]
     go(trainer, *args, "-x", 5, "-l", "1e-3")
     (tmp_path / "state_00000005.bin").unlink()
     (tmp_path / "model_00000005.bin").unlink()
@@ -476,16 +541,23 @@ def test_each_start_writes_its_header(trainer, text, tmp_path):
     go(trainer, *args, "-x", 6, "-l", "2e-3", "-c", 0, "--val", tmp_path / "val.txt", "-y")
     with open(tmp_path / "log.jsonl", encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
-    assert ["options" in record or record["step"] for record in records] == [True, 1, 2, 3, 4, True, 5, 6]  # no step twice
+    # no step twice
+    assert ["options" in record or record["step"]
+            for record in records] == [True, 1, 2, 3, 4, True, 5, 6]
     first, second = records[0], records[5]
-    assert [(h["options"]["lr"], h["options"]["weight-decay"], h["options"]["resume"]) for h in (first, second)] == [(0.001, 0.1, False), (0.002, 0, True)]
+    assert [(h["options"]["lr"], h["options"]["weight-decay"], h["options"]["resume"])
+            for h in (first, second)] == [(0.001, 0.1, False), (0.002, 0, True)]
     assert first.keys() == second.keys() == {"revision", "device", "data", "options", "plan"}
-    assert first["data"]["train"] == second["data"]["train"] == first["data"]["val"] != second["data"]["val"]
+    assert first["data"]["train"] == second["data"]["train"] == first["data"]["val"] != second[
+        "data"]["val"]
 
 
 @cases("place, size", *((place, size) for size in (6000, 3000000) for place in (0, 0.5, -1)))
 def test_changed_data_are_noticed(place, size, trainer, tmp_path):
-    """By what they hold: the size is the same, and so is the name. A large file's middle is looked at here and there."""
+    """
+    By what they hold: the size is the same, and so is the name. A large file's middle is looked at
+    here and there.
+    """
     data = tmp_path / "data.txt"
     data.write_text(make_text(6000) * (size // 6000))
     args = [*TINY, "--train", data, "-v", 0, "-o", tmp_path / "out"]
@@ -496,21 +568,25 @@ def test_changed_data_are_noticed(place, size, trainer, tmp_path):
     content[at:end] = b"#" * len(content[at:end])
     data.write_bytes(content)
     assert len(content) == size
-    check_one_line(go(trainer, *args, "-x", 3, "-y", status=2).stderr, "--train: ", "state_00000002.bin", "hash")
+    check_one_line(go(trainer, *args, "-x", 3, "-y", status=2).stderr, "--train: ",
+                   "state_00000002.bin", "hash")
     data.write_text(make_text(6000) * (size // 6000))
     data.rename(tmp_path / "moved.txt")
-    go(trainer, *args, "-x", 3, "-y", "--train", tmp_path / "moved.txt")  # another name, or time, is no other data
+    # another name, or time, is no other data
+    go(trainer, *args, "-x", 3, "-y", "--train", tmp_path / "moved.txt")
 
 
 def test_changed_rate_is_said(trainer, text, tmp_path):
     args = [*TINY, "--train", text, "-v", 0, "-l", "3e-4", "-o", tmp_path / "a"]
     go(trainer, *args, "-x", 4)
-    said = "the learning rate was 6.95e-05 at step 4/4 and is 1.88e-04 at step 5/9: --steps, --lr or its schedule has changed"
+    said = ("the learning rate was 6.95e-05 at step 4/4 and is 1.88e-04 at step 5/9: --steps, "
+            "--lr or its schedule has changed")
     assert said in go(trainer, *args, "-x", 9, "-y").stdout
     for more in (["-l", "1e-3"], ["-u", 20], ["-q", 0.5]):
         shutil.rmtree(tmp_path / "b", ignore_errors=True)
         shutil.copytree(tmp_path / "a", tmp_path / "b")
-        assert "the learning rate was" in go(trainer, *args, "-x", 10, "-y", *more, "-o", tmp_path / "b").stdout
+        assert "the learning rate was" in go(trainer, *args, "-x", 10, "-y", *more, "-o",
+                                             tmp_path / "b").stdout
     args += ["-k", "constant", "-o", tmp_path / "c"]
     go(trainer, *args, "-x", 2)
     assert "the learning rate was" not in go(trainer, *args, "-x", 4, "-y").stdout
@@ -537,7 +613,10 @@ def rewrite_state(path, change):
 
 
 def test_states_of_other_revisions(trainer, text, tmp_path):
-    """An older one lacks options, which then did as some value does now; a newer one has options that are not known."""
+    """
+    An older one lacks options, which then did as some value does now; a newer one has options that
+    are not known.
+    """
     args = [*TINY, "--train", text, "-v", 0, "-k", "constant", "-o", tmp_path]
     go(trainer, *args, "-x", 2)
     state = tmp_path / "state_00000002.bin"
@@ -545,26 +624,34 @@ def test_states_of_other_revisions(trainer, text, tmp_path):
     rewrite_state(state, lambda lines: lines)
     assert state.read_bytes() == good
     lack = ("--optimizer", "--gelu", "--tape", "--master", "steps", "rate")
-    old = lambda lines: "".join(line.split(", hash")[0].rstrip("\n") + "\n" for line in lines.splitlines() if not line.startswith(lack))
+    old = lambda lines: "".join(line.split(", hash")[0].rstrip("\n") + "\n"
+                                for line in lines.splitlines() if not line.startswith(lack))
     rewrite_state(state, old)
     old_state = state.read_bytes()
-    for more, then in (("--gelu 2bit", "exact"), ("--tape int8", "full"), ("--optimizer muon", "adamw")):
+    for more, then in (("--gelu 2bit", "exact"), ("--tape int8", "full"),
+                       ("--optimizer muon", "adamw")):
         done = go(trainer, *args, "-x", 4, "-y", *more.split(), status=2)
-        check_one_line(done.stderr, more.split()[0] + ": ", "no such option", f"with {then}, not {more.split()[1]}")
+        check_one_line(done.stderr, more.split()[0] + ": ", "no such option",
+                       f"with {then}, not {more.split()[1]}")
     assert state.read_bytes() == old_state
     assert "resumed after step 2" in go(trainer, *args, "-x", 4, "-y").stdout
     state.write_bytes(good)
     (tmp_path / "state_00000004.bin").unlink()
     rewrite_state(state, lambda lines: "--magic=yes\n" + lines)
-    check_one_line(go(trainer, *args, "-x", 4, "-y", status=2).stderr, "--magic: ", "saved with yes", "this revision lacks")
+    check_one_line(go(trainer, *args, "-x", 4, "-y", status=2).stderr, "--magic: ",
+                   "saved with yes", "this revision lacks")
 
+# ----------------------------------------------------------------------------
+# for the eye
 
-# ---------------------------------------------------------------------------- for the eye
 
 def test_time_left(trainer, text):
-    lines = [line for line in go(trainer, *TINY, "--train", text, "-v", 0, "-x", 3).stdout.splitlines() if line.startswith("step ")]
-    assert [re.search(r" tok/s.* \| eta \d+s$", line) is not None for line in lines] == [True, True, False]
-    with start(trainer, *TINY, "--train", text, "-v", 0, "-x", 1000000000, env=environment()) as process:
+    lines = [line for line in go(trainer, *TINY, "--train", text, "-v", 0, "-x",
+                                 3).stdout.splitlines() if line.startswith("step ")]
+    assert [re.search(r" tok/s.* \| eta \d+s$", line) is not None
+            for line in lines] == [True, True, False]
+    with start(trainer, *TINY, "--train", text, "-v", 0, "-x", 1000000000,
+               env=environment()) as process:
         line = first_step(process)
         process.kill()
     assert re.search(r" \| eta \d+d\d+h$", line.rstrip("\n"))
@@ -577,8 +664,10 @@ def test_validation_first(trainer, text, tmp_path):
     shown = go(trainer, *args, "-o", tmp_path / "b", "--val-first").stdout
     (_, steps, plain), (_, same_steps, more) = (formats.read_log(tmp_path / name) for name in "ab")
     assert [s["loss"] for s in steps] == [s["loss"] for s in same_steps]
-    assert more[0].keys() == {"step", "val_loss", "bits_per_byte"} and more[0]["step"] == 0 and more[1:] == plain
+    assert more[0].keys() == {"step", "val_loss",
+                              "bits_per_byte"} and more[0]["step"] == 0 and more[1:] == plain
     assert abs(more[0]["val_loss"] - np.log(256)) < 0.1 and "step 0/4 | val " in shown
-    assert files(tmp_path / "a") == files(tmp_path / "b") == [f"{kind}_0000000{n}.bin" for kind in ("model", "state") for n in (2, 4)]
+    assert files(tmp_path / "a") == files(tmp_path / "b") == [
+        f"{kind}_0000000{n}.bin" for kind in ("model", "state") for n in (2, 4)]
     go(trainer, *args, "-v", 0, "-x", 6, "-o", tmp_path / "b", "--val-first", "-y")
     assert [line["step"] for line in formats.read_log(tmp_path / "b")[2]].count(0) == 1

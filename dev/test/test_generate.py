@@ -43,8 +43,9 @@ def learnt(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
+# ----------------------------------------------------------------------------
+# what is written where
 
-# ---------------------------------------------------------------------------- what is written where
 
 def test_prompt_and_what_follows(learnt):
     """
@@ -179,8 +180,9 @@ def test_no_tokenizer(train, tmp_path):
                                                                    / "tokenizer.bin").read_bytes()
     assert speak("-e", run.out, "--prompt", "x y", "-g", 20).startswith(b"x y")
 
+# ----------------------------------------------------------------------------
+# the CUDA trainer
 
-# ---------------------------------------------------------------------------- the CUDA trainer
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "build/train_nogpu_fp32").exists(),
@@ -193,8 +195,8 @@ def test_cuda_says_the_same(learnt):
     options = ["-e", learnt, "--prompt", make_text(300), "-g", 70, "--seed", 3]
     assert speak(*options, trainer=str(ROOT / "build/train_nogpu_fp32")) == speak(*options)
 
-
-# ---------------------------------------------------------------------------- encoding
+# ----------------------------------------------------------------------------
+# encoding
 
 ENCODER = """
 #define TESTING

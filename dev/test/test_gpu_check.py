@@ -29,7 +29,6 @@ spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "dev/gpu_check
 gpu_check = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(gpu_check)
 
-
 # ----------------------------------------------------------------------------
 # a machine with a GPU, as far as the script sees
 
@@ -236,8 +235,9 @@ def test_an_interruption_loses_nothing(machine, tmp_path):
             and len(known["left_out"]) > 60)
     assert running_in(tmp_path) == [], "a program of the check is still running"
 
+# ----------------------------------------------------------------------------
+# the command line
 
-# ---------------------------------------------------------------------------- the command line
 
 def bare(tmp_path, *tools):
     """A PATH with these tools, and little else."""
@@ -315,8 +315,8 @@ def test_quick_is_short():
     assert sum(p.seconds for p in quick) < 170
     assert not any("fp32" in part.name or "PyTorch" in part.name for part in quick)
 
-
-# ---------------------------------------------------------------------------- readers and tables
+# ----------------------------------------------------------------------------
+# readers and tables
 
 LOG = [{"revision": "v1", "device": "d", "options": {}, "plan": {}}] + [
     {"step": i + 1, "loss": 10.0 - i, "norm": 1.0, "lr": 1e-4, "ms": ms, "tokens_per_second": 1.0}

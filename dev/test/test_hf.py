@@ -90,8 +90,9 @@ def model(tmp_path, params):
     formats.write_model(tmp_path / "model.bin", CONFIG, params)
     return tmp_path / "model.bin"
 
+# ----------------------------------------------------------------------------
+# files
 
-# ---------------------------------------------------------------------------- files
 
 def test_export(tmp_path, model, params):
     from safetensors.numpy import load_file
@@ -240,8 +241,9 @@ def test_missing_package(tmp_path, params):
         refused(run("import", source, tmp_path / "out.bin", env={"PYTHONPATH": str(packages)}),
                 package)
 
+# ----------------------------------------------------------------------------
+# bad input
 
-# ---------------------------------------------------------------------------- bad input
 
 def untied(tensors):
     tensors["lm_head.weight"] = tensors["wte.weight"] + 1
@@ -330,8 +332,8 @@ def test_bad_bin(tmp_path, model, at, value, named):
     refused(run("export", model, tmp_path / "out"), "model.bin", named)
     assert os.listdir(tmp_path) == ["model.bin"]
 
-
-# ---------------------------------------------------------------------------- tokenizers
+# ----------------------------------------------------------------------------
+# tokenizers
 
 GPT2 = Path(formats.ROOT).parent / "shared" / "data" / "gpt2"
 needs_gpt2 = pytest.mark.skipif(not GPT2.is_dir(), reason="no GPT-2 vocabulary in shared/data/gpt2")
@@ -419,8 +421,9 @@ def test_bad_tokenizer(tmp_path, model, command):
     refused(run(command, model, out, "--tokenizer", tmp_path / "none"), "none")
     assert sorted(os.listdir(tmp_path)) == ["model.bin", "t"]
 
+# ----------------------------------------------------------------------------
+# GGUF
 
-# ---------------------------------------------------------------------------- GGUF
 
 def gguf_logits(path, inputs):
     """GPT-2's logits, from what a GGUF holds and from nothing else; in double precision."""
@@ -500,8 +503,9 @@ def test_gguf_beyond_f16(tmp_path):
     refused(run("gguf", model, tmp_path / "out.gguf", "--type", "f16"), model, "ffn_up", "bf16")
     assert os.listdir(tmp_path) == ["model.bin"]
 
+# ----------------------------------------------------------------------------
+# nanoGPT
 
-# ---------------------------------------------------------------------------- nanoGPT
 
 def checkpoint(path, tensors, **args):
     """As nanoGPT writes it, whose linear layers are not transposed."""
@@ -566,8 +570,9 @@ def write_npz(path, tensors):
     np.savez(path, **tensors)
     return path
 
+# ----------------------------------------------------------------------------
+# with transformers
 
-# ---------------------------------------------------------------------------- with transformers
 
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory):

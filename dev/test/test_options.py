@@ -130,8 +130,9 @@ def ask(text):
     return lambda *args, **kw: formats.run_trainer(
         [*TINY, "--train", text, "-x", 1, "-v", 0, *args], env=environment(), **kw)
 
+# ----------------------------------------------------------------------------
+# help
 
-# ---------------------------------------------------------------------------- help
 
 def test_help():
     rows = helped()
@@ -168,8 +169,9 @@ def test_every_option_is_tried():
     for name, (_, argument, _, _) in helped().items():
         assert bool(argument) == (OPTIONS[name][1] is not None), f"--{name} {argument}"
 
+# ----------------------------------------------------------------------------
+# values
 
-# ---------------------------------------------------------------------------- values
 
 @pytest.mark.parametrize("name", [name for name, (_, bad) in OPTIONS.items() if bad is not None])
 def test_bad_values(name, ask):
@@ -268,8 +270,9 @@ def test_no_such_option(ask):
         check_refused(ask(*words))
     check_refused(formats.run_trainer([]), "--train")
 
+# ----------------------------------------------------------------------------
+# contradictions
 
-# ---------------------------------------------------------------------------- contradictions
 
 def test_contradictions(ask, shards, train, tmp_path):
     check_refused(ask("-d", 96), "--total-batch")
@@ -300,8 +303,9 @@ def test_contradictions(ask, shards, train, tmp_path):
     check_refused(formats.run_trainer([*TINY, "--train", tmp_path / "?.bin"]), "b.bin", "50", "51")
     check_refused(formats.run_trainer([*TINY, "--plan=json", "-d", 96]), "--total-batch")
 
+# ----------------------------------------------------------------------------
+# files
 
-# ---------------------------------------------------------------------------- files
 
 def write_header(path, words, rest=b""):
     header = np.zeros(256, "<i4")

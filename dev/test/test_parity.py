@@ -50,8 +50,9 @@ CONDITIONED = 2e-4
 # 1e-3 of itself.
 UNCONDITIONED = 2e-3
 
+# ----------------------------------------------------------------------------
+# comparing
 
-# ---------------------------------------------------------------------------- comparing
 
 def check(name, got, want, tolerance, unit=None):
     """
@@ -93,8 +94,9 @@ def check_trained(params, want, before, lr, eps):
         check(f"{name} after training", got, ref, CONDITIONED if eps >= 1e-6 else UNCONDITIONED, lr)
         assert not np.array_equal(params[name], before[name]), f"{name} has not been trained"
 
+# ----------------------------------------------------------------------------
+# goldens and runs
 
-# ---------------------------------------------------------------------------- goldens and runs
 
 @functools.lru_cache(None)
 def golden(case):
@@ -188,8 +190,9 @@ def row_order(case, dump):
 def compressed_names(layers, which=COMPRESSED):
     return [f"{linear}w.{l}" for linear in which.split(",") for l in range(layers)]
 
+# ----------------------------------------------------------------------------
+# full rank
 
-# ---------------------------------------------------------------------------- full rank
 
 @pytest.mark.parametrize("case", CASES)
 def test_model_is_the_goldens(case):
@@ -283,8 +286,9 @@ def test_bf16_model_file(case, trainer):
     check("loss", dump["loss"], want["bf16_loss"], LOSS)
     assert abs(want["bf16_loss"] - want["loss"]) > 20 * LOSS * want["loss"]
 
+# ----------------------------------------------------------------------------
+# compressed
 
-# ---------------------------------------------------------------------------- compressed
 
 def check_compressed_step(case, dump, compressed):
     """
@@ -406,8 +410,9 @@ def test_compressed_updates(case, projection, rule, linears, files):
             check(f"{name} after step {step}", now.params[name], want, 5e-5, hyper["lr"])
         params, before = now.params, now.model
 
+# ----------------------------------------------------------------------------
+# live, with PyTorch
 
-# ---------------------------------------------------------------------------- live, with PyTorch
 
 @functools.lru_cache(None)
 def python_with_torch():
@@ -524,8 +529,8 @@ def test_live(method, tmp_path):
             check_steps(f"{name} after training" + at, got.params[name], want, moved,
                         "trained." + name, CONDITIONED, hyper["lr"])
 
-
-# ---------------------------------------------------------------------------- Muon, with PyTorch
+# ----------------------------------------------------------------------------
+# Muon, with PyTorch
 
 MUON = {"full rank": ["--rank", "1.0"],  # and the moments' rule and the layers that are compressed
         "gaussian": ["--projection", "gaussian", "--moments", "move", "--compress",

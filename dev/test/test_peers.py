@@ -169,8 +169,9 @@ def test_rates_seeds_and_failures(shards, tmp_path):
     assert "is broken" in said.stderr
     assert "| GaLore |  |  |" in (tmp_path / "out" / "results.md").read_text()
 
+# ----------------------------------------------------------------------------
+# methods
 
-# ---------------------------------------------------------------------------- methods
 
 def a_model(method, ratio):
     """One linear layer in place of a model's, and what the method makes of it."""
@@ -232,8 +233,9 @@ def test_velora():
     along = torch.outer(x.reshape(10, 4) @ d, d).reshape(5, 8)
     assert torch.allclose(ours.weight.grad, dy.T @ along, atol=1e-5)
 
+# ----------------------------------------------------------------------------
+# bad input
 
-# ---------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("options, named", [
     (["--train", "none_*.bin"], ["--train", "none_*.bin"]),

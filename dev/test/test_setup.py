@@ -31,8 +31,8 @@ def settings(folder, **more):
     return {**{k: v for k, v in os.environ.items() if k not in own},
             "PATH": f"{folder}:{os.environ['PATH']}", **more}
 
-
-# ---------------------------------------------------------------------------- the card
+# ----------------------------------------------------------------------------
+# the card
 
 KNOWN = "75 80 86 87 88 89 90 100 103 110 120 121"  # CUDA 13's
 
@@ -135,8 +135,9 @@ def test_warnings_stop_only_where_asked(make):
     assert "-Werror all-warnings" in make(r"9.0\n", "-n", "train_gpt2_compactcu",
                                           "EXTRA=-Werror").stdout
 
+# ----------------------------------------------------------------------------
+# a Mac without libomp
 
-# ---------------------------------------------------------------------------- a Mac without libomp
 
 def test_a_mac_without_libomp(tmp_path):
     script(tmp_path / "bin/uname", "echo Darwin")
@@ -159,8 +160,8 @@ def test_help_names_targets_and_settings():
                  "GPU_COMPUTE_CAPABILITY="):
         assert word in said, word
 
-
-# ---------------------------------------------------------------------------- dev/setup.sh
+# ----------------------------------------------------------------------------
+# dev/setup.sh
 
 # A Python whose packages are the lines of a file: it makes environments, which are copies of
 # itself, and has a pip.
@@ -221,7 +222,8 @@ def test_setup_as_root(tmp_path):
     said, calls, status = machine.setup(**HAVE)
     assert status == 0, said
     lines = said.splitlines()
-    assert lines[0] == "setup: installing pkg-config libopenblas-dev libgtest-dev libboost-context-dev libopenmpi-dev openmpi-bin python3-venv (apt-get)"
+    assert lines[0] == ("setup: installing pkg-config libopenblas-dev libgtest-dev "
+                        "libboost-context-dev libopenmpi-dev openmpi-bin python3-venv (apt-get)")
     assert (len(lines) == 2 and "requirements.txt" in lines[1] and "nvidia" not in calls
             and "apt-get update" in calls)
     said, calls, status = machine.setup(**HAVE)

@@ -87,8 +87,9 @@ def expected_answers(encode, examples, end, answers, question):
 def to_bytes(text):
     return list(text.encode())
 
+# ----------------------------------------------------------------------------
+# prepare
 
-# ---------------------------------------------------------------------------- prepare
 
 def test_prepare(tmp_path, inputs):
     said = good("prepare", *inputs, "--out", tmp_path / "out", "--tokenizer", "bytes")
@@ -197,7 +198,6 @@ def test_score_of_a_run_with_several_starts(tmp_path):
     (tmp_path / "log.jsonl").write_text(text + '{"step": 3')
     row = good("score", tmp_path).splitlines()[1].split()
     assert row[1:] == ["0.25", "2", "0.5000", "0.5000", "1.0", "2.0"]
-
 
 # ----------------------------------------------------------------------------
 # the loss on answers alone
@@ -340,8 +340,9 @@ def test_shard_cut_short(tmp_path, masked):
     assert done.returncode == 2
     check_one_line(done.stderr, "masked.bin", "4 after 1,024")
 
+# ----------------------------------------------------------------------------
+# fine-tuning
 
-# ---------------------------------------------------------------------------- fine-tuning
 
 def test_fine_tuning(tmp_path):
     """

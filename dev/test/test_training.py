@@ -30,9 +30,9 @@ def same_run(a, b, step):
     assert a.losses == b.losses and a.norms == b.norms and len(a.losses) == step
     assert a.bits(step) == b.bits(step), "the losses are equal, the weights are not"
 
-
 # ----------------------------------------------------------------------------
 # full rank is the same program
+
 
 @pytest.mark.parametrize("flags", [["--rank", 1.0], ["--rank", 1], ["--rank", 64],
                                    ["--compress", "none", "--rank", 0.25]])
@@ -44,9 +44,9 @@ def test_ratio_one_is_full_rank(flags, train):
         same_run(full, train(*common, *flags, *more), 8)
     assert train(*common, "--rank", 0.25).losses != full.losses
 
-
 # ----------------------------------------------------------------------------
 # levels of recomputation
+
 
 def same_gradients(dumps):
     """
@@ -77,7 +77,6 @@ def test_levels_are_bit_equal_with_two_bits(method, train):
     for other in runs:
         same_run(runs[0], other, 5)
     same_gradients([run.dump for run in runs])
-
 
 # ----------------------------------------------------------------------------
 # a tape of few bits: the backward pass again
@@ -306,8 +305,9 @@ def test_what_two_bits_keep(train, wide):
     # 0.926 is the least measured
     assert 0.85 < min(cosines.values()) and cosines["grad.fcw.0"] < 0.99, cosines
 
+# ----------------------------------------------------------------------------
+# no master weights
 
-# ---------------------------------------------------------------------------- no master weights
 
 def is_bf16(values):
     return not (np.ascontiguousarray(values, "<f4").view("<u4") & 0xFFFF).any()
@@ -342,9 +342,9 @@ def test_first_weights_without_master(train, tmp_path):
         for name, values in want.items():
             assert np.array_equal(dump["param." + name], formats.round_bf16(values)), name
 
-
 # ----------------------------------------------------------------------------
 # batches and the order of the data
+
 
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulation_is_a_larger_batch(method, train):
@@ -445,9 +445,9 @@ def test_threads(train):
     same_run(three, again, 5)
     assert np.abs(np.subtract(one.losses, three.losses)).max() <= 3 * LOGGED  # as for accumulation
 
-
 # ----------------------------------------------------------------------------
 # a replay of projections, moments and update
+
 
 @pytest.mark.parametrize("moments", ["keep", "move", "reset"])
 @pytest.mark.parametrize("projection", PROJECTIONS)
@@ -579,9 +579,9 @@ def test_moments_differ_after_the_first_epoch_only(projection, train):
         assert len({run.bits(step)
                     for run in runs}) == 3, f"two ways with the moments are one at step {step}"
 
-
 # ----------------------------------------------------------------------------
 # which layers, which rank
+
 
 @pytest.mark.parametrize("layers", ["qkv", "attproj", "fc", "fcproj", "qkv,fcproj", ALL])
 def test_compress_changes_what_it_names(layers, train):
@@ -612,9 +612,9 @@ def test_ranks(rank, narrow, wide, train):
             and dump["grad.fcw.1"].shape == (64, narrow or 16))
     assert ("proj.qkvw.0" in dump) == (narrow is not None)
 
-
 # ----------------------------------------------------------------------------
 # learning rate, clipping, decay
+
 
 def schedule(kind, step, steps, lr, warmup, last):
     if step < warmup:
@@ -685,8 +685,9 @@ def test_weight_decay_is_for_matrices(train):
             else:
                 assert np.array_equal(plain[name], decayed[name]), f"{name} decays"
 
+# ----------------------------------------------------------------------------
+# learning
 
-# ---------------------------------------------------------------------------- learning
 
 @pytest.mark.slow
 def test_overfit(train):
@@ -747,8 +748,9 @@ def test_loss_curve(rank, corpus, train):
     # log 256 = 5.55, before anything is known
     assert np.isfinite(run.losses).all() and 5.3 < run.losses[0] < 6.0
 
+# ----------------------------------------------------------------------------
+# evaluation
 
-# ---------------------------------------------------------------------------- evaluation
 
 @pytest.mark.parametrize("method", [[], ["--rank", 1.0, "-r", 1],
                                     ["-r", 2, "--projection", "sparse", "--moments", "move"],
@@ -913,7 +915,6 @@ def test_hellaswag(train, shards, tmp_path):
                     "--hellaswag", swag)
         assert run.evaluations[0]["hellaswag"] == 1
 
-
 # ----------------------------------------------------------------------------
 # what is written: console and log
 
@@ -1038,8 +1039,9 @@ def test_log_is_json_when_the_model_breaks(train):
             json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert "nan" not in run.stdout and "inf" not in run.stdout
 
+# ----------------------------------------------------------------------------
+# shapes
 
-# ---------------------------------------------------------------------------- shapes
 
 @pytest.mark.parametrize("T", [1, 33, 65, 100])
 def test_lengths_that_are_no_multiple_of_a_tile(T, train, tmp_path):
@@ -1097,9 +1099,9 @@ def test_what_is_saved_can_be_loaded(eps, train, text):
     again = train("-e", run.model(3), "-b", 2, "-t", 16, "-x", 0, "-v", -1)
     assert again.evaluations[0]["val_loss"] == run.evaluations[-1]["val_loss"]
 
-
 # ----------------------------------------------------------------------------
 # data that is too little
+
 
 @pytest.mark.parametrize("size", [0, 1, 32])
 def test_too_few_tokens(size, tmp_path):

@@ -114,7 +114,6 @@ def test_table():
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
-
 # ----------------------------------------------------------------------------
 # kernels that are wrong
 

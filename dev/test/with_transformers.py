@@ -59,9 +59,9 @@ def good(*args):
     assert done.returncode == 0, done.stderr
     return done
 
-
 # ----------------------------------------------------------------------------
 # under a Python with PyTorch
+
 
 def tensors(model):
     return {name: values.detach().numpy() for name, values in model.state_dict().items()}
