@@ -10,28 +10,20 @@ without BLAS takes its turn too, if build/train_no_blas is there; so does llm.c'
 """
 
 import argparse
-import array
 import json
 import os
-import random
 import re
 import shutil
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 
+from gpu_check import write_tokens
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def write_tokens(path, count, seed):
-    """A token shard of random GPT-2 tokens: the time of a step does not depend on what they say."""
-    draw = random.Random(seed)
-    tokens = array.array("H", (draw.randrange(50257) for _ in range(count)))
-    path.write_bytes(struct.pack("<256i", 20240520, 1, count, *[0] * 253) + tokens.tobytes())
 
 
 def trainer_steps(binary, folder, steps, flags):
@@ -94,7 +86,7 @@ def main():
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_tokens(folder / "train.bin", 64 * 1024, 1)
+        write_tokens(folder / "train.bin", 64 * 1024, 50257)
         full, quarter = ["--rank", "1", "--optimizer", "adamw"], ["--rank", "0.25"]
         flags = {"full rank": full,
                  "rank 1/4, sparse": [*quarter, "--optimizer", "adamw", "--projection", "sparse"],
