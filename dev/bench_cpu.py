@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """
-Milliseconds a step of GPT-2 d12 (B=4, T=64, fp32) takes on this machine's CPU: full rank,
+Milliseconds that a step of GPT-2 d12 (B=4, T=64, fp32) takes on this machine's CPU: full rank,
 compressed, and llm.c.
 
 The variants take turns, round after round, so that a machine whose speed drifts slows all of them
