@@ -370,8 +370,9 @@ def test_signal_saves(number, options, trainer, text, tmp_path):
     from it.
     """
     args = [*TINY, "--train", text, "-v", 0, "-k", "constant", *options]
+    # nohup has its programs ignore some
     with start(trainer, *args, "-x", 1000000, cwd=tmp_path, env=environment(),
-               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as process:  # which nohup ignores
+               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as process:
         first_step(process)
         process.send_signal(number)
         shown, said = process.communicate(timeout=60)
