@@ -70,14 +70,15 @@ ON_GPU := $(if $(TOO_OLD),,$(and $(CARDS),$(NVCC)))
 # MPI=1: several processes, started by mpirun, share each step. mpicxx is a compiler that knows
 # where MPI is.
 MPI_FLAGS := -DUSE_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX
-MPICXX = OMPI_CXX='$(CXX)' MPICH_CXX='$(CXX)' mpicxx
+MPI_WITH := OMPI_CXX='$(CXX)' MPICH_CXX='$(CXX)'
+MPICXX = $(MPI_WITH) mpicxx
 COMPILER = $(if $(MPI),$(MPICXX) $(MPI_FLAGS),$(CXX))
-NVCC_COMPILER = $(if $(MPI),OMPI_CXX='$(CXX)' MPICH_CXX='$(CXX)' $(NVCC) -ccbin mpicxx $(MPI_FLAGS),$(NVCC))
+NVCC_COMPILER = $(if $(MPI),$(MPI_WITH) $(NVCC) -ccbin mpicxx $(MPI_FLAGS),$(NVCC))
 NCCL = $(if $(MPI),-lnccl)
 needs_mpi = @$(if $(MPI),which mpicxx > /dev/null || { echo \
   "MPI=1 needs mpicxx: apt-get install libopenmpi-dev openmpi-bin"; exit 2; },true)
-needs_nccl = @$(if $(MPI),echo '\#include <nccl.h>' | $(NVCC) -x cu -E - > /dev/null 2>&1 || { echo \
-  "MPI=1 needs NCCL: apt-get install libnccl-dev"; exit 2; },true)
+needs_nccl = @$(if $(MPI),echo '\#include <nccl.h>' | $(NVCC) -x cu -E - > /dev/null 2>&1 || \
+  { echo "MPI=1 needs NCCL: apt-get install libnccl-dev"; exit 2; },true)
 
 FLAGS = $(CXXFLAGS) $(NATIVE) $(or $(OPENMP),-Wno-unknown-pragmas) $(BLAS_FLAGS)
 NVCC_FLAGS = -std=c++17 -O3 -DPRECISION_$(PRECISION) -DREVISION='"$(REVISION)"' \

@@ -2,9 +2,9 @@
 """
 What a smaller gradient saves where processes on several machines share a step: two processes of the
 trainer (make MPI=1) on this machine, whose loopback is slowed down to a network's speed, in a
-network namespace of their own. Both directions share the link. Prints a table: each method's bytes of
-gradients, and at each speed the median of its steps' milliseconds. The methods take turns, several times, so that a noisy machine treats all
-alike.
+network namespace of their own. Both directions share the link. Prints a table: each method's bytes
+of gradients, and at each speed the median of its steps' milliseconds. The methods take turns,
+several times, so that a noisy machine treats all alike.
 
 Linux, as root or where users may make namespaces; Open MPI; iproute2.
 
@@ -23,8 +23,9 @@ import plot  # also makes data_prep/common.py known
 import common
 from common import Parser, Problem, whole_number
 
-METHODS = {"full rank, AdamW": ["--rank", "1", "--optimizer", "adamw"], "rank 1/4": ["--rank", "0.25"],
-           "rank 1/8": ["--rank", "0.125"], "rank 1/16": ["--rank", "0.0625"]}
+METHODS = {"full rank, AdamW": ["--rank", "1", "--optimizer", "adamw"],
+           "rank 1/4": ["--rank", "0.25"], "rank 1/8": ["--rank", "0.125"],
+           "rank 1/16": ["--rank", "0.0625"]}
 FIRST_STEPS = 2  # they also pay for touching memory
 PROCESSES = 2
 # Every message through the loopback, none through shared memory.
@@ -45,7 +46,8 @@ def parse_options():
     parser.add_argument("--binary", default=os.path.join(plot.ROOT, "train_gpt2_compact"),
                         help="the trainer, built with MPI=1 (default: train_gpt2_compact)")
     args, trainer = parser.parse_known_args()
-    args.trainer = [os.path.abspath(args.binary), *trainer, "-x", str(args.steps), "-n", "0", "-v", "0"]
+    args.trainer = [os.path.abspath(args.binary), *trainer, "-x", str(args.steps), "-n", "0", "-v",
+                    "0"]
     try:
         args.rates = [whole_number(1, 100000)(rate) for rate in args.rates.split(",")]
     except Exception:

@@ -14,7 +14,7 @@ typedef struct {
 } ncclUniqueId;
 typedef struct ncclComm {
     MPI_Comm all;
-}* ncclComm_t;
+} * ncclComm_t;
 typedef enum { ncclSuccess = 0, ncclInvalidArgument = 4 } ncclResult_t;
 typedef enum { ncclFloat32 = 7, ncclFloat = 7 } ncclDataType_t;
 typedef enum { ncclSum = 0 } ncclRedOp_t;
@@ -34,7 +34,8 @@ inline ncclResult_t ncclCommInitRank(ncclComm_t* comm, int count, ncclUniqueId i
     int size, own;
     MPI_Comm_size(MPI_COMM_WORLD, &size);
     MPI_Comm_rank(MPI_COMM_WORLD, &own);
-    if (strcmp(id.internal, "nogpu") != 0 || count != size || rank != own) return ncclInvalidArgument;
+    if (strcmp(id.internal, "nogpu") != 0 || count != size || rank != own)
+        return ncclInvalidArgument;
     *comm = new ncclComm{MPI_COMM_NULL};
     MPI_Comm_dup(MPI_COMM_WORLD, &(*comm)->all);
     return ncclSuccess;
