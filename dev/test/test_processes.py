@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import formats
-from conftest import NAME, TINY, Run, make_text
+from conftest import NAME, TINY
 from test_hellaswag import write_examples
 
 TRAINER = os.path.join(formats.ROOT, "build", "train_mpi")
