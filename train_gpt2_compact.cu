@@ -1688,7 +1688,7 @@ static void lift(const LinearLayer& linear, const Weights& to, const floatX* u, 
 // =================================================================================================
 
 // ---- global norm: at most NORM_BLOCKS partial sums, each over its own stride of all gradients,
-// then their sum in one block: no atomics. The partial sums of blocks that do not run stay 0.
+// then their sum in one block: no atomics
 
 enum { NORM_BLOCKS = 1024 };
 
@@ -1707,10 +1707,11 @@ __global__ void __launch_bounds__(256)
 
 // norm[0] = the norm, norm[1] = what gradients are multiplied with so that it is at most clip
 // (0: not clipped)
-__global__ void __launch_bounds__(256) norm_kernel(float* norm, const float* partial, float clip) {
+__global__ void __launch_bounds__(256)
+    norm_kernel(float* norm, const float* partial, int blocks, float clip) {
     __shared__ float reduce[WARP];
     float sum = 0;
-    for (int i = threadIdx.x; i < NORM_BLOCKS; i += blockDim.x) sum += partial[i];
+    for (int i = threadIdx.x; i < blocks; i += blockDim.x) sum += partial[i];
     sum = sqrtf(block_reduce(sum, reduce, false));
     if (threadIdx.x > 0) return;
     norm[0] = sum;
@@ -2807,7 +2808,7 @@ static double model_update(Model& model, const Plan& plan, int64_t step, double 
     int blocks = std::min<int>(NORM_BLOCKS, blocks_for(gradients, 256 * QUAD));
     squares_kernel<<<blocks, 256>>>(model.norm_partial, model.grads[0], gradients);
     LAUNCHED();
-    norm_kernel<<<1, 256>>>(model.norm, model.norm_partial, float(options.clip));
+    norm_kernel<<<1, 256>>>(model.norm, model.norm_partial, blocks, float(options.clip));
     LAUNCHED();
     Adam exact = adam_of(options, lr, model.norm, step + 1), compressed = exact;
     if (options.moments == RESET && options.gap > 0)  // these moments are younger

@@ -97,7 +97,7 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
         expect("norm", norm, {want, want > CLIP ? CLIP / want : 1.0f}, 0, relative);
     };
     auto check_norm = [=] { check_within(1e-5); };
-    auto add_up = [=] { norm_kernel<<<1, 256>>>(norm, partial, CLIP); };
+    auto add_up = [=] { norm_kernel<<<1, 256>>>(norm, partial, NORM_BLOCKS, CLIP); };
     // The first partial sum is the one that 1 and 2 add to.
     auto clear = [=] { CUDA(cudaMemsetAsync(partial, 0, NORM_BLOCKS * sizeof(float))); };
     Work once = {4.0 * count, 2.0 * count};
