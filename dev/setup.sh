@@ -88,7 +88,8 @@ bring packages "the packages of dev/test/requirements.txt" -r dev/test/requireme
   ${numpy:+"numpy==$numpy.*"} || stop "the tests need these packages"
 quietly has_torch $venv/bin/python || bring torch "PyTorch (on Linux with CUDA: 5 GB)" torch || true
 if [ -z "$nvcc" ] && [ "$system" = Linux ]; then
-  bring cuda "NVIDIA's compiler and headers (1 GB)" --no-deps 'nvidia-cuda-nvcc==13.*' \
-    'nvidia-nvvm==13.*' 'nvidia-cuda-crt==13.*' 'nvidia-cuda-runtime==13.*' \
-    'nvidia-cuda-cccl==13.*' 'nvidia-cublas==13.*' 'nvidia-curand==10.4.*' || true
+  # of one version: the tests hold what its compiler makes of registers
+  bring cuda "NVIDIA's compiler and headers (1 GB)" --no-deps 'nvidia-cuda-nvcc==13.0.*' \
+    'nvidia-nvvm==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-runtime==13.0.*' \
+    'nvidia-cuda-cccl==13.0.*' 'nvidia-cublas==13.0.*' 'nvidia-curand==10.4.*' || true
 fi
