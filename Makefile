@@ -129,7 +129,7 @@ train_gpt2_compactcu: train_gpt2_compact.cu Makefile build/settings | found
 	$(needs_nccl)
 	$(NVCC_COMPILER) $(NVCC_FLAGS) $< -o $@ -lcublas -lcublasLt $(NCCL)
 
-test_gpt2cu: test_gpt2.cu train_gpt2_compact.cu train_gpt2_compact.cpp Makefile | found
+test_gpt2cu: test_gpt2.cu train_gpt2_compact.cu train_gpt2_compact.cpp Makefile build/settings | found
 	$(needs_nvcc)
 	$(needs_card)
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublas -lcublasLt
@@ -138,11 +138,13 @@ test_gpt2cu: test_gpt2.cu train_gpt2_compact.cu train_gpt2_compact.cpp Makefile 
 build/%.nogpu.cpp: %.cu train_gpt2_compact.cu dev/nogpu/translate.py | build
 	$(PYTHON) dev/nogpu/translate.py $< > $@ || { rm -f $@; exit 1; }
 
-train_gpt2_compact_nogpu: build/train_gpt2_compact.nogpu.cpp $(NOGPU_HEADERS) Makefile
+train_gpt2_compact_nogpu: build/train_gpt2_compact.nogpu.cpp $(NOGPU_HEADERS) Makefile \
+  build/settings
 	$(needs_cuda)
 	$(NOGPU) -O2 -DPRECISION_$(PRECISION) $< -lboost_context -o $@
 
-test_gpt2_nogpu: build/test_gpt2.nogpu.cpp train_gpt2_compact.cpp $(NOGPU_HEADERS) Makefile
+test_gpt2_nogpu: build/test_gpt2.nogpu.cpp train_gpt2_compact.cpp $(NOGPU_HEADERS) Makefile \
+  build/settings
 	$(needs_cuda)
 	$(NOGPU) $(SANITIZE) -DPRECISION_$(PRECISION) $< -lboost_context -o $@
 
