@@ -129,7 +129,8 @@ train_gpt2_compactcu: train_gpt2_compact.cu Makefile build/settings | found
 	$(needs_nccl)
 	$(NVCC_COMPILER) $(NVCC_FLAGS) $< -o $@ -lcublas -lcublasLt $(NCCL)
 
-test_gpt2cu: test_gpt2.cu train_gpt2_compact.cu train_gpt2_compact.cpp Makefile build/settings | found
+test_gpt2cu: test_gpt2.cu train_gpt2_compact.cu train_gpt2_compact.cpp Makefile \
+  build/settings | found
 	$(needs_nvcc)
 	$(needs_card)
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublas -lcublasLt

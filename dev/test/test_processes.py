@@ -231,8 +231,8 @@ def test_one_killed_ends_all(text, tmp_path, turn):
 
 
 def test_a_request_to_end_saves(text, tmp_path):
-    """To the processes themselves: mpirun, asked to end, reads no more of what they print, and kills
-    them after a second. All end after the same step, and the checkpoint is whole."""
+    """To the processes themselves: mpirun, asked to end, reads no more of what they print, and
+    kills them after a second. All end after the same step, and the checkpoint is whole."""
     run, processes = begin(text, tmp_path)
     for process in processes:
         os.kill(process, signal.SIGTERM)
