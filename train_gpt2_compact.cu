@@ -3558,11 +3558,12 @@ static Tokenizer no_tokenizer(int V) {
     return t;
 }
 
-static void write_tokenizer(const Tokenizer& t, const std::string& path) {
-    int32_t header[HEADER_INTS] = {TOKENIZER_MAGIC, 2, int32_t(t.pieces.size()), t.end_of_text};
+static void write_tokenizer(const Tokenizer& tokenizer, const std::string& path) {
+    int32_t header[HEADER_INTS] = {TOKENIZER_MAGIC, 2, int32_t(tokenizer.pieces.size()),
+                                   tokenizer.end_of_text};
     Writer out(path);
     out.write(header, sizeof(header));
-    for (const std::string& piece : t.pieces) {
+    for (const std::string& piece : tokenizer.pieces) {
         unsigned char length = piece.size();
         out.write(&length, 1);
         out.write(piece.data(), piece.size());
@@ -4722,31 +4723,34 @@ static void fit_memory(Options& options, const Config& config) {
 }
 
 // Fills in what follows from the model, and looks for contradictions.
-static void settle_options(Options& o, const Config& config) {
-    if (o.generates) {
-        o.batch = 1;
-        o.total_batch = o.compress = 0;
-        o.optimizer = ADAMW;
-        o.gelu = GELU_EXACT;
-        o.offload = false;
+static void settle_options(Options& options, const Config& config) {
+    if (options.generates) {
+        options.batch = 1;
+        options.total_batch = options.compress = 0;
+        options.optimizer = ADAMW;
+        options.gelu = GELU_EXACT;
+        options.offload = false;
     }
-    if (o.seq == 0) o.seq = config.context;
-    if (o.seq > config.context)
-        refuse("--seq: ", o.seq, " is more than the model's context of ", config.context);
-    if (o.gelu == GELU_2BIT && o.recompute >= tape_rows[FCH].gone_from)
-        refuse("--gelu: 2bit keeps bits of what --recompute ", o.recompute,
+    if (options.seq == 0) options.seq = config.context;
+    if (options.seq > config.context)
+        refuse("--seq: ", options.seq, " is more than the model's context of ", config.context);
+    if (options.gelu == GELU_2BIT && options.recompute >= tape_rows[FCH].gone_from)
+        refuse("--gelu: 2bit keeps bits of what --recompute ", options.recompute,
                " computes again; choose one of them");
-    if (o.memory > 0 && o.total_batch % o.seq == 0) fit_memory(o, config);
-    int64_t micro = int64_t(o.batch) * o.seq * processes.count;
+    if (options.memory > 0 && options.total_batch % options.seq == 0) fit_memory(options, config);
+    int64_t micro = int64_t(options.batch) * options.seq * processes.count;
     std::string all = processes.count > 1 ? join(" of ", processes.count, " processes") : "";
     if (micro > 1 << 30)
-        refuse("--batch: ", o.batch, " sequences of ", o.seq, all, " are more than 2^30 tokens");
-    if (o.total_batch == 0) o.total_batch = int(micro);
-    if (o.total_batch % micro != 0)
-        refuse("--total-batch: ", o.total_batch, " is no multiple of --batch times --seq", all,
-               ", ", micro);
-    if (o.offload && !o.dump.empty()) refuse("--dump: reads the whole tape; leave --offload away");
-    if (o.resume && o.out.empty()) refuse("--resume: needs --out, the folder with the checkpoints");
+        refuse("--batch: ", options.batch, " sequences of ", options.seq, all,
+               " are more than 2^30 tokens");
+    if (options.total_batch == 0) options.total_batch = int(micro);
+    if (options.total_batch % micro != 0)
+        refuse("--total-batch: ", options.total_batch, " is no multiple of --batch times --seq",
+               all, ", ", micro);
+    if (options.offload && !options.dump.empty())
+        refuse("--dump: reads the whole tape; leave --offload away");
+    if (options.resume && options.out.empty())
+        refuse("--resume: needs --out, the folder with the checkpoints");
 }
 
 // ---- what is shown: options, plan, dump, log
@@ -4956,34 +4960,36 @@ static std::string duration(double seconds) {
     return out + join(left % units[i].first / units[i + 1].first, units[i + 1].second);
 }
 
-static void describe(const Options& o, const Config& c, const Data& train, const Data& val,
-                     int64_t steps) {
-    int64_t rows = o.total_batch / o.seq;
+static void describe(const Options& options, const Config& config, const Data& train,
+                     const Data& val, int64_t steps) {
+    int64_t rows = options.total_batch / options.seq;
     std::string validation = val.sequences ? commas(val.tokens) + " tokens" : "none";
     std::string each;
     if (processes.count > 1) each = join(" in each of ", processes.count, " processes");
     std::string method = "full rank";
-    if (o.rank != 1.0 && o.compress != 0)
-        method = join("rank ", text("%g", o.rank), " of ", names_of(linear_names, o.compress), "; ",
-                      names_of(projection_names, 1 << o.projection), ", new every ", o.gap,
-                      " steps, alpha ", text("%g", o.alpha), ", moments ",
-                      names_of(moments_names, 1 << o.moments));
-    printf("device   %s; attention %s; source %s\n", model_device().c_str(), model_attention(c),
-           REVISION);
+    if (options.rank != 1.0 && options.compress != 0)
+        method = join("rank ", text("%g", options.rank), " of ",
+                      names_of(linear_names, options.compress), "; ",
+                      names_of(projection_names, 1 << options.projection), ", new every ",
+                      options.gap, " steps, alpha ", text("%g", options.alpha), ", moments ",
+                      names_of(moments_names, 1 << options.moments));
+    printf("device   %s; attention %s; source %s\n", model_device().c_str(),
+           model_attention(config), REVISION);
     printf(
         "model    %s: %d layers, %d heads, %d channels, context %d, vocabulary %d (%d): %s "
         "parameters\n",
-        o.model.c_str(), c.L, c.NH, c.C, c.context, c.V, c.Vp, commas(parameter_count(c)).c_str());
+        options.model.c_str(), config.L, config.NH, config.C, config.context, config.V, config.Vp,
+        commas(parameter_count(config)).c_str());
     printf("data     train: %zu file%s, %s tokens, %s sequences of %d; validation: %s\n",
            train.shards.size(), train.shards.size() == 1 ? "" : "s", commas(train.tokens).c_str(),
-           commas(train.sequences).c_str(), o.seq, validation.c_str());
-    printf("batch    %d x %d, %d accumulated%s: %s tokens a step; %s steps, %.2f epochs\n", o.batch,
-           o.seq, int(rows / o.batch / processes.count), each.c_str(),
-           commas(o.total_batch).c_str(), commas(steps).c_str(),
+           commas(train.sequences).c_str(), options.seq, validation.c_str());
+    printf("batch    %d x %d, %d accumulated%s: %s tokens a step; %s steps, %.2f epochs\n",
+           options.batch, options.seq, int(rows / options.batch / processes.count), each.c_str(),
+           commas(options.total_batch).c_str(), commas(steps).c_str(),
            double(steps) * rows / train.sequences);
     printf("method   %s; %s; recompute %d; lr %g, %s\n", method.c_str(),
-           names_of(optimizer_names, 1 << o.optimizer).c_str(), o.recompute, o.lr,
-           names_of(schedule_names, 1 << o.schedule).c_str());
+           names_of(optimizer_names, 1 << options.optimizer).c_str(), options.recompute, options.lr,
+           names_of(schedule_names, 1 << options.schedule).c_str());
 }
 
 // ---- the process: streams, threads, signals
