@@ -67,16 +67,16 @@ CC_GPU := $(subst .,,$(GPU_COMPUTE_CAPABILITY))
 TOO_OLD := $(shell for cc in $(CC_GPU); do test $$cc -ge $(OLDEST) 2>/dev/null || echo $$cc; done)
 ON_GPU := $(if $(TOO_OLD),,$(and $(CARDS),$(NVCC)))
 
-# MPI=1: several processes, started by mpirun, share each step. mpicxx is a compiler that knows
-# where MPI is.
+# MPI=1: several processes, started by mpirun, share each step. MPICXX is a compiler that knows
+# where MPI is; where two stand side by side, MPICXX=mpicxx.mpich takes the other one.
 MPI_FLAGS := -DUSE_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX
 MPI_WITH := OMPI_CXX='$(CXX)' MPICH_CXX='$(CXX)'
-MPICXX = $(MPI_WITH) mpicxx
-COMPILER = $(if $(MPI),$(MPICXX) $(MPI_FLAGS),$(CXX))
-NVCC_COMPILER = $(if $(MPI),$(MPI_WITH) $(NVCC) -ccbin mpicxx $(MPI_FLAGS),$(NVCC))
+MPICXX ?= mpicxx
+COMPILER = $(if $(MPI),$(MPI_WITH) $(MPICXX) $(MPI_FLAGS),$(CXX))
+NVCC_COMPILER = $(if $(MPI),$(MPI_WITH) $(NVCC) -ccbin $(MPICXX) $(MPI_FLAGS),$(NVCC))
 NCCL = $(if $(MPI),-lnccl)
-needs_mpi = @$(if $(MPI),which mpicxx > /dev/null || { echo \
-  "MPI=1 needs mpicxx: apt-get install libopenmpi-dev openmpi-bin"; exit 2; },true)
+needs_mpi = @$(if $(MPI),which $(MPICXX) > /dev/null || { echo \
+  "MPI=1 needs $(MPICXX): apt-get install libopenmpi-dev openmpi-bin"; exit 2; },true)
 needs_nccl = @$(if $(MPI),echo '\#include <nccl.h>' | $(NVCC) -x cu -E - > /dev/null 2>&1 || \
   { echo "MPI=1 needs NCCL: apt-get install libnccl-dev"; exit 2; },true)
 
@@ -181,7 +181,10 @@ build/test_curand: dev/test/test_curand.cpp train_gpt2_compact.cpp Makefile | bu
 	$(CXX) $(FLAGS) -Wno-unused-function $< -o $@ -isystem $(CUDA_HOME)/include $(TEST_LIBS)
 
 build/train_mpi: train_gpt2_compact.cpp Makefile | build
-	$(MPICXX) $(MPI_FLAGS) $(FLAGS) $< -o $@ $(BLAS_LIBS)
+	$(MPI_WITH) mpicxx $(MPI_FLAGS) $(FLAGS) $< -o $@ $(BLAS_LIBS)
+
+build/train_mpich: train_gpt2_compact.cpp Makefile | build
+	$(MPI_WITH) mpicxx.mpich $(MPI_FLAGS) $(FLAGS) $< -o $@ $(BLAS_LIBS)
 
 build/test_cpu: dev/test/test_cpu.cpp train_gpt2_compact.cpp Makefile | build
 	$(CXX) $(FLAGS) -Wno-unused-function $< -o $@ $(TEST_LIBS)
@@ -206,7 +209,7 @@ build/test_gpt2_%_sanitized: build/test_gpt2.nogpu.cpp train_gpt2_compact.cpp $(
 	$(NOGPU) $(SANITIZE) -DPRECISION_$(shell echo $* | tr a-z A-Z) -I. $< -lboost_context -o $@
 
 build/train_nogpu_mpi: build/train_gpt2_compact.nogpu.cpp $(NOGPU_HEADERS) Makefile
-	$(MPICXX) $(MPI_FLAGS) $(NOGPU_FLAGS) -O2 -DPRECISION_FP32 $< -lboost_context -o $@
+	$(MPI_WITH) mpicxx $(MPI_FLAGS) $(NOGPU_FLAGS) -O2 -DPRECISION_FP32 $< -lboost_context -o $@
 
 build/train_nogpu_%: build/train_gpt2_compact.nogpu.cpp $(NOGPU_HEADERS) Makefile
 	$(NOGPU) -O2 -DPRECISION_$(shell echo $* | tr a-z A-Z) $< -lboost_context -o $@
@@ -220,6 +223,7 @@ checked: train_gpt2_compact $(if $(GTEST),build/test_cpu)
 
 tested: train_gpt2_compact build/train_sanitized build/train_no_blas \
   $(if $(shell which mpicxx),build/train_mpi $(if $(NOGPU_TESTS),build/train_nogpu_mpi)) \
+  $(if $(shell which mpicxx.mpich),build/train_mpich) \
   $(if $(GTEST),build/test_cpu build/test_cpu_sanitized $(CURAND_TEST)) \
   $(NOGPU_TESTS) $(if $(NOGPU_TESTS),variants_nogpu) $(if $(ON_GPU),test_gpt2cu)
 	@$(PYTEST) dev
@@ -231,9 +235,10 @@ build:
 	@mkdir -p build
 
 # What was built with other settings is built again.
+CHOSEN = $(PRECISION) $(if $(MPI),$(MPICXX))
 .PHONY: settings
 build/settings: settings | build
-	@echo '$(PRECISION) $(MPI)' | cmp -s - $@ || echo '$(PRECISION) $(MPI)' > $@
+	@echo '$(CHOSEN)' | cmp -s - $@ || echo '$(CHOSEN)' > $@
 
 clean:
 	find dev/cuda -type l -delete
@@ -254,7 +259,8 @@ make test             all tests, about 15 minutes on two cores; the last line co
 make bench            ms a step of GPT-2 d12 at full rank and compressed
                       LLMC=dir compares with the llm.c that is built there
 make clean            removes what was built
-make MPI=1            the CPU trainer for several processes, which mpirun starts
+make MPI=1            the CPU trainer for several processes, which mpirun starts; Debian's MPICH
+                      beside its Open MPI: MPICXX=mpicxx.mpich, and mpirun.mpich
 make MPI=1 train_gpt2_compactcu  likewise, on a GPU for each, with NCCL
 settings: CXX=clang++ NATIVE= (code for any machine of this kind) NO_BLAS=1 NO_OPENMP=1
           EXTRA=-Werror PYTHON=python3

@@ -3758,6 +3758,16 @@ static void begin_processes() {
     MPI_Comm_size(MPI_COMM_WORLD, &processes.count);
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
     MPI_Comm_rank(machine, &processes.local);
+    // Another MPI's mpirun starts so many runs, each of one process.
+    for (std::string mpirun : {"OMPI_COMM_WORLD_", "PMI_"}) {
+        const char* count = getenv((mpirun + "SIZE").c_str());
+        const char* rank = getenv((mpirun + "RANK").c_str());
+        if (processes.count > 1 || !count || !rank || atoi(count) <= 1) continue;
+        processes.count = atoi(count);
+        processes.rank = atoi(rank);
+        refuse("mpirun: has started ", count, " processes that do not find one another: it is of ",
+               "another MPI than the mpicxx that built this program");
+    }
     if (processes.rank > 0 && !freopen("/dev/null", "w", stdout)) exit(1);
 #endif
 }
@@ -3775,7 +3785,10 @@ static int end_processes(const Failure& failure) {
         fprintf(stderr, "train_gpt2_compact: %s%s\n", who.c_str(),
                 one_line(failure.message).c_str());
 #ifdef USE_MPI
-    if (failure.status != 0 && processes.count > 1) MPI_Abort(MPI_COMM_WORLD, failure.status);
+    if (failure.status != 0 && processes.count > 1) {
+        sleep(1);  // what MPICH's mpirun has not read by then is lost
+        MPI_Abort(MPI_COMM_WORLD, failure.status);
+    }
     MPI_Finalize();
 #endif
     return failure.status;
@@ -4142,9 +4155,9 @@ static void run(int argc, char** argv) {
 int main(int argc, char** argv) {
     open_standard_streams();
     settle_threads(argv);
-    begin_processes();
     Failure failure = {1, "not enough memory for the host's buffers"};
     try {
+        begin_processes();
         run(argc, argv);
         show("");
         if (ferror(stdout)) fail("standard output: cannot be written: ", strerror(errno));
