@@ -4,12 +4,17 @@ alike to the bit, go on from one another's checkpoints, and end together.
 The processes are real ones, on this machine. The CUDA trainer runs under dev/nogpu, its calls to
 NCCL by a stand-in. They sum their gradients in another order than one
 process does: losses are held to TOLERANCE, a few units of their sixth and last decimal.
+
+What depends on whose MPI it is, is tried with MPICH as well, where Debian's stands beside the one
+that mpirun and mpicxx are of.
 """
 
+import functools
 import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 
 import numpy as np
@@ -21,26 +26,50 @@ from test_hellaswag import write_examples
 
 TRAINER = os.path.join(formats.ROOT, "build", "train_mpi")
 CUDA_TRAINER = os.path.join(formats.ROOT, "build", "train_nogpu_mpi")
+MPICH_TRAINER = os.path.join(formats.ROOT, "build", "train_mpich")
 TOLERANCE = 5e-6
 STEPS, TOKENS = 20, 8 * 32  # of a step: 8 sequences
+# for the CUDA trainer, which is slow here: 4 sequences a step
+SMALLEST = ["--channels", 8, "--heads", 1, "--context", 8, "-b", 1, "-d", 4 * 8]
 METHODS = {
     "full": ["--rank", 1],
-    "adamw": ["--rank", 0.25, "--projection", "gaussian"],
+    "adamw": ["--rank", 0.25, "--gap", 7],
+    "gaussian": ["--rank", 0.25, "--projection", "gaussian"],
+    "muon_full": ["--rank", 1, "--optimizer", "muon"],
     "muon": ["--rank", 0.5, "--optimizer", "muon", "--gap", 7],
     "master": ["--rank", 0.5, "--optimizer", "muon", "--master", "none", "--moments", "move",
                "--gap", 7],
 }
 
-pytestmark = pytest.mark.skipif(
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(
     shutil.which("mpirun") is None or not os.path.exists(TRAINER),
-    reason="no MPI: apt-get install openmpi-bin libopenmpi-dev, make build/train_mpi")
+    reason="no MPI: apt-get install openmpi-bin libopenmpi-dev, make build/train_mpi")]
+CUDA = pytest.param(CUDA_TRAINER, id="cuda", marks=pytest.mark.skipif(
+    not os.path.exists(CUDA_TRAINER),
+    reason="no build/train_nogpu_mpi: it needs CUDA's headers and Boost"))
+MPICH = pytest.param(MPICH_TRAINER, id="mpich", marks=pytest.mark.skipif(
+    shutil.which("mpirun.mpich") is None or not os.path.exists(MPICH_TRAINER),
+    reason="no build/train_mpich: apt-get install mpich libmpich-dev"))
+CPU = pytest.param(TRAINER, id="cpu")
 
 
-def command(trainer, count, *parts):
-    """What starts `count` processes, or so many for each of several parts."""
-    words = ["mpirun", "--oversubscribe", "--bind-to", "none"]
+@functools.cache
+def mpirun(trainer):
+    """Open MPI's is told that processes may share a processor; MPICH's has no such option."""
+    name = "mpirun.mpich" if trainer == MPICH_TRAINER else "mpirun"
+    said = subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout
+    return [name, *["--oversubscribe", "--bind-to", "none"] * ("Open MPI" in said)]
+
+
+def command(trainer, count, *parts, before=()):
+    """
+    What starts `count` processes, or so many for each of several parts; and in each part the words
+    before the trainer's name.
+    """
+    words = [*mpirun(trainer)]
     for i, part in enumerate(parts):
-        words += [":"] * (i > 0) + ["-np", str(count), trainer, *map(str, part)]
+        words += [":"] * (i > 0) + ["-np", str(count), *(before[i] if before else []), trainer,
+                                    *map(str, part)]
     return words
 
 
@@ -54,9 +83,9 @@ def options(data, *more):
     return [*TINY, "--train", data, "-d", TOKENS, "-x", STEPS, "-n", 0, "--lr", 3e-3, *more]
 
 
-def together(count, *parts, status=0, trainer=TRAINER):
-    done = subprocess.run(command(trainer, count, *parts), capture_output=True, text=True,
-                          timeout=120, env=environment(), stdin=subprocess.DEVNULL)
+def together(count, *parts, status=0, trainer=TRAINER, before=()):
+    done = subprocess.run(command(trainer, count, *parts, before=before), capture_output=True,
+                          text=True, timeout=120, env=environment(), stdin=subprocess.DEVNULL)
     assert done.returncode == status, f"{done.stdout}\n{done.stderr}"
     return done
 
@@ -90,17 +119,39 @@ def test_many_equal_one(text, tmp_path, count, method):
     assert "processes" not in one and many["processes"] == count
 
 
-@pytest.mark.skipif(not os.path.exists(CUDA_TRAINER),
-                    reason="no build/train_nogpu_mpi: it needs CUDA's headers and Boost")
-@pytest.mark.parametrize("method", ["adamw", "muon"])
-def test_the_cuda_trainer(text, tmp_path, method):
+@pytest.mark.parametrize("trainer", [MPICH])
+def test_another_mpi(text, tmp_path, trainer):
+    more = [*METHODS["muon"], "-v", 10, "-m", -1]
+    for count in (1, 2):
+        together(count, options(text, *more, "-o", tmp_path / str(count)), trainer=trainer)
+    np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), atol=TOLERANCE)
+    assert logged(tmp_path / "2")[0]["processes"] == 2
+    # started by the mpirun of the other one
+    done = subprocess.run([*mpirun(TRAINER), "-np", "2", trainer, *map(str, options(text))],
+                          capture_output=True, text=True, timeout=60, env=environment())
+    line, = said(done.stderr)
+    assert done.returncode != 0 and "2 processes that do not find one another" in line
+
+
+@pytest.mark.parametrize("trainer", [CUDA])
+@pytest.mark.parametrize("method", ["full", "adamw", "gaussian", "muon_full", "muon"])
+def test_the_cuda_trainer(text, tmp_path, method, trainer):
     """Layers' gradients on their way while the layers below compute, two micro batches a process.
-    The loop around it is the text of both trainers."""
-    more = [*METHODS[method], "-d", 8 * 16, "-t", 16, "-x", 8, "-v", 4, "-m", 2]
-    together(1, options(text, *more, "-o", tmp_path / "one"), trainer=CUDA_TRAINER)
-    together(2, options(text, *more, "-o", tmp_path / "two"), trainer=CUDA_TRAINER)
-    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=TOLERANCE)
-    assert len(losses(tmp_path / "two")) == 8
+    Then each goes on in the middle, with the other's number of processes."""
+    more = [*METHODS[method], *SMALLEST, "-v", 10, "-m", 2, "-n", 10, "--keep", 0]
+    found = {}
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        together(count, options(text, *more, "-o", out), trainer=trainer)
+        found[count] = losses(out)
+        for kind in ("model", "state"):
+            os.unlink(out / f"{kind}_{STEPS:08d}.bin")
+        done = together(3 - count, options(text, *more, "-o", out, "-y"), trainer=trainer)
+        assert "resumed after step 10\n" in done.stdout
+        found[f"{count}, then {3 - count}"] = losses(out)
+    for name, values in found.items():
+        assert len(values) == STEPS, name
+        np.testing.assert_allclose(values, found[1], atol=TOLERANCE, err_msg=name)
 
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (4, 2)])
@@ -146,8 +197,9 @@ def test_one_prints_and_writes(text, tmp_path):
     (["--rank", "3x"], ["--rank", "3x"]),
     (["--train", "/nowhere"], ["--train", "/nowhere"]),
 ])
-def test_bad_input_is_said_once(text, more, names):
-    done = together(2, options(text, *more), status=2)
+@pytest.mark.parametrize("trainer", [CPU, MPICH])
+def test_bad_input_is_said_once(text, more, names, trainer):
+    done = together(2, options(text, *more), status=2, trainer=trainer)
     line, = said(done.stderr)
     assert line.startswith(NAME + "process 0: ") and all(name in line for name in names), line
 
@@ -158,12 +210,30 @@ def test_a_folder_in_use(text, tmp_path):
     assert "--out" in line and "earlier run" in line
 
 
-def test_one_that_fails_ends_all(text, tmp_path):
+@pytest.mark.parametrize("trainer", [CPU, MPICH, CUDA])
+def test_one_that_fails_ends_all(text, tmp_path, trainer):
     """The second process alone cannot read its data."""
     began = time.monotonic()
-    done = together(1, options(text), options(tmp_path / "missing"), status=2)
+    done = together(1, options(text), options(tmp_path / "missing"), status=2, trainer=trainer)
     line, = said(done.stderr)
     assert line.startswith(NAME + "process 1: ") and "missing" in line
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("trainer, first", [
+    (*CPU.values, ["sh", "-c", 'ulimit -v "$0" && exec "$@"', str(3 << 19)]),
+    pytest.param(*CUDA.values, ["env", "NOGPU_MEMORY_MB=1"], marks=CUDA.marks),
+], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("who", range(2))
+def test_one_without_memory_ends_all(text, trainer, first, who):
+    """The batch takes 2 GB, one process may have 1.5 GiB; or it has a GPU of 1 MB."""
+    batch = 32768 if trainer == TRAINER else 2
+    before = [[], []]
+    before[who] = first
+    part = options(text, "-b", batch, "-d", 2 * batch * 32)
+    began = time.monotonic()
+    line, = said(together(1, part, part, status=1, trainer=trainer, before=before).stderr)
+    assert line.startswith(f"{NAME}process {who}: ") and "memory" in line
     assert time.monotonic() - began < 30
 
 
@@ -192,56 +262,95 @@ def test_weights_that_come_apart(text, tmp_path):
     together(1, parts[0], parts[0])
 
 
-def running(out):
+def running(trainer, out):
     """The process numbers of a run that writes to `out`, of the trainer alone."""
-    command = ["pgrep", "-f", f"^{TRAINER} .*{out}"]
+    command = ["pgrep", "-f", f"^{trainer} .*{out}"]
     return sorted(map(int, subprocess.run(command, capture_output=True, text=True).stdout.split()))
 
 
-def begin(text, out):
-    """A run without end, and the numbers of its processes, once it has trained some steps."""
-    whole = options(text, "-x", 10**6, "-n", 50, "-o", out)
-    run = subprocess.Popen(command(TRAINER, 2, whole), stdin=subprocess.DEVNULL, text=True,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment())
+def begin(trainer, out, *words, **kw):
+    """A run, its standard output, and its processes' numbers, once it has trained some steps."""
+    stdout = tempfile.TemporaryFile("w+")
+    run = subprocess.Popen(command(trainer, *words, **kw), stdin=subprocess.DEVNULL, text=True,
+                           stdout=stdout, stderr=subprocess.PIPE, env=environment())
     deadline = time.monotonic() + 60
     log = out / "log.jsonl"
     while not log.exists() or len(log.read_text().splitlines()) < 6:
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    return run, running(out)
+    return run, stdout, running(trainer, out)
 
 
+@pytest.mark.parametrize("trainer", [CPU, CUDA, MPICH])
 @pytest.mark.parametrize("turn", range(2))
-def test_one_killed_ends_all(text, tmp_path, turn):
+def test_one_killed_ends_all(text, tmp_path, turn, trainer):
     """At a random moment. What has been saved by then is whole: one process goes on from it."""
+    more = [*SMALLEST, "-n", 3] if trainer == CUDA_TRAINER else ["-n", 50]
     rng = np.random.default_rng(turn)
-    run, processes = begin(text, tmp_path)
+    endless = options(text, *more, "-x", 10**6, "-o", tmp_path)
+    run, stdout, processes = begin(trainer, tmp_path, 2, endless)
     assert len(processes) == 2
     time.sleep(rng.uniform(0, 1))
-    os.kill(processes[turn % 2], signal.SIGKILL)
+    os.kill(processes[turn], signal.SIGKILL)
     _, stderr = run.communicate(timeout=20)
-    assert run.returncode != 0 and "rank" in stderr and "killed" in stderr.lower(), stderr
+    stdout.seek(0)
+    lines = [line.lower() for line in [*stderr.splitlines(), *stdout] if "step" not in line]
+    named = (f"pid {processes[turn]} " if trainer == MPICH_TRAINER else f"process rank {turn} ")
+    assert run.returncode != 0 and any(named in line for line in lines), lines
+    assert any("killed" in line for line in lines), lines
     deadline = time.monotonic() + 10
-    while running(tmp_path) and time.monotonic() < deadline:
+    while running(trainer, tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not running(tmp_path)
+    assert not running(trainer, tmp_path)
     last = logged(tmp_path)[1][-1]["step"]
-    done = together(1, options(text, "-x", last + 3, "-n", 50, "-o", tmp_path, "-y"))
+    done = together(1, options(text, *more, "-x", last + 3, "-o", tmp_path, "-y"), trainer=trainer)
     assert f"step {last + 3}/{last + 3}" in done.stdout
 
 
-def test_a_request_to_end_saves(text, tmp_path):
-    """To the processes themselves: mpirun, asked to end, reads no more of what they print, and
-    kills them after a second. All end after the same step, and the checkpoint is whole."""
-    run, processes = begin(text, tmp_path)
+SLOW_DISK = """
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <string>
+
+extern "C" int fsync(int file) {
+    char name[4096] = {};
+    std::string link = "/proc/self/fd/" + std::to_string(file);
+    if (readlink(link.c_str(), name, sizeof(name) - 1) < 0) abort();
+    if (strstr(name, "/model_")) sleep(4);
+    return 0;
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def slow_disk(tmp_path_factory):
+    """The words before a program whose models, each synced twice, take 8 seconds to the disk."""
+    folder = tmp_path_factory.mktemp("slow")
+    (folder / "slow.cpp").write_text(SLOW_DISK)
+    subprocess.run([os.environ.get("CXX", "c++"), "-shared", "-fPIC", "slow.cpp", "-o", "slow.so"],
+                   cwd=folder, check=True)
+    return ["env", f"LD_PRELOAD={folder / 'slow.so'}"]
+
+
+@pytest.mark.parametrize("trainer", [CPU, MPICH])
+def test_a_request_to_end_saves(text, tmp_path, trainer, slow_disk):
+    """To the processes themselves: Open MPI's mpirun, asked to end, reads no more of what they
+    print, and kills them after a second. All end after the same step, once the first one has saved,
+    whose disk is slow."""
+    endless = options(text, "-x", 10**6, "-n", -1, "-o", tmp_path)
+    run, _, processes = begin(trainer, tmp_path, 1, endless, endless, before=[slow_disk, []])
+    assert len(processes) == 2
     for process in processes:
         os.kill(process, signal.SIGTERM)
     _, stderr = run.communicate(timeout=60)
     line, = said(stderr)
-    assert "ended by SIGTERM after step" in line and "-y goes on" in line
+    assert line.startswith(NAME + "process 0: ended by SIGTERM after step "), line
+    assert "-y goes on" in line
     step = int(line.split("after step ")[1].split(";")[0])
     assert os.path.exists(tmp_path / f"state_{step:08d}.bin")
-    assert not running(tmp_path)
+    assert not running(trainer, tmp_path)
 
 
 def test_memory_is_chosen_for_the_share(text):
