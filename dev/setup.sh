@@ -40,6 +40,7 @@ look() {
   need libboost-context-dev "$cxx" -E -x c++ -include boost/context/fiber.hpp /dev/null
   need libopenmpi-dev mpicxx --version
   need openmpi-bin mpirun --version
+  need procps pgrep --version
   need python3-venv "$python" -c 'import venv, ensurepip'
   [ -z "$apt" ] || need python3-torch has_torch "$python"
 }
