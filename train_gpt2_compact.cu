@@ -5307,10 +5307,11 @@ static void train_model(Model& model, const Plans& plans, Options& options, Data
         identity.back().second = rate(step);
         if (saves) save_checkpoint(plan, config, options, identity, step);
         if (!stops) continue;
-        combine(HIGHEST, &signal, 1);  // none ends before the first one has saved
+        double saved = saves;
+        combine(HIGHEST, &saved, 1);  // none ends before the first one has saved
         std::string name = signal == SIGINT ? "SIGINT" : signal == SIGTERM ? "SIGTERM" : "SIGHUP";
         std::string end =
-            saves ? "; the same command with -y goes on from there" : ", and nothing is saved";
+            saved > 0 ? "; the same command with -y goes on from there" : ", and nothing is saved";
         throw Failure{128 + int(signal), join("ended by ", name, " after step ", step, end)};
     }
 }
