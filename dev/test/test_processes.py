@@ -268,22 +268,35 @@ def running(trainer, out):
     return sorted(map(int, subprocess.run(command, capture_output=True, text=True).stdout.split()))
 
 
-def begin(trainer, out, *words, **kw):
-    """A run, its standard output, and its processes' numbers, once it has trained some steps."""
-    stdout = tempfile.TemporaryFile("w+")
-    run = subprocess.Popen(command(trainer, *words, **kw), stdin=subprocess.DEVNULL, text=True,
-                           stdout=stdout, stderr=subprocess.PIPE, env=environment())
-    deadline = time.monotonic() + 60
-    log = out / "log.jsonl"
-    while not log.exists() or len(log.read_text().splitlines()) < 6:
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    return run, stdout, running(trainer, out)
+@pytest.fixture
+def begin():
+    """
+    begin(trainer, out, *words) starts a run that writes to `out`: the run, its standard output, and
+    its processes' numbers, once it has trained some steps. A test that fails leaves none behind.
+    """
+    runs = []
+
+    def start(trainer, out, *words, **kw):
+        stdout = tempfile.TemporaryFile("w+")
+        run = subprocess.Popen(command(trainer, *words, **kw), stdin=subprocess.DEVNULL, text=True,
+                               stdout=stdout, stderr=subprocess.PIPE, env=environment())
+        runs.append(run)
+        deadline = time.monotonic() + 60
+        log = out / "log.jsonl"
+        while not log.exists() or len(log.read_text().splitlines()) < 6:
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        return run, stdout, running(trainer, out)
+    yield start
+    for run in runs:
+        if run.poll() is None:
+            run.terminate()
+            run.communicate(timeout=30)
 
 
 @pytest.mark.parametrize("trainer", [CPU, CUDA, MPICH])
 @pytest.mark.parametrize("turn", range(2))
-def test_one_killed_ends_all(text, tmp_path, turn, trainer):
+def test_one_killed_ends_all(text, tmp_path, turn, trainer, begin):
     """At a random moment. What has been saved by then is whole: one process goes on from it."""
     more = [*SMALLEST, "-n", 3] if trainer == CUDA_TRAINER else ["-n", 50]
     rng = np.random.default_rng(turn)
@@ -335,7 +348,7 @@ def slow_disk(tmp_path_factory):
 
 
 @pytest.mark.parametrize("trainer", [CPU, MPICH])
-def test_a_request_to_end_saves(text, tmp_path, trainer, slow_disk):
+def test_a_request_to_end_saves(text, tmp_path, trainer, slow_disk, begin):
     """To the processes themselves: Open MPI's mpirun, asked to end, reads no more of what they
     print, and kills them after a second. All end after the same step, once the first one has saved,
     whose disk is slow."""
