@@ -408,8 +408,8 @@ METHODS = {
     "compact": ("CompAct, from its formulas", compact, [3e-3, 5e-3, 1e-2], []),
     "full": ("this trainer, full rank, AdamW", ["--rank", "1", "--optimizer", "adamw"],
              [1e-3, 3e-3, 6e-3], []),
-    "ours": ("this trainer, default", [], [3e-3, 6e-3, 1e-2], []),
-    "ours5": ("this trainer, default, -r 5", ["-r", "5"], [3e-3, 6e-3, 1e-2], []),
+    "ours": ("this trainer, default", [], [3e-3, 4e-3, 6e-3], []),
+    "ours5": ("this trainer, default, -r 5", ["-r", "5"], [3e-3, 4e-3, 6e-3], []),
 }
 
 # ----------------------------------------------------------------------------
