@@ -1402,7 +1402,8 @@ __global__ void __launch_bounds__(1024)
 // ---- matrix products: cuBLAS, which thinks in columns: a row-major c = a b is its c^T = b^T a^T
 
 static cublasHandle_t cublas;
-enum { CUBLAS_BYTES = 32 << 20 };  // its workspace, ours: no result depends on what else it serves
+static void* cublas_workspace;  // ours, so that no result depends on what else it serves
+enum { CUBLAS_BYTES = 32 << 20 };
 
 // c (M, N) = alpha a b + beta c, all row-major; a is (M, K), or (K, M) when ta; b is (K, N), or
 // (N, K) when tb. a and b have one type, c its own; sums are fp32. With beta = 0, c is not read.
@@ -1417,29 +1418,22 @@ static void matmul(void* c, cudaDataType_t type_c, const void* a, bool ta, const
                       &beta, c, type_c, ldc, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
-// The same for `batch` matrices one after another, tight, of one type.
-static void matmul_batch(floatX* c, const floatX* a, bool ta, const floatX* b, bool tb, int M,
-                         int N, int K, float alpha, float beta, int batch) {
-    cublasOperation_t op_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
-    CUDA(cublasGemmStridedBatchedEx(cublas, op_b, op_a, N, M, K, &alpha, b, CUDA_X, tb ? K : N,
-                                    int64_t(N) * K, a, CUDA_X, ta ? M : K, int64_t(M) * K, &beta, c,
-                                    CUDA_X, N, int64_t(M) * N, batch, CUBLAS_COMPUTE_32F,
-                                    CUBLAS_GEMM_DEFAULT));
-}
+// Elements from matrix to matrix of a batch: each begins on 16 bytes.
+static int64_t stride_of(int64_t rows, int64_t columns) { return (rows * columns + 7) / 8 * 8; }
 
-// y (M, N) = x (M, K) w^T + bias, with w (N, K). The bias joins the fp32 sum, so y is written once
-// and not read at all. This is cublasLt, a part of cuBLAS that takes its handle. What it chooses
-// follows from shapes and from alignment, that of the bias and 16 bytes for all else: so whatever
-// is computed again has the same bits.
-static void matmul_bias(floatX* y, const floatX* x, const floatX* w, const floatX* bias, int M,
-                        int N, int K, void* workspace) {
-    const int32_t transposed = CUBLAS_OP_T;
-    const uint32_t epilogue = CUBLASLT_EPILOGUE_BIAS, alignment = 16;
-    const uint32_t sums = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+// d = alpha a b + beta c + bias, as above, for `batch` matrices of one type, all tight; d may be c.
+// The bias (N) may be null. It joins the fp32 sum, so d is written once. This is cublasLt, a part
+// of cuBLAS that takes its handle. What it chooses follows from shapes and from alignment, that of
+// the bias and 16 bytes for all else: so whatever is computed again has the same bits.
+static void matmul_lt(floatX* d, const floatX* c, const floatX* a, bool ta, const floatX* b,
+                      bool tb, int M, int N, int K, float alpha, float beta, const floatX* bias,
+                      int batch) {
+    const int32_t op_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const uint32_t epilogue = bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    const uint32_t alignment = 16, sums = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     const uint64_t bytes = CUBLAS_BYTES;
-    const float one = 1, zero = 0;
     cublasLtMatmulDescOpaque_t product;
-    cublasLtMatrixLayoutOpaque_t of_w, of_x, of_y;
+    cublasLtMatrixLayoutOpaque_t of_a, of_b, of_d;
     cublasLtMatmulPreferenceOpaque_t preference;
     cublasLtMatmulHeuristicResult_t chosen;
     int found;
@@ -1447,12 +1441,21 @@ static void matmul_bias(floatX* y, const floatX* x, const floatX* w, const float
     auto set = [&](cublasLtMatmulDescAttributes_t what, const void* value, size_t size) {
         CUDA(cublasLtMatmulDescSetAttribute(&product, what, value, size));
     };
-    set(CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof(transposed));
+    set(CUBLASLT_MATMUL_DESC_TRANSA, &op_b, sizeof(op_b));
+    set(CUBLASLT_MATMUL_DESC_TRANSB, &op_a, sizeof(op_a));
     set(CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue));
     set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias));
-    CUDA(cublasLtMatrixLayoutInit(&of_w, CUDA_X, K, N, K));
-    CUDA(cublasLtMatrixLayoutInit(&of_x, CUDA_X, K, M, K));
-    CUDA(cublasLtMatrixLayoutInit(&of_y, CUDA_X, N, M, N));
+    auto lay_out = [&](cublasLtMatrixLayout_t of, int rows, int columns) {
+        int64_t stride = stride_of(rows, columns);
+        CUDA(cublasLtMatrixLayoutInit(of, CUDA_X, columns, rows, columns));
+        CUDA(cublasLtMatrixLayoutSetAttribute(of, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch,
+                                              sizeof(batch)));
+        CUDA(cublasLtMatrixLayoutSetAttribute(of, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                                              &stride, sizeof(stride)));
+    };
+    lay_out(&of_a, ta ? K : M, ta ? M : K);
+    lay_out(&of_b, tb ? N : K, tb ? K : N);
+    lay_out(&of_d, M, N);
     CUDA(cublasLtMatmulPreferenceInit(&preference));
     auto prefer = [&](cublasLtMatmulPreferenceAttributes_t what, const void* value, size_t size) {
         CUDA(cublasLtMatmulPreferenceSetAttribute(&preference, what, value, size));
@@ -1464,10 +1467,10 @@ static void matmul_bias(floatX* y, const floatX* x, const floatX* w, const float
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &alignment, sizeof(alignment));
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &alignment, sizeof(alignment));
     auto handle = (cublasLtHandle_t)cublas;
-    CUDA(cublasLtMatmulAlgoGetHeuristic(handle, &product, &of_w, &of_x, &of_y, &of_y, &preference,
+    CUDA(cublasLtMatmulAlgoGetHeuristic(handle, &product, &of_b, &of_a, &of_d, &of_d, &preference,
                                         1, &chosen, &found));
-    CUDA(cublasLtMatmul(handle, &product, &one, w, &of_w, x, &of_x, &zero, y, &of_y, y, &of_y,
-                        &chosen.algo, workspace, CUBLAS_BYTES, nullptr));
+    CUDA(cublasLtMatmul(handle, &product, &alpha, b, &of_b, a, &of_a, &beta, c, &of_d, d, &of_d,
+                        &chosen.algo, cublas_workspace, CUBLAS_BYTES, nullptr));
 }
 
 // =================================================================================================
@@ -1488,7 +1491,6 @@ struct LinearLayer {
     floatX* p;              // a dense P (n, r), where it stands once it is drawn
     float* sign;            // a sparse one: (n) signs,
     int* shift;             // and a rotation for each stripe of r inputs
-    void* workspace;        // of matrix products
 };
 
 // P (n, r) with E[P P^T] = I, drawn anew wherever it is needed, by cuRAND's Philox. gaussian:
@@ -1582,7 +1584,7 @@ static void linear_forward(const LinearLayer& linear, floatX* y, const floatX* x
                            bool with_bias, bool training) {
     int m = linear.shape.m, n = linear.shape.n;
     if (with_bias)
-        matmul_bias(y, x, linear.w, linear.b, N, m, n, linear.workspace);
+        matmul_lt(y, y, x, false, linear.w, true, N, m, n, 1.0f, 0.0f, linear.b, 1);
     else
         matmul(y, CUDA_X, x, false, linear.w, true, CUDA_X, N, m, n, 1.0f, 0.0f);
     if (training && linear.z && linear.projection != SPARSE) make_z(linear, linear.z, x, N);
@@ -1816,30 +1818,29 @@ __global__ void muon_scale_kernel(floatX* x, const double* partial, size_t count
 // Each x (rows, columns) becomes the nearest matrix with orthonormal rows or columns, whichever are
 // fewer, by Newton-Schulz iterations X <- a X + (b A + c A^2) X from ||X||_F = 1, with A = X X^T,
 // or X^T X on the other side. Singular values end between 0.7 and 1.2, those below some 1e-3 of the
-// norm further down. next (batch, rows, columns); gram and poly (batch, k, k), k the smaller side.
-static void orthogonalise(floatX* x, floatX* next, floatX* gram, floatX* poly, int rows,
-                          int columns, int batch) {
+// norm further down. x and next (batch, rows, columns) take turns; returns where the last one
+// stands. gram and poly (batch, k, k), k the smaller side.
+static floatX* orthogonalise(floatX* x, floatX* next, floatX* gram, floatX* poly, int rows,
+                             int columns, int batch) {
     const float a = 3.4445f, b = -4.7750f, c = 2.0315f;
     bool tall = rows > columns;
     int k = tall ? columns : rows, longer = tall ? rows : columns;
-    size_t bytes = sizeof(floatX) * batch * rows * columns, square = sizeof(floatX) * batch * k * k;
     for (int i = 0; i < NEWTON_SCHULZ; i++) {
-        matmul_batch(gram, x, tall, x, !tall, k, k, longer, 1.0f, 0.0f, batch);
-        CUDA(cudaMemcpyAsync(poly, gram, square, cudaMemcpyDeviceToDevice));
-        matmul_batch(poly, gram, false, gram, false, k, k, k, c, b, batch);
-        CUDA(cudaMemcpyAsync(next, x, bytes, cudaMemcpyDeviceToDevice));
-        matmul_batch(next, tall ? x : poly, false, tall ? poly : x, false, rows, columns, k, 1.0f,
-                     a, batch);
-        CUDA(cudaMemcpyAsync(x, next, bytes, cudaMemcpyDeviceToDevice));
+        matmul_lt(gram, gram, x, tall, x, !tall, k, k, longer, 1.0f, 0.0f, nullptr, batch);
+        matmul_lt(poly, gram, gram, false, gram, false, k, k, k, c, b, nullptr, batch);
+        matmul_lt(next, x, tall ? x : poly, false, tall ? poly : x, false, rows, columns, k, 1.0f,
+                  a, nullptr, batch);
+        std::swap(x, next);
     }
+    return x;
 }
 
 // Elements of workspace for the matrices of one layer: X twice, two k x k matrices, and sums of
-// doubles, each beginning on 16 bytes.
+// doubles.
 static int64_t muon_elements(const Linear& shape, int blocks) {
     int64_t rows = shape.m / blocks, k = std::min<int64_t>(rows, shape.r);
     int64_t sums = MUON_SLABS * sizeof(double) / sizeof(floatX);
-    return blocks * (sums + 2 * rows * shape.r + 2 * (k * k + 8));
+    return blocks * (sums + 2 * stride_of(rows, shape.r) + 2 * stride_of(k, k));
 }
 
 // G (layers, m, r) -> U (layers, m, r) = orth(G + mu M), in the workspace, whose place it returns.
@@ -1847,17 +1848,16 @@ static int64_t muon_elements(const Linear& shape, int blocks) {
 static floatX* muon_directions(void* work, const float* g, float* m, const float* norm,
                                const Linear& shape, int blocks, int layers) {
     int rows = shape.m / blocks, k = std::min(rows, shape.r), batch = layers * blocks;
-    int64_t count = int64_t(rows) * shape.r, square = (int64_t(batch) * k * k + 7) / 8 * 8;
+    int64_t count = int64_t(rows) * shape.r;  // m, and so this, is a multiple of 8
     double* partial = (double*)work;
     floatX *x = (floatX*)(partial + batch * MUON_SLABS), *next = x + batch * count;
-    floatX *gram = next + batch * count, *poly = gram + square;
+    floatX *gram = next + batch * count, *poly = gram + batch * stride_of(k, k);
     dim3 grid(MUON_SLABS, batch);
     muon_momentum_kernel<<<grid, 256>>>(x, partial, g, m, norm, count);
     LAUNCHED();
     muon_scale_kernel<<<grid, 256>>>(x, partial, count);
     LAUNCHED();
-    orthogonalise(x, next, gram, poly, rows, shape.r, batch);
-    return x;
+    return orthogonalise(x, next, gram, poly, rows, shape.r, batch);
 }
 
 // 0.2 sqrt(rows n / k): U, lifted to n inputs, then has the root mean square 0.2 sqrt(n / columns),
@@ -2007,11 +2007,10 @@ struct Model {
     int *shift, *shift_next;  // sparse: a rotation for each stripe of r inputs
     float* p_change;          // (r, r) P_old^T P_new
     float* lifted;            // (m, n) a dense step on its way to weights without master copies
-    void* products_workspace;
-    floatX* logits;        // (chunk, logits_width), in `wide` where that has room
-    int chunk;             // tokens whose logits exist at one time
-    floatX* cache;         // (L, seq, 2C) keys and values of a text in the making
-    float *partial, *dot;  // sums of columns: (SLABS, 4C), or (bands, 3C); (N, NH)
+    floatX* logits;           // (chunk, logits_width), in `wide` where that has room
+    int chunk;                // tokens whose logits exist at one time
+    floatX* cache;            // (L, seq, 2C) keys and values of a text in the making
+    float *partial, *dot;     // sums of columns: (SLABS, 4C), or (bands, 3C); (N, NH)
     float *norm_partial, *norm;
     // data
     int *d_inputs, *d_targets;              // (N)
@@ -2161,7 +2160,7 @@ static Plan model_plan(Model& model, const Config& config, const Options& option
     add("workspace", "projection_shift", "int32", {stripes}, &model.shift);
     add("workspace", "projection_shift_next", "int32", {moves * stripes}, &model.shift_next);
     add("workspace", "projection_change", "fp32", {moves * p_change}, &model.p_change);
-    add("workspace", "products", "byte", {CUBLAS_BYTES}, &model.products_workspace);
+    add("workspace", "products", "byte", {CUBLAS_BYTES}, &cublas_workspace);
     // The gradient of wte is read and written once a chunk: the fewer the better. Beside the head's
     // input, `wide` is free then.
     int64_t free_rows = std::min(N, (model.wide_rows * 4 - N) * C / width);
@@ -2268,7 +2267,7 @@ static void model_allocate(Model& model, const Plan& plan) {
             "before\n",
             commas(plan.bytes()).c_str(), commas(free_bytes).c_str(),
             commas(total_bytes - free_bytes).c_str());
-    CUDA(cublasSetWorkspace(cublas, model.products_workspace, CUBLAS_BYTES));
+    CUDA(cublasSetWorkspace(cublas, cublas_workspace, CUBLAS_BYTES));
     if (!model.logits) model.logits = model.wide + N * model.config.C;
     for (int i = 0; i < PARAMS && !IS_BF16; i++) model.master[i] = (float*)model.params[i];
     for (int i = 0; i < 2 && options.offload; i++) {
@@ -2309,8 +2308,7 @@ static LinearLayer linear_at(const Model& model, int which, int layer, int N, in
             stream_of(which, layer, epoch),
             model.p,
             model.sign,
-            model.shift,
-            model.products_workspace};
+            model.shift};
 }
 
 static LinearLayer linear_at(const Model& model, int which, int layer, int N) {

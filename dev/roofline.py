@@ -329,7 +329,6 @@ class Step(Launches):
                 elements = (m + n) * inner + m * n * (1 + beta)
                 self.add("matmul Newton-Schulz", 5 * batch * X * elements,
                          5 * 2.0 * batch * m * n * inner, launches=5)
-            self.add("copies of Newton-Schulz", 5 * 2 * X * (2 * size + batch * k * k), launches=15)
 
     def muon_shape(self, which):
         m, _, r, _ = self.s.linear(which)
@@ -344,7 +343,7 @@ class Step(Launches):
 
     def muon_elements(self, which):
         blocks, rows, r, k = self.muon_shape(which)
-        return blocks * (64 * 8 // X + 2 * rows * r + 2 * (k * k + 8))
+        return blocks * (64 * 8 // X + 2 * rows * r + 2 * (-(-k * k // 8) * 8))
 
 
 class LlmC(Launches):

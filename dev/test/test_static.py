@@ -281,12 +281,12 @@ def test_loads_of_16_bytes(sass):
 # Every name of CUDA's host libraries that the trainer uses. Each stands in the headers of CUDA
 # 12.0, the oldest toolkit that is supported: look a new one up there before it is added.
 CUDA_12_0 = """
-    cublasCreate cublasGemmEx cublasGemmStridedBatchedEx cublasHandle_t cublasLtHandle_t
-    cublasLtMatmul cublasLtMatmulAlgoGetHeuristic cublasLtMatmulDescAttributes_t
-    cublasLtMatmulDescInit cublasLtMatmulDescOpaque_t cublasLtMatmulDescSetAttribute
-    cublasLtMatmulHeuristicResult_t cublasLtMatmulPreferenceAttributes_t
-    cublasLtMatmulPreferenceInit cublasLtMatmulPreferenceOpaque_t
-    cublasLtMatmulPreferenceSetAttribute cublasLtMatrixLayoutInit cublasLtMatrixLayoutOpaque_t
+    cublasCreate cublasGemmEx cublasHandle_t cublasLtHandle_t cublasLtMatmul
+    cublasLtMatmulAlgoGetHeuristic cublasLtMatmulDescAttributes_t cublasLtMatmulDescInit
+    cublasLtMatmulDescOpaque_t cublasLtMatmulDescSetAttribute cublasLtMatmulHeuristicResult_t
+    cublasLtMatmulPreferenceAttributes_t cublasLtMatmulPreferenceInit
+    cublasLtMatmulPreferenceOpaque_t cublasLtMatmulPreferenceSetAttribute cublasLtMatrixLayout_t
+    cublasLtMatrixLayoutInit cublasLtMatrixLayoutOpaque_t cublasLtMatrixLayoutSetAttribute
     cublasMath_t cublasOperation_t cublasSetMathMode cublasSetStream cublasSetWorkspace
     cublasStatus_t cudaDataType_t cudaDeviceProp cudaDeviceSynchronize cudaError_t
     cudaErrorInsufficientDriver cudaErrorMemoryAllocation cudaErrorNoDevice

@@ -27,6 +27,7 @@ struct Product {
     float alpha, beta;
     Matrix a, b;
     void* c;
+    const void* from;  // what beta multiplies: c itself, but for cublasLt
     cudaDataType c_type;
     int ldc;
     const void* bias;  // of C's type, one for each of its rows; or null
@@ -141,7 +142,7 @@ NOGPU_RAW inline void product_block(const Product& p, int i0, int j0, float* buf
             float v =
                 p.alpha * sums[(j / TILE_N * (BLOCK_M / TILE_M) + i / TILE_M) * TILE_M * TILE_N +
                                j % TILE_N * TILE_M + i % TILE_M];
-            if (p.beta != 0.0f) v += p.beta * load(p.c, p.c_type, at);
+            if (p.beta != 0.0f) v += p.beta * load(p.from, p.c_type, at);
             if (p.bias) v += load(p.bias, p.c_type, i0 + i);
             store(p.c, p.c_type, at, v);
         }
@@ -181,7 +182,8 @@ inline cublasStatus_t products(const char* call, cublasHandle_t handle, cublasOp
                                const void* a, cudaDataType a_type, int lda, long long stride_a,
                                const void* b, cudaDataType b_type, int ldb, long long stride_b,
                                const void* beta, void* c, cudaDataType c_type, int ldc,
-                               long long stride_c, int count, const void* bias = nullptr) {
+                               long long stride_c, int count, const void* bias = nullptr,
+                               const void* from = nullptr) {
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
     if (ta < CUBLAS_OP_N || ta > CUBLAS_OP_C || tb < CUBLAS_OP_N || tb > CUBLAS_OP_C)
         return CUBLAS_STATUS_INVALID_VALUE;
@@ -212,6 +214,7 @@ inline cublasStatus_t products(const char* call, cublasHandle_t handle, cublasOp
              {(const char*)a + i * stride_a * (long long)element, a_type, lda, ta != CUBLAS_OP_N},
              {(const char*)b + i * stride_b * (long long)element, b_type, ldb, tb != CUBLAS_OP_N},
              (char*)c + i * stride_c * (long long)element_c,
+             (const char*)(from ? from : c) + i * stride_c * (long long)element_c,
              c_type,
              ldc,
              bias};
@@ -221,7 +224,8 @@ inline cublasStatus_t products(const char* call, cublasHandle_t handle, cublasOp
             check_matrix(call, "B", p.b.data, b_type, tb == CUBLAS_OP_N ? k : n,
                          tb == CUBLAS_OP_N ? n : k, ldb);
         }
-        check_matrix(call, "C", p.c, c_type, m, n, ldc);
+        check_matrix(call, from ? "D" : "C", p.c, c_type, m, n, ldc);
+        if (factor_c != 0.0f) check_matrix(call, "C", p.from, c_type, m, n, ldc);
         if (bias) check_matrix(call, "bias", bias, c_type, m, 1, m);
     }
     TileFunction tile_function = choose_tile();

@@ -1,6 +1,6 @@
-// cublasLt's product with an epilogue that adds a bias, on a CPU: cuBLAS's product, in which the
-// bias joins the sum before it is rounded. What the choice of an algorithm was told, shapes and
-// alignment, must hold for the call. Included by cublasLt.h.
+// cublasLt's products on a CPU, of one matrix or a batch, D = C or not: cuBLAS's product, in which
+// an epilogue's bias joins the sum before it is rounded. What the choice of an algorithm was told,
+// shapes and alignment, must hold for the call. Included by cublasLt.h.
 #pragma once
 #include <cublas_v2.h>
 
@@ -14,7 +14,8 @@ struct LtProduct {
 };
 struct LtLayout {
     int32_t type;
-    int32_t rows, columns, ld;
+    int32_t rows, columns, ld, batch;
+    int64_t stride;
 };
 // of A, B, C and D
 struct LtPreference {
@@ -22,7 +23,7 @@ struct LtPreference {
     uint32_t reduction, alignment[4];
 };
 struct LtChoice {
-    int32_t m, n, k;
+    int32_t m, n, k, batch;
     uint32_t alignment[4];
 };
 
@@ -47,7 +48,7 @@ cublasStatus_t lt_take(T& to, const void* value, size_t size) {
 inline LtChoice lt_shapes(const LtProduct& p, const LtLayout& a, const LtLayout& b) {
     LtChoice shapes = {};
     shapes.m = p.ta ? a.columns : a.rows, shapes.k = p.ta ? a.rows : a.columns,
-    shapes.n = p.tb ? b.rows : b.columns;
+    shapes.n = p.tb ? b.rows : b.columns, shapes.batch = a.batch;
     return shapes;
 }
 
@@ -58,8 +59,19 @@ extern "C" {
 cublasStatus_t cublasLtMatrixLayoutInit_internal(cublasLtMatrixLayout_t layout, size_t,
                                                  cudaDataType type, uint64_t rows, uint64_t columns,
                                                  int64_t ld) {
-    return nogpu::lt_write(layout,
-                           nogpu::LtLayout{type, (int32_t)rows, (int32_t)columns, (int32_t)ld});
+    return nogpu::lt_write(
+        layout, nogpu::LtLayout{type, (int32_t)rows, (int32_t)columns, (int32_t)ld, 1, 0});
+}
+cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout,
+                                                cublasLtMatrixLayoutAttribute_t what,
+                                                const void* value, size_t size) {
+    auto l = nogpu::lt_read<nogpu::LtLayout>(layout);
+    cublasStatus_t status = what == CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT
+                                ? nogpu::lt_take(l.batch, value, size)
+                            : what == CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET
+                                ? nogpu::lt_take(l.stride, value, size)
+                                : CUBLAS_STATUS_NOT_SUPPORTED;
+    return status == CUBLAS_STATUS_SUCCESS ? nogpu::lt_write(layout, l) : status;
 }
 cublasStatus_t cublasLtMatmulDescInit_internal(cublasLtMatmulDesc_t product, size_t,
                                                cublasComputeType_t compute, cudaDataType_t scale) {
@@ -130,24 +142,33 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t prod
     auto p = nogpu::lt_read<nogpu::LtProduct>(product);
     auto la = nogpu::lt_read<nogpu::LtLayout>(a_layout),
          lb = nogpu::lt_read<nogpu::LtLayout>(b_layout),
+         lc = nogpu::lt_read<nogpu::LtLayout>(c_layout),
          ld = nogpu::lt_read<nogpu::LtLayout>(d_layout);
     nogpu::LtChoice shapes = nogpu::lt_shapes(p, la, lb),
                     chosen = nogpu::lt_read<nogpu::LtChoice>(algo);
-    if (c != d || memcmp(c_layout, d_layout, sizeof(nogpu::LtLayout)) != 0)
+    bool biased = p.epilogue == CUBLASLT_EPILOGUE_BIAS;
+    if (lc.ld != ld.ld || lc.stride != ld.stride || (biased && ld.batch != 1))
         return CUBLAS_STATUS_NOT_SUPPORTED;
     if (shapes.m != chosen.m || shapes.n != chosen.n || shapes.k != chosen.k ||
-        shapes.k != (p.tb ? lb.columns : lb.rows) || ld.rows != shapes.m || ld.columns != shapes.n)
+        shapes.k != (p.tb ? lb.columns : lb.rows))
         return CUBLAS_STATUS_INVALID_VALUE;
+    const nogpu::LtLayout layouts[4] = {la, lb, lc, ld};
     const void* pointers[4] = {a, b, c, d};
-    for (int i = 0; i < 4; i++)
-        if ((size_t)pointers[i] % chosen.alignment[i]) return CUBLAS_STATUS_INVALID_VALUE;
+    for (int i = 0; i < 4; i++) {
+        const nogpu::LtLayout& l = layouts[i];
+        size_t apart = l.batch > 1 ? l.stride * (l.type == CUDA_R_32F ? 4 : 2) : 0;
+        if ((size_t)pointers[i] % chosen.alignment[i] || apart % chosen.alignment[i] ||
+            l.batch != chosen.batch || l.type != (i < 2 ? la.type : ld.type) ||
+            (i >= 2 && (l.rows != shapes.m || l.columns != shapes.n)))
+            return CUBLAS_STATUS_INVALID_VALUE;
+    }
     if (size && (!nogpu::device_span(workspace, size) || (size_t)workspace % 16))
         return CUBLAS_STATUS_INVALID_VALUE;
     return nogpu::products("cublasLtMatmul", (cublasHandle_t)handle, (cublasOperation_t)p.ta,
                            (cublasOperation_t)p.tb, shapes.m, shapes.n, shapes.k, alpha, a,
-                           (cudaDataType)la.type, la.ld, 0, b, (cudaDataType)lb.type, lb.ld, 0,
-                           beta, d, (cudaDataType)ld.type, ld.ld, 0, 1,
-                           p.epilogue == CUBLASLT_EPILOGUE_BIAS ? p.bias : nullptr);
+                           (cudaDataType)la.type, la.ld, la.stride, b, (cudaDataType)lb.type, lb.ld,
+                           lb.stride, beta, d, (cudaDataType)ld.type, ld.ld, ld.stride, ld.batch,
+                           biased ? p.bias : nullptr, c);
 }
 
 }  // extern "C"

@@ -35,14 +35,16 @@ Stored<T> make(Numbers& numbers, int rows, int columns, int extra, int count) {
     return s;
 }
 
-// As the trainer calls it: C = alpha op(A) op(B) + beta C + bias, all pointers on `alignment`
-// bytes.
-static cublasStatus_t biased(cublasHandle_t cublas, int ta, int tb, int m, int n, int k,
-                             const float* alpha, const void* a, const void* b, cudaDataType ab_type,
-                             int lda, int ldb, const float* beta, void* c, cudaDataType c_type,
-                             int ldc, const void* bias, uint32_t alignment) {
+// As the trainer calls it: D = alpha op(A) op(B) + beta C + bias for `count` matrices, all pointers
+// on `alignment` bytes. No bias: null.
+template <class AB, class C>
+static cublasStatus_t by_lt(cublasHandle_t cublas, int ta, int tb, int m, int n, int k, float alpha,
+                            const AB* a, const Stored<AB>& like_a, const AB* b,
+                            const Stored<AB>& like_b, float beta, const C* c, C* d,
+                            const Stored<C>& like_c, int count, const void* bias,
+                            uint32_t alignment) {
     auto handle = (cublasLtHandle_t)cublas;
-    uint32_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+    uint32_t epilogue = bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
     cublasLtMatmulDescOpaque_t product;
     cublasLtMatrixLayoutOpaque_t of_a, of_b, of_c;
     cublasLtMatmulPreferenceOpaque_t preference;
@@ -55,9 +57,17 @@ static cublasStatus_t biased(cublasHandle_t cublas, int ta, int tb, int m, int n
                                    sizeof(epilogue));
     cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
                                    sizeof(bias));
-    cublasLtMatrixLayoutInit(&of_a, ab_type, ta ? k : m, ta ? m : k, lda);
-    cublasLtMatrixLayoutInit(&of_b, ab_type, tb ? n : k, tb ? k : n, ldb);
-    cublasLtMatrixLayoutInit(&of_c, c_type, m, n, ldc);
+    auto lay_out = [&](cublasLtMatrixLayout_t of, cudaDataType type, int rows, int columns, int ld,
+                       int64_t stride) {
+        cublasLtMatrixLayoutInit(of, type, rows, columns, ld);
+        cublasLtMatrixLayoutSetAttribute(of, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
+                                         sizeof(count));
+        cublasLtMatrixLayoutSetAttribute(of, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride,
+                                         sizeof(stride));
+    };
+    lay_out(&of_a, type_of(AB()), ta ? k : m, ta ? m : k, like_a.ld, like_a.stride);
+    lay_out(&of_b, type_of(AB()), tb ? n : k, tb ? k : n, like_b.ld, like_b.stride);
+    lay_out(&of_c, type_of(C()), m, n, like_c.ld, like_c.stride);
     cublasLtMatmulPreferenceInit(&preference);
     for (auto of :
          {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
@@ -67,28 +77,31 @@ static cublasStatus_t biased(cublasHandle_t cublas, int ta, int tb, int m, int n
                                                            &of_c, &preference, 1, &chosen, &found);
     if (status != CUBLAS_STATUS_SUCCESS) return status;
     CHECK(found == 1);
-    return cublasLtMatmul(handle, &product, alpha, a, &of_a, b, &of_b, beta, c, &of_c, c, &of_c,
+    return cublasLtMatmul(handle, &product, &alpha, a, &of_a, b, &of_b, &beta, c, &of_c, d, &of_c,
                           &chosen.algo, nullptr, 0, nullptr);
 }
 
-enum Call { SGEMM, GEMM_EX, STRIDED_BATCHED, BIASED };
+enum Call { SGEMM, GEMM_EX, STRIDED_BATCHED, BIASED, TO_ANOTHER };
 
 template <class AB, class C>
 static void test(cublasHandle_t handle, Call call, bool ta, bool tb, int m, int n, int k,
                  float alpha, float beta, int extra) {
     Numbers numbers;
     numbers.state = m * 10007 + n * 101 + k;
-    int count = call == STRIDED_BATCHED ? 3 : 1;
+    int count = call == STRIDED_BATCHED || call == TO_ANOTHER ? 3 : 1;
     auto a = make<AB>(numbers, ta ? k : m, ta ? m : k, extra, count);
     auto b = make<AB>(numbers, tb ? n : k, tb ? k : n, extra, count);
     auto c = make<C>(numbers, m, n, extra, count);
     if (beta == 0.0f)
         for (C& x : c.data) set(x, NAN);  // must not be read
+    Stored<C> d = c;                      // what is written to, with C's numbers or others
+    for (C& x : d.data)
+        if (call == TO_ANOTHER) set(x, 7.0f);
     std::vector<C> bias(m);
     for (C& x : bias) set(x, call == BIASED ? numbers.uniform() : 0.0f);
     C* dbias = to_device(bias);
     AB *da = to_device(a.data), *db = to_device(b.data);
-    C* dc = to_device(c.data);
+    C *dc = to_device(c.data), *dd = call == TO_ANOTHER ? to_device(d.data) : dc;
     cublasOperation_t opa = ta ? CUBLAS_OP_T : CUBLAS_OP_N, opb = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
     cudaDataType ab_type = type_of(AB()), c_type = type_of(C());
     cublasStatus_t status;
@@ -100,15 +113,17 @@ static void test(cublasHandle_t handle, Call call, bool ta, bool tb, int m, int 
             cublasGemmEx(handle, opa, opb, m, n, k, &alpha, da, ab_type, a.ld, db, ab_type, b.ld,
                          &beta, dc, c_type, c.ld, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     else if (call == BIASED)
-        status = biased(handle, ta, tb, m, n, k, &alpha, da, db, ab_type, a.ld, b.ld, &beta, dc,
-                        c_type, c.ld, dbias, 16);
+        status = by_lt(handle, ta, tb, m, n, k, alpha, da, a, db, b, beta, dc, dc, c, 1, dbias, 16);
+    else if (call == TO_ANOTHER)
+        status = by_lt(handle, ta, tb, m, n, k, alpha, da, a, db, b, beta, dc, dd, c, count,
+                       nullptr, sizeof(C));
     else
         status = cublasGemmStridedBatchedEx(handle, opa, opb, m, n, k, &alpha, da, ab_type, a.ld,
                                             a.stride, db, ab_type, b.ld, b.stride, &beta, dc,
                                             c_type, c.ld, c.stride, count, CUBLAS_COMPUTE_32F,
                                             CUBLAS_GEMM_DEFAULT);
     CHECK(status == CUBLAS_STATUS_SUCCESS);
-    auto got = to_host(dc, c.data.size());
+    auto got = to_host(dd, c.data.size());
     int wrong = 0;
     std::vector<bool> part(c.data.size(), false);
     for (int i = 0; i < count; i++)
@@ -137,7 +152,7 @@ static void test(cublasHandle_t handle, Call call, bool ta, bool tb, int m, int 
                 wrong += !(fabs(as_float(got[at]) - want) <= bound);
             }
     for (size_t i = 0; i < got.size(); i++)  // what is not C stays as it was, bit for bit
-        if (!part[i]) wrong += memcmp(&got[i], &c.data[i], sizeof(C)) != 0;
+        if (!part[i]) wrong += memcmp(&got[i], &d.data[i], sizeof(C)) != 0;
     if (wrong)
         printf(
             "call %d, types %d %d, transposed %d %d, m %d n %d k %d, alpha %g, beta %g, extra %d: "
@@ -147,6 +162,7 @@ static void test(cublasHandle_t handle, Call call, bool ta, bool tb, int m, int 
     CUDA(cudaFree(da));
     CUDA(cudaFree(db));
     CUDA(cudaFree(dc));
+    if (dd != dc) CUDA(cudaFree(dd));
     CUDA(cudaFree(dbias));
 }
 
@@ -177,13 +193,17 @@ static void test_refusals(cublasHandle_t h) {
     CHECK(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 2, 2, 2, &one, d, CUDA_R_32F, 2, d, CUDA_R_32F,
                        2, &zero, d + 50, CUDA_R_16BF, 2, CUBLAS_COMPUTE_32F,
                        CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_NOT_SUPPORTED);
-    auto aligned = [&](const float* a, const void* bias) {
-        return biased(h, 0, 0, 4, 3, 4, &one, a, d, CUDA_R_32F, 4, 4, &zero, d + 60, CUDA_R_32F, 4,
-                      bias, 16);
+    auto aligned = [&](const float* a, const void* bias, int count, int apart) {
+        Stored<float> like = {{}, 4, apart};
+        return by_lt(h, 0, 0, 4, 3, 4, 1.0f, a, like, d, like, 0.0f, d + 60, d + 60, like, count,
+                     bias, 16);
     };
-    CHECK(aligned(d, d + 1) == CUBLAS_STATUS_SUCCESS);
-    CHECK(aligned(d + 1, d + 1) == CUBLAS_STATUS_INVALID_VALUE);  // the choice was told 16 bytes
-    CHECK(aligned(d, nullptr) == CUBLAS_STATUS_NOT_SUPPORTED);
+    CHECK(aligned(d, d + 1, 1, 0) == CUBLAS_STATUS_SUCCESS);
+    CHECK(aligned(d, nullptr, 2, 16) == CUBLAS_STATUS_SUCCESS);
+    // the choice was told 16 bytes
+    CHECK(aligned(d + 1, d + 1, 1, 0) == CUBLAS_STATUS_INVALID_VALUE);
+    CHECK(aligned(d, nullptr, 2, 17) == CUBLAS_STATUS_INVALID_VALUE);
+    CHECK(aligned(d, d + 1, 2, 16) == CUBLAS_STATUS_NOT_SUPPORTED);  // a bias for a batch
     CHECK(cublasSgemm(nullptr, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 1, &one, d, 1, d, 1, &zero, d, 1) ==
           CUBLAS_STATUS_NOT_INITIALIZED);
     CUDA(cudaFree(d));
@@ -225,6 +245,9 @@ int main() {
                     if (s[0] < 100)
                         test<__nv_bfloat16, __nv_bfloat16>(handle, STRIDED_BATCHED, ta, tb, s[0],
                                                            s[1], s[2], f[0], f[1], extra);
+                    if (s[0] < 100 && s[2])
+                        test<__nv_bfloat16, __nv_bfloat16>(handle, TO_ANOTHER, ta, tb, s[0], s[1],
+                                                           s[2], f[0], f[1], extra);
                     if (s[0] < 20)
                         test<float, float>(handle, STRIDED_BATCHED, ta, tb, s[0], s[1], s[2], f[0],
                                            f[1], extra);
