@@ -486,10 +486,10 @@ __global__ void __launch_bounds__(PARTS* WARP)
     to[column] += sum;
 }
 
-// out (m) += the sums of the columns of partial (parts, m)
-static void add_partial(float* out, const float* partial, int parts, int m) {
-    dim3 grid(blocks_for(m, WARP), 1), block(WARP, PARTS);
-    add_partial_sums<<<grid, block>>>(out, nullptr, nullptr, partial, parts, m);
+static void add_partial(int vectors, float* a, float* b, float* c, const float* partial, int parts,
+                        int m) {
+    dim3 grid(blocks_for(m, WARP), vectors), block(WARP, PARTS);
+    add_partial_sums<<<grid, block>>>(a, b, c, partial, parts, m);
     LAUNCHED();
 }
 
@@ -498,7 +498,7 @@ static void sum_columns(float* out, float* partial, const floatX* dy, int N, int
     dim3 grid(blocks_for(m, SUM_COLUMNS), SLABS), block(SUM_PACKS, SUM_ROWS);
     column_sums<<<grid, block>>>(partial, dy, N, m);
     LAUNCHED();
-    add_partial(out, partial, SLABS, m);
+    add_partial(1, out, nullptr, nullptr, partial, SLABS, m);
 }
 
 // ---- the sparse projection's signed fold, for the kernels that make x
@@ -727,7 +727,7 @@ static void gelu_backward(floatX* d, float* db, float* partial, const floatX* x,
     dim3 grid(blocks_for(n, SUM_COLUMNS), SLABS), block(SUM_PACKS, SUM_ROWS);
     gelu_backward_kernel<<<grid, block>>>(d, partial, x, bits, N, n);
     LAUNCHED();
-    add_partial(db, partial, SLABS, n);
+    add_partial(1, db, nullptr, nullptr, partial, SLABS, n);
 }
 
 // ---- int8 for what the tape keeps, a scale for each group of neighbours (after Mesa, 2111.11124)
@@ -766,7 +766,7 @@ __global__ void __launch_bounds__(128)
 // softmax's denominator, is kept for the backward pass. The tensor-core kernels below take bf16
 // with heads of 64.
 
-enum { ATT = 128, HEAD = 64 };
+enum { ATT = 128, HEAD = 64, FLASH = 128 };
 
 // products[j] = sum over d of x[d] rows[j, d] for j < count, 0 from there to ATT: x (hs) in shared
 // memory, rows `stride` elements apart. 8 lanes a row: neighbours read neighbours. Has no barrier
@@ -831,38 +831,26 @@ __global__ void cache_kernel(floatX* cache, const floatX* qkv, int past, int C) 
         store_pack(cache + (past + row) * 2 * C + j, load_pack(qkv + row * 3 * C + C + j));
 }
 
-// dot (B, NH, T) = sum over d of dout out, per head; a warp each, 8 a block
-__global__ void __launch_bounds__(256)
-    attention_dot(float* dot, const floatX* dout, const floatX* out, int64_t count, int T, int C,
-                  int NH) {
-    int64_t i = int64_t(blockIdx.x) * 8 + threadIdx.x / WARP;
-    if (i >= count) return;
-    int hs = C / NH, t = int(i % T), h = int(i / T % NH), b = int(i / T / NH);
-    size_t at = (size_t(b) * T + t) * C + h * hs;
-    float sum = 0;
-    for (int d = threadIdx.x % WARP; d < hs; d += WARP)
-        sum += to_float(dout[at + d]) * to_float(out[at + d]);
-    sum = warp_sum(sum);
-    if (threadIdx.x % WARP == 0) dot[i] = sum;
-}
-
-// dq, of one query a block: ds = p (dp - dot) scale, dq = ds k. Grid, block and shared memory
-// (2 ATT + 3 hs floats) as forward.
+// dq, of one query a block: ds = p (dp - dot) scale, dq = ds k; and dot (B, NH, T), the sum of
+// dout out over a head. Grid, block and shared memory (2 ATT + 3 hs floats) as forward.
 __global__ void __launch_bounds__(ATT)
-    attention_plain_dq(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse,
-                       const float* dot, int T, int C, int NH) {
+    attention_plain_dq(floatX* dqkv, float* dot, const floatX* dout, const floatX* qkv,
+                       const floatX* out, const float* lse, int T, int C, int NH) {
+    __shared__ float reduce[WARP];
     extern __shared__ float shared[];
     int hs = C / NH, t = blockIdx.y, b = blockIdx.x / NH, h = blockIdx.x % NH, tid = threadIdx.x;
     float *ds = shared, *dp = ds + ATT, *q = dp + ATT, *dout_t = q + hs, *dq = dout_t + hs;
     const floatX* base = qkv + size_t(b) * T * 3 * C + h * hs;
-    size_t row = size_t(blockIdx.x) * T + t;
-    float scale = rsqrtf(float(hs)), log_sum = lse[row], dot_t = dot[row];
+    size_t row = size_t(blockIdx.x) * T + t, at = (size_t(b) * T + t) * C + h * hs;
+    float scale = rsqrtf(float(hs)), log_sum = lse[row], dot_t = 0;
     for (int d = tid; d < hs; d += ATT) {
         q[d] = to_float(base[size_t(t) * 3 * C + d]);
-        dout_t[d] = to_float(dout[(size_t(b) * T + t) * C + h * hs + d]);
+        dout_t[d] = to_float(dout[at + d]);
+        dot_t += dout_t[d] * to_float(out[at + d]);
         dq[d] = 0;
     }
-    __syncthreads();
+    dot_t = block_reduce(dot_t, reduce, false);  // its barriers serve q and dout_t, too
+    if (tid == 0) dot[row] = dot_t;
     for (int k0 = 0; k0 <= t; k0 += ATT) {
         int keys = min(int(ATT), t - k0 + 1);
         const floatX* k = base + size_t(k0) * 3 * C + C;
@@ -929,7 +917,7 @@ __global__ void __launch_bounds__(ATT)
 // in shared memory serves its 32 rows: with 16, reading would take longer than multiplying.
 // Products go by 8 columns: s[j] is 32 rows by columns 8j..8j+7.
 
-enum { TILE = 64, FLASH = 128, FLASH_THREADS = 128 };
+enum { TILE = 64, FLASH_THREADS = 128 };
 static const float LOG2E = 1.44269504f,
                    FLASH_SCALE = LOG2E / 8;  // the softmax is one of powers of 2
 
@@ -1077,6 +1065,21 @@ __device__ inline void write_rows(__nv_bfloat16* to, int ld, int column, const f
     }
 }
 
+// to (64) = the sums of the columns over a block, of whose 128 rows each thread has summed four:
+// column 8j + column_of(i) in sums[j][i]. tile: room in shared memory.
+__device__ inline void write_column_sums(float* to, Row* tile, const float sums[8][2]) {
+    float(*rows)[HEAD + 8] = (float(*)[HEAD + 8]) tile;
+    for (int j = 0; j < 8; j++) {
+        float* pair = &rows[threadIdx.x / 4][8 * j + column_of(0)];
+        *reinterpret_cast<float2*>(pair) = {sums[j][0], sums[j][1]};
+    }
+    __syncthreads();
+    if (threadIdx.x >= HEAD) return;
+    float total = 0;
+    for (int i = 0; i < FLASH_THREADS / 4; i++) total += rows[i][threadIdx.x];
+    to[threadIdx.x] = total;
+}
+
 // out (N, C), lse (B, NH, T), qkv (N, 3C). Grid (NH, ceil(T / 128), B), block 128. Reads k and v
 // once for every 128 queries. A sequence's blocks run together, so what they read again, 3 MB at
 // d12, is in the L2 cache.
@@ -1153,16 +1156,17 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
     write_rows(out, C, column, o, 1, begin + first, end);
 }
 
-// dq, and on the way dot (B, NH, T), the sums of dout out over a head. Grid and block as forward.
-// For each tile of keys: p again, dp = dout v^T, ds = p (dp - dot), dq += ds k.
+// dq, and on the way dot (B, NH, T), the sums of dout out over a head, and partial (B T/128, 2, C),
+// those of the block's dq and dout over its queries. Grid and block as forward. For each tile of
+// keys: p again, dp = dout v^T, ds = p (dp - dot), dq += ds k.
 __global__ void __launch_bounds__(FLASH_THREADS, 2)
-    attention_flash_dq(__nv_bfloat16* dqkv, float* dot, const __nv_bfloat16* dout,
+    attention_flash_dq(__nv_bfloat16* dqkv, float* partial, float* dot, const __nv_bfloat16* dout,
                        const __nv_bfloat16* qkv, const __nv_bfloat16* out, const float* lse, int T,
                        int C, int NH) {
     __shared__ __align__(16) Row tiles[4][TILE];  // k and v, two of each; at first q and dout
     int h = blockIdx.x, begin = blockIdx.z * T, end = begin + T, column = h * HEAD;
     int q0 = (gridDim.y - 1 - blockIdx.y) * FLASH, first = q0 + threadIdx.x / WARP * 32;
-    float dq[8][2][4] = {}, sum[4], dots[4];
+    float dq[8][2][4] = {}, sum[4], dots[4], sums[8][2] = {};
     uint32_t q[2][4][4], d[2][4][4];
     for (int i = 0; i < 2; i++) {
         load_tile(tiles[i], qkv, 3 * C, column, begin + q0 + i * TILE, end);
@@ -1181,17 +1185,21 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
         int row = first + row_of(r / 2, r % 2 * 2), inside = min(row, T - 1);
         size_t at = size_t(blockIdx.z * NH + h) * T + inside;
         const __nv_bfloat16* from = out + int64_t(begin + inside) * C + column + column_of(0);
-        sum[r] = lse[at] * LOG2E;
+        sum[r] = row < T ? lse[at] * LOG2E : INFINITY;  // beyond T p is 0, and so is dq
         dots[r] = 0;
         for (int j = 0; j < 8; j++) {
             __nv_bfloat162 x = *reinterpret_cast<const __nv_bfloat162*>(from + 8 * j), y;
             memcpy((void*)&y, &d[r / 2][j / 2][j % 2 * 2 + r % 2], 4);
             dots[r] += to_float(x.x) * to_float(y.x) + to_float(x.y) * to_float(y.y);
+            sums[j][0] += to_float(y.x);
+            sums[j][1] += to_float(y.y);
         }
         dots[r] += __shfl_xor_sync(0xFFFFFFFFu, dots[r], 1);
         dots[r] += __shfl_xor_sync(0xFFFFFFFFu, dots[r], 2);
         if (threadIdx.x % 4 == 0 && row < T) dot[at] = dots[r];
     }
+    int block = blockIdx.z * gridDim.y + blockIdx.y;
+    write_column_sums(partial + (2 * block + 1) * int64_t(C) + column, tiles[2], sums);
     int keys = min(q0 + FLASH, T);
     for (int k0 = 0; k0 < keys; k0 += TILE) {
         int stage = k0 / TILE % 2;
@@ -1225,6 +1233,11 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2)
         }
     }
     write_rows(dqkv, 3 * C, column, dq, 0.125f, begin + first, end);
+    for (int j = 0; j < 8; j++)
+        for (int i = 0; i < 2; i++)
+            sums[j][i] = 0.125f * (dq[j][0][i] + dq[j][0][i + 2] + dq[j][1][i] + dq[j][1][i + 2]);
+    __syncthreads();
+    write_column_sums(partial + 2 * block * int64_t(C) + column, tiles[0], sums);
 }
 
 // dk and dv. Grid and block as forward, for keys. Walks the tiles of
@@ -1326,29 +1339,32 @@ static void attention_cached(floatX* out, floatX* cache, const floatX* qkv, int 
     LAUNCHED();
 }
 
-// dqkv (N, 3C) = gradient; dot (B, NH, T) is workspace
-static void attention_backward(floatX* dqkv, float* dot, const floatX* dout, const floatX* qkv,
-                               const floatX* out, const float* lse, int B, int T, int C, int NH) {
+// dqkv (N, 3C) = gradient; db (3C) += the sums of its columns; partial and dot (B, NH, T) are
+// workspace. On tensor cores: a query's softmax sums to 1, so the sum of dv is that of dout, and
+// that of dk is 0.
+static void attention_backward(floatX* dqkv, float* db, float* partial, float* dot,
+                               const floatX* dout, const floatX* qkv, const floatX* out,
+                               const float* lse, int B, int T, int C, int NH) {
     int hs = C / NH;
 #ifndef PRECISION_FP32
     if (hs == HEAD) {
         dim3 grid(NH, blocks_for(T, FLASH), B);
-        attention_flash_dq<<<grid, FLASH_THREADS>>>(dqkv, dot, dout, qkv, out, lse, T, C, NH);
+        attention_flash_dq<<<grid, FLASH_THREADS>>>(dqkv, partial, dot, dout, qkv, out, lse, T, C,
+                                                    NH);
         LAUNCHED();
+        add_partial(2, db, db + 2 * C, nullptr, partial, B * grid.y, C);
         attention_flash_dkv<<<grid, FLASH_THREADS>>>(dqkv, dout, qkv, lse, dot, T, C, NH);
         return LAUNCHED();
     }
 #endif
-    int64_t count = int64_t(B) * NH * T;
     dim3 grid(B * NH, T);
-    attention_dot<<<blocks_for(count, 8), 256>>>(dot, dout, out, count, T, C, NH);
-    LAUNCHED();
-    attention_plain_dq<<<grid, ATT, (2 * ATT + 3 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse, dot,
-                                                                          T, C, NH);
+    attention_plain_dq<<<grid, ATT, (2 * ATT + 3 * hs) * sizeof(float)>>>(dqkv, dot, dout, qkv, out,
+                                                                          lse, T, C, NH);
     LAUNCHED();
     attention_plain_dkv<<<grid, ATT, (2 * ATT + 4 * hs) * sizeof(float)>>>(dqkv, dout, qkv, lse,
                                                                            dot, T, C, NH);
     LAUNCHED();
+    sum_columns(db, partial, dqkv, B * T, 3 * C);
 }
 
 // ---- softmax and cross entropy
@@ -1402,7 +1418,7 @@ __global__ void __launch_bounds__(1024)
 // ---- matrix products: cuBLAS, which thinks in columns: a row-major c = a b is its c^T = b^T a^T
 
 static cublasHandle_t cublas;
-static void* cublas_workspace;  // ours, so that no result depends on what else it serves
+static void* products_workspace;  // ours, so that no result depends on what else it serves
 enum { CUBLAS_BYTES = 32 << 20 };
 
 // c (M, N) = alpha a b + beta c, all row-major; a is (M, K), or (K, M) when ta; b is (K, N), or
@@ -1470,7 +1486,7 @@ static void matmul_lt(floatX* d, const floatX* c, const floatX* a, bool ta, cons
     CUDA(cublasLtMatmulAlgoGetHeuristic(handle, &product, &of_b, &of_a, &of_d, &of_d, &preference,
                                         1, &chosen, &found));
     CUDA(cublasLtMatmul(handle, &product, &alpha, b, &of_b, a, &of_a, &beta, c, &of_d, d, &of_d,
-                        &chosen.algo, cublas_workspace, CUBLAS_BYTES, nullptr));
+                        &chosen.algo, products_workspace, CUBLAS_BYTES, nullptr));
 }
 
 // =================================================================================================
@@ -2010,7 +2026,7 @@ struct Model {
     floatX* logits;           // (chunk, logits_width), in `wide` where that has room
     int chunk;                // tokens whose logits exist at one time
     floatX* cache;            // (L, seq, 2C) keys and values of a text in the making
-    float *partial, *dot;     // sums of columns: (SLABS, 4C), or (bands, 3C); (N, NH)
+    float *partial, *dot;     // sums of columns, of slabs, bands or blocks; (N, NH)
     float *norm_partial, *norm;
     // data
     int *d_inputs, *d_targets;              // (N)
@@ -2160,7 +2176,7 @@ static Plan model_plan(Model& model, const Config& config, const Options& option
     add("workspace", "projection_shift", "int32", {stripes}, &model.shift);
     add("workspace", "projection_shift_next", "int32", {moves * stripes}, &model.shift_next);
     add("workspace", "projection_change", "fp32", {moves * p_change}, &model.p_change);
-    add("workspace", "products", "byte", {CUBLAS_BYTES}, &cublas_workspace);
+    add("workspace", "products", "byte", {CUBLAS_BYTES}, &products_workspace);
     // The gradient of wte is read and written once a chunk: the fewer the better. Beside the head's
     // input, `wide` is free then.
     int64_t free_rows = std::min(N, (model.wide_rows * 4 - N) * C / width);
@@ -2172,7 +2188,8 @@ static Plan model_plan(Model& model, const Config& config, const Options& option
     add("data", "inputs", "int32", {N}, &model.d_inputs);
     plan.flops = matrix_flops(config, options, model.linear);
     if (!trains) return plan;
-    int64_t sums = std::max<int64_t>(SLABS * 4, blocks_for(N, band_of(N)) * 3);
+    int64_t bands = blocks_for(N, band_of(N)), blocks = blocks_for(options.seq, FLASH);
+    int64_t sums = std::max({int64_t(SLABS * 4), bands * 3, options.batch * blocks * 2});
     add("workspace", "column_sums", "fp32", {sums, C}, &model.partial);
     add("workspace", "attention_dot", "fp32", {N, config.NH}, &model.dot);
     add("workspace", "norm_partial", "fp32", {NORM_BLOCKS}, &model.norm_partial);
@@ -2267,7 +2284,7 @@ static void model_allocate(Model& model, const Plan& plan) {
             "before\n",
             commas(plan.bytes()).c_str(), commas(free_bytes).c_str(),
             commas(total_bytes - free_bytes).c_str());
-    CUDA(cublasSetWorkspace(cublas, cublas_workspace, CUBLAS_BYTES));
+    CUDA(cublasSetWorkspace(cublas, products_workspace, CUBLAS_BYTES));
     if (!model.logits) model.logits = model.wide + N * model.config.C;
     for (int i = 0; i < PARAMS && !IS_BF16; i++) model.master[i] = (float*)model.params[i];
     for (int i = 0; i < 2 && options.offload; i++) {
@@ -2587,10 +2604,8 @@ static void layernorm_backward(Model& model, floatX* dx, const floatX* dy, const
     layernorm_backward_kernel<<<bands, blocks_for(C, WARP * PACK) * WARP>>>(
         dx, model.partial, dy, x, mean, rstd, model.params[w] + first, N, C, band, accumulate);
     LAUNCHED();
-    float *dw = model.grads[w] + first, *db = model.grads[w + 1] + first;
-    add_partial_sums<<<dim3(blocks_for(C, WARP), 3), dim3(WARP, PARTS)>>>(dw, db, db_below,
-                                                                          model.partial, bands, C);
-    LAUNCHED();
+    add_partial(3, model.grads[w] + first, model.grads[w + 1] + first, db_below, model.partial,
+                bands, C);
 }
 
 // dresidual (N, C) += the gradient of LayerNorm 1 or 2's input x; dy (N, C) is in `spare`.
@@ -2662,8 +2677,8 @@ static void block_backward(Model& model, int layer, int B, int T, float beta) {
         normalise(LN1W, b.ln1, b.residual, fold);
     }
     if (kept[QKVR] == GONE && !model.now[QKVR]) linear_forward(qkv, b.qkv, b.ln1, N, true, false);
-    attention_backward(dqkv, model.dot, datty, b.qkv, b.atty, lse, B, T, C, NH);
-    sum_columns(bias_grad(model, QKVB, layer), model.partial, dqkv, N, 3 * C);
+    attention_backward(dqkv, bias_grad(model, QKVB, layer), model.partial, model.dot, datty, b.qkv,
+                       b.atty, lse, B, T, C, NH);
     linear_backward(qkv, dspare, dqkv, unless_folded(b.ln1, fold), N, beta);
     float* db_below = layer > 0 ? bias_grad(model, FCPROJB, layer - 1) : nullptr;
     block_layernorm_backward(model, LN1W, b.residual, layer, db_below, N);

@@ -184,12 +184,13 @@ class Step(Launches):
         elif not backward:
             self.add("attention_plain_forward", self.NC * (2 + 2 * again), 2 * square, "plain")
         elif flash:
-            self.add("attention_flash_dq", 6 * self.NC, 3 * whole, "backward")
+            sums = s.B * -(-s.T // 128) * 2 * s.C
+            self.sum_columns("attention_flash_dq", 6 * self.NC, sums, 3 * whole, "backward")
             self.add("attention_flash_dkv", 6 * self.NC, 4 * whole, "backward")
         else:
-            self.add("attention_dot", 2 * self.NC)
-            self.add("attention_plain_dq", self.NC * (4 + 2 * again), 3 * square, "plain")
+            self.add("attention_plain_dq", self.NC * (5 + 2 * again), 3 * square, "plain")
             self.add("attention_plain_dkv", self.NC * (4 + 2 * again), 4 * square, "plain")
+            self.sum_columns("column_sums", 3 * self.NC, 64 * 3 * s.C)
 
     def tape(self, kernel, rows):
         for row, width in rows.items():
@@ -230,9 +231,9 @@ class Step(Launches):
             self.product("dlnf", rows, s.C, s.Vp)
             self.product("dwte", s.Vp, s.C, rows, out=4, beta=first > 0)
 
-    def sum_columns(self, kernel, size, sums):
+    def sum_columns(self, kernel, size, sums, flops=0.0, rate="product"):
         """A kernel that leaves partial sums, so many in all, for another one to add up."""
-        self.add(kernel, size + 4 * sums)
+        self.add(kernel, size + 4 * sums, flops, rate)
         self.add("add_partial_sums", 4 * sums)
 
     def layernorm_backward(self, accumulate=True):
@@ -276,7 +277,6 @@ class Step(Launches):
         if "qkv" not in kept and "atty" in kept:
             self.linear_forward("qkv", False)
         self.attention(backward=True)
-        self.sum_columns("column_sums", 3 * self.NC, 64 * 3 * s.C)
         self.linear_backward("qkv", again["ln1"] and now["qkv"])
         self.layernorm_backward()
 

@@ -213,8 +213,7 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
          floor,
          batched,
          check_g},
-        {"with db, by two kernels after 4: the trainer's for qkv, whose dy comes from a kernel "
-         "that has no sums",
+        {"with db, by two kernels after 4: the trainer's for qkv, where attention is the plain one",
          {floor_db.bytes + D + 8.0 * SLABS * m, floor_db.flops},
          floor_db,
          [=] {
