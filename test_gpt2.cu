@@ -858,11 +858,11 @@ static void kernel_gelu() {
 }
 
 // int8 and back: zeros, a number that dwarfs its group, numbers so small that the scale is rounded
-// to 0, or so far down that the largest of them are beyond 127 times the scale.
+// to 0 or has no inverse, and scales just above and below the least.
 static void kernel_int8() {
     const int groups = 9;
     const float least = ldexpf(1, gpu::IS_BF16 ? -133 : -149);
-    for (int width : {8, 33, 100}) {
+    for (int width : {8, 64, 200}) {
         Floats x = normals(groups * width, 3, width), scales(groups), back(x.size());
         for (int j = 0; j < width; j++) {
             x[j] = j % 2 ? 0.0f : -0.0f;
@@ -870,32 +870,33 @@ static void kernel_int8() {
             x[2 * width + j] = least * (j % 60);
             x[3 * width + j] = (j % 2 ? least : -least) * (190 - j);
             x[4 * width + j] = -2.5f;
+            x[5 * width + j] = 1.1f * 127 * gpu::LEAST_SCALE * (j % 2 ? j + 1 : -width) / width;
+            x[6 * width + j] = 0.9f * 127 * gpu::LEAST_SCALE * (j % 2 ? j + 1 : -width) / width;
         }
         for (float& one : x) one = narrow(one);
         std::vector<int8_t> codes(x.size());
         cpu::quantize(codes.data(), scales.data(), x.data(), groups, width);
         for (float& scale : scales) scale = narrow(scale);
         for (size_t i = 0; i < x.size() && gpu::IS_BF16; i++) {  // by the scale as it is kept
-            float scale = scales[i / width], code = scale > 0 ? rintf(x[i] / scale) : 0.0f;
-            codes[i] = int8_t(std::max(-127.0f, std::min(127.0f, code)));
+            float scale = scales[i / width], inverse = scale < gpu::LEAST_SCALE ? 0 : 1 / scale;
+            codes[i] = int8_t(rintf(x[i] * inverse));
         }
         cpu::dequantize(back.data(), codes.data(), scales.data(), groups, width);
         for (float& one : back) one = narrow(one);
         Array<gpu::floatX> from(x), got_scales(Floats(groups, NAN)),
             got_back(Floats(x.size(), NAN));
         Array<int8_t> got(Floats(x.size(), -128));
-        gpu::quantize_kernel<<<gpu::blocks_for(groups, 4), 128>>>(got.data, got_scales.data,
-                                                                  from.data, groups, width);
+        gpu::quantize_kernel<<<1, 128>>>(got.data, got_scales.data, from.data, groups, width);
         LAUNCHED();
-        gpu::dequantize_kernel<<<gpu::blocks_for(groups, 4), 128>>>(got_back.data, got.data,
-                                                                    got_scales.data, groups, width);
+        gpu::dequantize_kernel<<<1, 128>>>(got_back.data, got.data, got_scales.data, groups, width);
         LAUNCHED();
         std::string what = "groups of " + gpu::join(width) + ": ";
         expect_equal(what + "scales", got_scales.get(), scales);
         expect_equal(what + "codes", got.get(), Floats(codes.begin(), codes.end()));
         expect_equal(what + "numbers", got_back.get(), back);
         expect(what + "a scale of 0", scales[2], 0);
-        expect(what + "a code of 127", codes[3 * width + 1] - 127, 0);
+        expect(what + "a code of 127", codes[5 * width] + 127, 0);
+        expect(what + "too small a scale", codes[6 * width], 0);
     }
 }
 

@@ -425,15 +425,17 @@ static void gelu_backward_2bit(float* d, const uint8_t* bits, size_t count) {
 
 // ---- int8 for what the tape keeps, a scale for each group of neighbours (after Mesa, 2111.11124)
 
+static const float LEAST_SCALE = 1e-30f;  // a smaller one has no inverse: all codes are 0
+
 // codes, x (groups, width), scales (groups): x = scale * code. The largest |x| has code +-127.
 static void quantize(int8_t* codes, float* scales, const float* x, int64_t groups, int width) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < groups; i++) {
         float most = 0;
         for (int j = 0; j < width; j++) most = std::max(most, fabsf(x[i * width + j]));
-        float scale = scales[i] = most / 127;
+        float scale = scales[i] = most / 127, inverse = scale < LEAST_SCALE ? 0 : 1 / scale;
         for (int j = 0; j < width; j++) {
-            float code = scale > 0 ? rintf(x[i * width + j] / scale) : 0.0f;
+            float code = rintf(x[i * width + j] * inverse);
             codes[i * width + j] = int8_t(std::max(-127.0f, std::min(127.0f, code)));
         }
     }

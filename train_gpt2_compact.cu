@@ -732,33 +732,53 @@ static void gelu_backward(floatX* d, float* db, float* partial, const floatX* x,
 
 // ---- int8 for what the tape keeps, a scale for each group of neighbours (after Mesa, 2111.11124)
 
-// codes, x (groups, width), scales (groups): x = scale * code. The largest |x| has code +-127. A
-// warp a group, 4 a block. Reads x twice, the second time from the cache.
+static const float LEAST_SCALE = 1e-30f;  // a smaller one has no inverse: all codes are 0
+
+enum { GROUP = 8 };  // lanes that share a group
+struct alignas(PACK) Codes {
+    int8_t x[PACK];  // of a pack: one load or store
+};
+
+// codes, x (groups, width), scales (groups): x = scale * code. The largest |x| has code +-127.
+// GROUP lanes a group, 16 groups a block; width is a multiple of PACK. Reads x twice, the second
+// time from the cache. A code is the lowest byte of the product's sum with 1.5 2^23, near which
+// there are only whole numbers: a conversion would take four times as long.
 __global__ void __launch_bounds__(128)
     quantize_kernel(int8_t* codes, floatX* scales, const floatX* x, int64_t groups, int width) {
-    int64_t i = int64_t(blockIdx.x) * 4 + threadIdx.x / WARP;
-    int lane = threadIdx.x % WARP;
-    if (i >= groups) return;
+    int64_t i = (int64_t(blockIdx.x) * 128 + threadIdx.x) / GROUP;
+    int first = threadIdx.x % GROUP * PACK, last = i < groups ? width : 0;  // all lanes shuffle
     float most = 0;
-    for (int j = lane; j < width; j += WARP) most = fmaxf(most, fabsf(to_float(x[i * width + j])));
+    for (int j = first; j < last; j += GROUP * PACK) {
+        Pack p = load_pack(x + i * width + j);
+        for (int k = 0; k < PACK; k++) most = fmaxf(most, fabsf(to_float(p.x[k])));
+    }
+    for (int other = GROUP / 2; other > 0; other /= 2)
+        most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, other));
     floatX rounded;
-    store(&rounded, warp_max(most) / 127);
-    float scale = to_float(rounded);
-    if (lane == 0) scales[i] = rounded;
-    for (int j = lane; j < width; j += WARP) {
-        float code = scale > 0 ? rintf(to_float(x[i * width + j]) / scale) : 0.0f;
-        codes[i * width + j] = int8_t(fmaxf(-127.0f, fminf(127.0f, code)));
+    store(&rounded, most / 127);
+    float scale = to_float(rounded), inverse = scale < LEAST_SCALE ? 0 : 1 / scale;
+    if (first == 0 && last > 0) scales[i] = rounded;
+    for (int j = first; j < last; j += GROUP * PACK) {
+        Pack p = load_pack(x + i * width + j);
+        Codes c;
+        for (int k = 0; k < PACK; k++)
+            c.x[k] = int8_t(__float_as_int(__fmul_rn(to_float(p.x[k]), inverse) + 12582912.0f));
+        *reinterpret_cast<Codes*>(codes + i * width + j) = c;
     }
 }
 
 __global__ void __launch_bounds__(128)
     dequantize_kernel(floatX* x, const int8_t* codes, const floatX* scales, int64_t groups,
                       int width) {
-    int64_t i = int64_t(blockIdx.x) * 4 + threadIdx.x / WARP;
+    int64_t i = (int64_t(blockIdx.x) * 128 + threadIdx.x) / GROUP;
     if (i >= groups) return;
     float scale = to_float(scales[i]);
-    for (int j = threadIdx.x % WARP; j < width; j += WARP)
-        store(x + i * width + j, scale * codes[i * width + j]);
+    for (int j = threadIdx.x % GROUP * PACK; j < width; j += GROUP * PACK) {
+        Codes c = *reinterpret_cast<const Codes*>(codes + i * width + j);
+        Pack p;
+        for (int k = 0; k < PACK; k++) store(&p.x[k], scale * c.x[k]);
+        store_pack(x + i * width + j, p);
+    }
 }
 
 // ---- attention for any type and head size, plain: tiles of ATT keys (or queries) with an online
@@ -2069,6 +2089,9 @@ static Plan model_plan(Model& model, const Config& config, const Options& option
     if (config.C % 8 != 0 || config.C > 3072)
         refuse("--channels: ", config.C,
                " is not a multiple of 8 up to 3072, as the GPU's kernels need it");
+    if (options.tape == TAPE_INT8 && config.C / config.NH % 8 != 0)
+        refuse("--tape int8: heads of ", config.C / config.NH,
+               " channels are not a multiple of 8, as the GPU's kernels need it");
     Plan plan;
     model = Model{};
     model.config = config;
@@ -2376,9 +2399,9 @@ static void tape_store(Model& model, int row, int layer, const floatX* x, int N)
     if (model.kept[row] != AS_INT8) return;
     int64_t width = tape_rows[row].width * int64_t(model.config.C);
     int64_t scales = scales_of(model.config, row), first = layer % model.slots * int64_t(N);
-    quantize_kernel<<<blocks_for(N * scales, 4), 128>>>((int8_t*)model.codes[row] + first * width,
-                                                        model.scales[row] + first * scales, x,
-                                                        N * scales, int(width / scales));
+    quantize_kernel<<<blocks_for(N * scales, 128 / GROUP), 128>>>(
+        (int8_t*)model.codes[row] + first * width, model.scales[row] + first * scales, x,
+        N * scales, int(width / scales));
     LAUNCHED();
 }
 
@@ -2386,7 +2409,7 @@ static void tape_load(Model& model, int row, int layer, floatX* x, int N) {
     if (model.kept[row] != AS_INT8) return;
     int64_t width = tape_rows[row].width * int64_t(model.config.C);
     int64_t scales = scales_of(model.config, row), first = layer % model.slots * int64_t(N);
-    dequantize_kernel<<<blocks_for(N * scales, 4), 128>>>(
+    dequantize_kernel<<<blocks_for(N * scales, 128 / GROUP), 128>>>(
         x, (int8_t*)model.codes[row] + first * width, model.scales[row] + first * scales,
         N * scales, int(width / scales));
     LAUNCHED();

@@ -133,10 +133,12 @@ def test_out_of_memory_names_a_batch_that_fits(corpus):
     assert fits.returncode == 0, fits.stderr
 
 
-def test_channels_that_the_kernels_cannot_take(corpus):
-    result = run(NOGPU["bf16"], "--train", corpus, "-e", "d1", "--channels", 60, "--heads", 1, "-x",
-                 1)
-    assert (result.returncode == 2 and result.stderr.startswith("train_gpt2_compact: --channels: ")
+@pytest.mark.parametrize("channels, heads, tape", [(60, 1, "full"), (48, 4, "int8")])
+def test_channels_that_the_kernels_cannot_take(corpus, channels, heads, tape):
+    result = run(NOGPU["bf16"], "--train", corpus, "-e", "d1", "--channels", channels, "--heads",
+                 heads, "--tape", tape, "-x", 1)
+    said = "--tape int8: heads of 12 " if tape == "int8" else "--channels: "
+    assert (result.returncode == 2 and result.stderr.startswith("train_gpt2_compact: " + said)
             and len(result.stderr.splitlines()) == 1)
 
 # ----------------------------------------------------------------------------

@@ -36,14 +36,14 @@ MAY_SPILL = {}
 FLASH = ["attention_flash_forward", "attention_flash_dq", "attention_flash_dkv"]
 
 # Kernels whose time is that of moving bytes: each reads what is large in it by 16 bytes a thread.
-# Not here: fold_kernel, quantize_kernel, dequantize_kernel and attention_dot, whose rows need not
-# begin on 16 bytes (any rank, any head size), add_partial_sums, norm_kernel and
-# sparse_change_kernel, whose data are small, and the kernels that draw P or write
-# unit_rows_kernel's rows, which read nothing.
+# Not here: fold_kernel, whose rows need not begin on 16 bytes (any rank), dequantize_kernel, which
+# reads 8 codes a thread, add_partial_sums, norm_kernel and sparse_change_kernel, whose data are
+# small, and the kernels that draw P, which read nothing.
 WIDE = ["layernorm_kernel", "layernorm_backward_kernel", "gelu_forward_kernel",
         "gelu_backward_kernel", "embedding_forward_kernel", "word_backward_kernel",
         "position_backward_kernel", "column_sums", "cross_entropy_kernel", "squares_kernel",
-        "adam_kernel", "direction_kernel", "round_kernel", "sparse_update_kernel"]
+        "quantize_kernel", "adam_kernel", "direction_kernel", "round_kernel",
+        "sparse_update_kernel"]
 
 # A multiprocessor's limits, from the CUDA programming guide's table of compute capabilities: warps,
 # blocks, KiB of shared memory.
