@@ -8,11 +8,11 @@
 // operations with a dense P, at r = 192 an eighth of these bytes' time on tensor cores, twice it
 // without; 2 m n with the sparse one. P is drawn once. Beyond this the trainer's dense way reads
 // the master weights twice, since cuBLAS ends at its sum; without them U P^T goes through memory in
-// fp32, 8 bytes a weight. U and P are small: where blocks read them again they are counted once,
-// for any L2 holds them, as they are for cuBLAS.
+// fp32, 8 bytes a weight. A product of our own that moves the weights where its sums are would save
+// that: by dev/roofline.py 0.3 % of d12's step at 65,536 tokens at most. U and P are small: where
+// blocks read them again they are counted once, for any L2 holds them, as they are for cuBLAS.
 
 #include "common.cuh"
-#include "tiles.cuh"
 
 // 1: a thread four weights; it reads a row of U, which its neighbours read too, and four of P.
 __global__ void lift1(Weights to, const floatX* u, const floatX* p, int m, int n, int r, float keep,
@@ -28,50 +28,9 @@ __global__ void lift1(Weights to, const floatX* u, const floatX* p, int m, int n
     move_weights(to, i, {sum[0], sum[1], sum[2], sum[3]}, keep, step);
 }
 
-// 3: the product by tiles of 64 x 64 of W, from 32 columns of U and P at a time in shared memory,
-// and the weights moved from the registers where the sums are, 4 x 4 a thread. 4: p null, P drawn,
-// by each block anew: m / 64 times in all. grid (ceil(n / 64), ceil(m / 64)), block (16, 16)
-__global__ void __launch_bounds__(256)
-    lift3(Weights to, const floatX* u, const floatX* p, Draw draw, int m, float keep, float step) {
-    // transposed: column j of U and P is a row
-    __shared__ __align__(16) float us[32][68], ps[32][68];
-    int n = draw.n, r = draw.r, k0 = blockIdx.x * 64, o0 = blockIdx.y * 64,
-        own = threadIdx.y * 16 + threadIdx.x;
-    float4 sum[4] = {};
-    for (int j0 = 0; j0 < r; j0 += 32) {
-        for (int i = own; i < 64 * 32; i += 256) {
-            int row = i / 32, j = i % 32;
-            us[j][row] =
-                o0 + row < m && j0 + j < r ? to_float(u[size_t(o0 + row) * r + j0 + j]) : 0;
-            if (p)
-                ps[j][row] =
-                    k0 + row < n && j0 + j < r ? to_float(p[size_t(k0 + row) * r + j0 + j]) : 0;
-        }
-        for (int i = own; i < 64 * 8 && !p; i += 256) {
-            int row = i / 8, j = i % 8 * QUAD;
-            floatX rounded[QUAD];
-            store_quad(rounded, draw_quad(draw, k0 + row, j0 + j));
-            for (int e = 0; e < QUAD; e++) ps[j + e][row] = to_float(rounded[e]);
-        }
-        __syncthreads();
-        for (int j = 0; j < 32; j++) {
-            float4 a = load_quad(&us[j][threadIdx.y * 4]), b = load_quad(&ps[j][threadIdx.x * 4]);
-            const float rows[4] = {a.x, a.y, a.z, a.w};
-            for (int e = 0; e < 4; e++) {
-                sum[e].x += rows[e] * b.x, sum[e].y += rows[e] * b.y;
-                sum[e].z += rows[e] * b.z, sum[e].w += rows[e] * b.w;
-            }
-        }
-        __syncthreads();
-    }
-    int o = o0 + threadIdx.y * 4, k = k0 + threadIdx.x * 4;
-    for (int e = 0; e < 4 && o + e < m && k < n; e++)
-        move_weights(to, size_t(o + e) * n + k, sum[e], keep, step);
-}
-
-// 7: the sparse P^T by a thread for four weights: each takes its sign times an element of its row
+// 4: the sparse P^T by a thread for four weights: each takes its sign times an element of its row
 // of U.
-__global__ void gather7(Weights to, const floatX* u, const float* sign, const int* shift, int m,
+__global__ void gather4(Weights to, const floatX* u, const float* sign, const int* shift, int m,
                         int n, int r, float keep, float step) {
     size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
     if (i >= size_t(m) * n) return;
@@ -82,59 +41,6 @@ __global__ void gather7(Weights to, const floatX* u, const float* sign, const in
     }
     move_weights(to, i, {lifted[0], lifted[1], lifted[2], lifted[3]}, keep, step);
 }
-
-#ifndef PRECISION_FP32
-// 10: as 3 on tensor cores, r a multiple of 8: a warp makes 16 x 64 of U P^T; from shared memory
-// each thread then moves weights 16 bytes at a time. 11: p null, P drawn. grid (ceil(n / 64),
-// ceil(m / 64)), block 128
-__global__ void __launch_bounds__(FLASH_THREADS)
-    lift10(Weights to, const floatX* u, const floatX* p, Draw draw, int m, float keep, float step) {
-    // U and P, two of each; in the end the sums, in rows of 68 floats
-    __shared__ __align__(128) Tile tiles[4];
-    Tile *us = tiles, *ps = tiles + 2;
-    float* lifted = (float*)tiles;
-    int n = draw.n, r = draw.r, k0 = blockIdx.x * SIDE, o0 = blockIdx.y * SIDE,
-        lane = threadIdx.x % WARP;
-    float sum[8][4] = {};
-    for (int j0 = -SIDE, stage = 1; j0 < r; j0 += SIDE, stage ^= 1) {
-        int next = j0 + SIDE;
-        if (next < r) {
-            load_corner(us[stage ^ 1], u + size_t(o0) * r + next, r, m - o0, r - next);
-            if (p)
-                load_corner(ps[stage ^ 1], p + size_t(k0) * r + next, r, n - k0, r - next);
-            else
-                draw_corner(ps[stage ^ 1], draw, k0, next);
-        }
-        cp_async_commit();
-        cp_async_wait<1>();
-        __syncthreads();
-        uint32_t a[4][4], b[4];
-        if (j0 >= 0) load_rows(a, us[stage], threadIdx.x / WARP * 16);
-#pragma unroll
-        for (int j = 0; j < 4 && j0 >= 0; j++) {
-#pragma unroll
-            for (int k = 0; k < 8; k += 2) {
-                ldmatrix_x4(
-                    b, chunk_of(ps[stage], 8 * k + lane / 16 * 8 + lane % 8, 2 * j + lane / 8 % 2));
-                mma_m16n8k16_bf16(sum[k], a[j], b);
-                mma_m16n8k16_bf16(sum[k + 1], a[j], b + 2);
-            }
-        }
-        __syncthreads();
-    }
-    for (int k = 0; k < 8; k++) {
-        for (int i = 0; i < 4; i++)
-            lifted[(threadIdx.x / WARP * 16 + row_of(i)) * 68 + column_of(k, i)] = sum[k][i];
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < SIDE * 16; i += FLASH_THREADS) {
-        int o = o0 + i / 16, k = k0 + i % 16 * QUAD;
-        if (o < m && k < n)
-            move_weights(to, size_t(o) * n + k, load_quad(lifted + i / 16 * 68 + i % 16 * QUAD),
-                         keep, step);
-    }
-}
-#endif
 
 static std::vector<Variant> variants(Arrays& a, const Size& size) {
     int m = size[0], n = size[1], r = size[2];
@@ -164,14 +70,12 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
     };
     const cpu::Adam adam = {0.1f, 0.9f, 0.95f, 1e-8f, 0.1f, 0.5f, 5.0f, 10.0f};
     const Adam on_device = {0.1f, 0.9f, 0.95f, 1e-8f, 0.1f, norm, 5.0f, 10.0f};
-    const float keep = 1.0f - adam.lr * adam.decay, step = adam.lr * 0.5f,
-                scale = 1.0f / sqrtf(float(r));
+    const float keep = 1.0f - adam.lr * adam.decay, step = adam.lr * 0.5f;
     const int time = 7;  // the optimizer's step
     auto with = model(GAUSSIAN, MASTER_FP32), without = model(GAUSSIAN, MASTER_NONE);
     auto sparse = model(SPARSE, MASTER_FP32), sparse_without = model(SPARSE, MASTER_NONE);
     uint64_t seed = with->options.seed, stream = stream_of(QKV, 0, 0);
-    Weights to = weights_at(*with, QKVW, 0, time), to_alone = weights_at(*without, QKVW, 0, time);
-    Draw draw = {n, r, scale, seed, stream};
+    Weights to = weights_at(*with, QKVW, 0, time);
 
     // One rounding in fp32, or a few where the sum is smaller than its terms.
     const double fp32 = 4.0 / (1 << 24), few = 1e-6;
@@ -231,15 +135,6 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
     auto drawn = [=](int projection) {
         draw_projection(p, sign, shift, {m, n, r}, projection, seed, stream);
     };
-    dim3 tiles(blocks_for(n, 64), blocks_for(m, 64));
-    auto tiled = [=](const Weights& weights, const floatX* from) {
-        directions();
-        if (from) drawn(GAUSSIAN);
-        lift3<<<tiles, dim3(16, 16)>>>(weights, u, from, draw, m, keep, step);
-    };
-    std::function<void()> tiled_drawn;
-    if (r % QUAD == 0) tiled_drawn = [=] { tiled(to, nullptr); };
-
     const double E = sizeof(floatX), moments = 20.0 * small, U = E * small, P = E * n * r,
                  W = double(whole);
     const double moved = (IS_BF16 ? 10 : 8) * W, alone = 2 * E * W, product = 2 * W * r,
@@ -249,8 +144,7 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
     Work floor = {moments + moved, adams + product + drawing},
          floor_alone = {moments + alone, floor.flops};
     Work sparse_floor = {moments + moved, adams + W}, sparse_alone = {moments + alone, adams + W};
-    const double redrawn = floor.flops + (tiles.y - 1) * drawing;
-    std::vector<Variant> list = {
+    return {
         {"dense: a thread four weights",
          {floor.bytes + 2 * U + 2 * P, floor.flops},
          floor,
@@ -265,25 +159,10 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
          floor,
          [=] { update_linear(*with, QKV, 0, on_device, time, nullptr); },
          check_with},
-        {"dense: product and move in one, P read",
-         {floor.bytes + 2 * U + 2 * P, floor.flops},
-         floor,
-         [=] { tiled(to, p); },
-         check_with},
-        {"dense: product and move in one, P drawn",
-         {floor.bytes + 2 * U, redrawn},
-         floor,
-         tiled_drawn,
-         check_with},
         {"dense, no master weights: the trainer's, cuBLAS, then the move",
          {floor_alone.bytes + 2 * U + 2 * P + through, floor.flops},
          floor_alone,
          [=] { update_linear(*without, QKV, 0, on_device, time, nullptr); },
-         check_alone},
-        {"dense, no master weights: as 3",
-         {floor_alone.bytes + 2 * U + 2 * P, floor.flops},
-         floor_alone,
-         [=] { tiled(to_alone, p); },
          check_alone},
         {"sparse: U to memory, then gathered",
          {sparse_floor.bytes + 2 * U, sparse_floor.flops},
@@ -291,7 +170,7 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
          [=] {
              directions();
              drawn(SPARSE);
-             gather7<<<blocks_for(whole, 256 * QUAD), 256>>>(to, u, sign, shift, m, n, r, keep,
+             gather4<<<blocks_for(whole, 256 * QUAD), 256>>>(to, u, sign, shift, m, n, r, keep,
                                                              step);
          },
          [=] { check_sparse(true, true); }},
@@ -302,32 +181,6 @@ static std::vector<Variant> variants(Arrays& a, const Size& size) {
          [=] { update_linear(*sparse_without, QKV, 0, on_device, time, nullptr); },
          [=] { check_sparse(false, false); }},
     };
-#ifndef PRECISION_FP32
-    auto on_tensor_cores = [=](const Weights& weights, const floatX* from) {
-        directions();
-        if (from) drawn(GAUSSIAN);
-        lift10<<<tiles, FLASH_THREADS>>>(weights, u, from, draw, m, keep, step);
-    };
-    std::function<void()> read, made, read_alone;
-    if (r % 8 == 0) {
-        read = [=] { on_tensor_cores(to, p); };
-        made = [=] { on_tensor_cores(to, nullptr); };
-        read_alone = [=] { on_tensor_cores(to_alone, p); };
-    }
-    list.push_back({"dense: as 3 on tensor cores",
-                    {floor.bytes + 2 * U + 2 * P, floor.flops},
-                    floor,
-                    read,
-                    check_with});
-    list.push_back(
-        {"dense: as 4 on tensor cores", {floor.bytes + 2 * U, redrawn}, floor, made, check_with});
-    list.push_back({"dense, no master weights: as 10",
-                    {floor_alone.bytes + 2 * U + 2 * P, floor.flops},
-                    floor_alone,
-                    read_alone,
-                    check_alone});
-#endif
-    return list;
 }
 
 int main(int argc, char** argv) {
