@@ -486,6 +486,7 @@ __global__ void __launch_bounds__(PARTS* WARP)
     to[column] += sum;
 }
 
+// a, b and c, so many as `vectors` says, each (m), += the sums of partial (parts, vectors m)
 static void add_partial(int vectors, float* a, float* b, float* c, const float* partial, int parts,
                         int m) {
     dim3 grid(blocks_for(m, WARP), vectors), block(WARP, PARTS);
