@@ -254,7 +254,7 @@ make test_gpt2_nogpu           likewise, test_gpt2cu's
 make -C dev/cuda      the kernels' numbered variants, each with its check and its benchmark
 make demo             a small GPT-2 learns this project's sources: about two minutes on two cores
 make check            the quick tests, two minutes on two cores, before every commit
-make test             all tests, about 15 minutes on two cores; the last line counts them
+make test             all tests, about 17 minutes on two cores; the last line counts them
                       check and test first bring what they lack, and say what (dev/setup.sh)
 make bench            ms a step of GPT-2 d12 at full rank and compressed
                       LLMC=dir compares with the llm.c that is built there

@@ -641,6 +641,7 @@ def peak_kib(*args):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("gpt2", marks=needs_gpt2)])
 @pytest.mark.parametrize("separator", ["\n", " ", ""], ids=["lines", "words", "letters"])
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path, tokenizer, separator):
     """
     60 MB (GPT-2: 15 MB) take at most 40 MB more than 1 kB: to hold the text and its tokens takes 60
@@ -1098,6 +1099,7 @@ def test_hellaswag_context_without_activity():
 @needs_gpt2
 @pytest.mark.skipif(not (SHARED / "hellaswag_val_full.txt.bz2").is_file(),
                     reason="no hellaswag_val_full.txt.bz2 in ../shared/data")
+@pytest.mark.slow
 def test_hellaswag_in_full(tmp_path):
     """
     All 10,042 examples: the file is as long as its examples say, and its longest one is as long as

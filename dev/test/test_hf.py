@@ -375,6 +375,7 @@ def check_tokenizer(folder, want, tmp_path):
 
 
 @needs_gpt2
+@pytest.mark.slow
 def test_export_with_gpt2s_tokenizer(tmp_path, gpt2):
     """Of tokenizer.bin beside the model, as a run leaves it, transformers makes tiktoken's ids;
     and back."""
@@ -481,6 +482,7 @@ def test_gguf(tmp_path, kind, tolerance):
 
 
 @needs_gpt2
+@pytest.mark.slow
 def test_gguf_has_gpt2s_tokenizer(tmp_path, gpt2):
     gguf = pytest.importorskip("gguf")
     model, _ = small_model(tmp_path, 50257)
@@ -536,6 +538,7 @@ def test_nanogpt(tmp_path, model, params):
     assert (tmp_path / "out.bin").read_bytes() == model.read_bytes()
 
 
+@pytest.mark.slow
 def test_nanogpt_without_biases(tmp_path, params):
     """They are 0 then; and a vocabulary of 50304 is GPT-2's."""
     tensors = {name: values for name, values in nanogpt_tensors(params, "transformer.").items()
@@ -550,6 +553,7 @@ def test_nanogpt_without_biases(tmp_path, params):
         assert np.array_equal(got[name], 0 * params[name] if name.endswith("b") else params[name])
 
 
+@pytest.mark.slow
 def test_nanogpt_bad_input(tmp_path, params):
     path = tmp_path / "ckpt.pt"
     tensors = nanogpt_tensors(params)
@@ -598,6 +602,7 @@ def test_transformers_reads_the_same_weights_back(random_model, tmp_path):
                               values) and got[name].dtype == values.dtype == np.float32, name
 
 
+@pytest.mark.slow
 def test_pytorch_model_bin(random_model, tmp_path):
     with_transformers.good("run", TOOL, "import", random_model / "pickled", tmp_path / "out.bin")
     assert (tmp_path / "out.bin").read_bytes() == (random_model / "model.bin").read_bytes()

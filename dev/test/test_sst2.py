@@ -299,6 +299,7 @@ def test_validation_loss_is_the_mean_over_the_predicted(tmp_path, masked):
     assert abs(evaluation["val_loss"] - first.losses[0]) < 3e-6
 
 
+@pytest.mark.slow
 def test_training_agrees_with_transformers(tmp_path):
     """A model by transformers, ten AdamW steps at full rank on masked targets."""
     config = dict(n_positions=T, vocab_size=VOCAB, n_layer=2, n_head=2, n_embd=24)

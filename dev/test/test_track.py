@@ -114,6 +114,7 @@ def begin_following(tmp_path):
                             stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_follow(tmp_path):
     """A line that is half written waits; after the last step it ends by itself."""
     write(tmp_path / "mine", header(), step(1, 5.5))
