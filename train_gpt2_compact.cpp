@@ -976,11 +976,11 @@ static void orthogonalise(float* x, int rows, int columns, float* work) {
     }
 }
 
-// g (rows, columns) becomes the step U = 0.2 sqrt(rows n / k) orth(g + mu M) after M = mu M + g:
-// Nesterov's form. The factor is Moonlight's (arXiv 2502.16982). U, lifted to n inputs, then has
-// the root mean square 0.2 sqrt(n / columns): at full rank about that of AdamW's step, so that
-// learning rate and decay carry over.
-static void muon_direction(float* g, float* m, int rows, int columns, int n, float grad_scale,
+// g (rows, columns) becomes the step U = 0.2 sqrt(max(rows, columns)) orth(g + mu M) after
+// M = mu M + g: Nesterov's form. The factor is Moonlight's (arXiv 2502.16982): the root mean square
+// of U is 0.2, about that of AdamW's step, and so it is once U is lifted, as E[P P^T] = I. So
+// learning rate and decay carry over, from AdamW and from rank to rank.
+static void muon_direction(float* g, float* m, int rows, int columns, float grad_scale,
                            float* work) {
     const float mu = 0.95f;
     size_t count = size_t(rows) * columns;
@@ -990,7 +990,7 @@ static void muon_direction(float* g, float* m, int rows, int columns, int n, flo
         g[i] = grad_scale * g[i] + mu * m[i];
     }
     orthogonalise(g, rows, columns, work);
-    float factor = 0.2f * sqrtf(float(rows) * n / std::min(rows, columns));
+    float factor = 0.2f * sqrtf(float(std::max(rows, columns)));
 #pragma omp parallel for simd schedule(static)
     for (size_t i = 0; i < count; i++) g[i] *= factor;
 }
@@ -1000,12 +1000,12 @@ static void muon_direction(float* g, float* m, int rows, int columns, int n, flo
 // G (m, r) -> U (m, r), in G's place: the optimizer's step in the small space, (m, n) at full rank.
 static void linear_direction(const LinearLayer& linear, int optimizer, int blocks, const Adam& a,
                              float* work) {
-    int m = linear.shape.m, n = linear.shape.n, r = linear.shape.r;
+    int m = linear.shape.m, r = linear.shape.r;
     int64_t count = int64_t(m) * r;
     float *g = linear.dw, *first = linear.moment1, *second = linear.moment2;
     if (optimizer == MUON) {
         for (int64_t i = 0; i < count; i += count / blocks)
-            muon_direction(g + i, first + i, m / blocks, r, n, a.grad_scale, work);
+            muon_direction(g + i, first + i, m / blocks, r, a.grad_scale, work);
         return;
     }
 #pragma omp parallel for simd schedule(static)

@@ -1897,12 +1897,11 @@ static floatX* muon_directions(void* work, const float* g, float* m, const float
     return orthogonalise(x, next, gram, poly, rows, shape.r, batch);
 }
 
-// 0.2 sqrt(rows n / k): U, lifted to n inputs, then has the root mean square 0.2 sqrt(n / columns),
-// at full rank about that of AdamW's step, so that learning rate and decay carry over (Moonlight,
-// arXiv 2502.16982).
+// 0.2 sqrt(max(rows, columns)): the root mean square of U is 0.2, about that of AdamW's step
+// (Moonlight, arXiv 2502.16982), and so it is once U is lifted, as E[P P^T] = I. So learning rate
+// and decay carry over, from AdamW and from rank to rank.
 static float muon_factor(const Linear& shape, int blocks) {
-    float rows = shape.m / blocks;
-    return 0.2f * sqrtf(rows * shape.n / std::min<float>(rows, shape.r));
+    return 0.2f * sqrtf(float(std::max(shape.m / blocks, shape.r)));
 }
 
 // ---- a linear layer's weight, with either

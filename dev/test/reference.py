@@ -122,10 +122,10 @@ def adamw_direction(G, moments, step, hyper):
                                                + hyper["eps"])
 
 
-def muon_direction(G, moments, n, blocks):
+def muon_direction(G, moments, blocks):
     """
     Nesterov's momentum, its singular values put through the polynomial of the five Newton-Schulz
-    iterations, for W of n inputs; each of the blocks (q, k and v) by itself.
+    iterations; each of the blocks (q, k and v) by itself.
     """
     M = moments[0]
     M.mul_(0.95).add_(G)
@@ -135,7 +135,7 @@ def muon_direction(G, moments, n, blocks):
         S = S / S.norm()
         for _ in range(5):
             S = 3.4445 * S - 4.7750 * S ** 3 + 2.0315 * S ** 5
-        parts.append(0.2 * math.sqrt(len(X) * n / min(X.shape)) * (U * S) @ V)
+        parts.append(0.2 * math.sqrt(max(X.shape)) * (U * S) @ V)
     return torch.cat(parts)
 
 
@@ -167,7 +167,7 @@ def train_compact(params, config, inputs, targets, hyper, steps, proj):
                 moved = mv[0] @ proj[record][epoch - 1].T @ now[record]
                 mv[0].copy_(moved if hyper["moments"] == "move" else torch.zeros_like(moved))
             if hyper.get("optimizer") == "muon" and name in LINEAR:
-                U = muon_direction(scale * G, mv, W.shape[1], 3 if name == "qkvw" else 1)
+                U = muon_direction(scale * G, mv, 3 if name == "qkvw" else 1)
             else:
                 U = adamw_direction(scale * G, mv, step + 1, hyper)
             if record in now:
