@@ -3,7 +3,8 @@
 The trainer beside the methods that people would take instead, each from its own package: the same
 GPT-2 from the same initial weights, the same tokens in the same order, the same number of steps.
 Every method is run at each of its learning rates with the first seed, and the best --best of them
-at their best rate with the other seeds; then each is timed for some steps, in turn and several
+at their best rate with the other seeds; one that differs from another only in what it computes
+again is run once, at the other's best rate. Then each is timed for some steps, in turn and several
 times, so that a noisy machine treats all alike. Writes results.csv, results.md and loss_memory.png
 into --out. Started again, it goes on: what is done is not done again.
 
@@ -408,9 +409,10 @@ METHODS = {
     "compact": ("CompAct, from its formulas", compact, [3e-3, 5e-3, 1e-2], []),
     "full": ("this trainer, full rank, AdamW", ["--rank", "1", "--optimizer", "adamw"],
              [1e-3, 3e-3, 6e-3], []),
-    "ours": ("this trainer, default", [], [3e-3, 4e-3, 6e-3], []),
-    "ours5": ("this trainer, default, -r 5", ["-r", "5"], [3e-3, 4e-3, 6e-3], []),
+    "ours": ("this trainer, default", [], [4e-3, 6e-3, 8e-3], []),
+    "ours5": ("this trainer, default, -r 5", ["-r", "5"], [4e-3, 6e-3, 8e-3], []),
 }
+TWINS = {"checkpoint": "adamw", "ours5": "ours"}  # their losses are the other's
 
 # ----------------------------------------------------------------------------
 # one run
@@ -810,8 +812,9 @@ def compare(args):
         make_init(args, seed)
     # rates outermost: a machine whose speed drifts then treats all methods alike
     rates = {method: args.lrs or METHODS[method][2] for method in args.methods}
+    twins = [method for method in args.methods if TWINS.get(method) in args.methods]
     pairs = [(method, rates[method][i]) for i in range(max(map(len, rates.values())))
-             for method in args.methods if i < len(rates[method])]
+             for method in args.methods if i < len(rates[method]) and method not in twins]
     runs = first = plan_runs(args, args.seeds[0], pairs)
     args.timings = {}  # method: its timed runs' results
 
@@ -824,7 +827,13 @@ def compare(args):
             choose(first)
             write_results(args, runs)
     do_all(first)
-    best = choose(first)[:args.best]
+    best = choose(first)
+    lr_of = {run.method: run.lr for run in best}
+    others = plan_runs(args, args.seeds[0], [
+        (method, lr_of.get(TWINS[method], rates[method][0])) for method in twins])
+    runs = first = first + others
+    do_all(others)
+    best = best[:args.best]
     for seed in args.seeds[1:]:
         others = plan_runs(args, seed, [(run.method, run.lr) for run in best])
         for run, chosen in zip(others, best):

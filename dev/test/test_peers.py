@@ -124,6 +124,18 @@ def test_checkpointing_changes_nothing(done):
     assert found["checkpoint"]["losses"] == pytest.approx(found["adamw"]["losses"], abs=1e-6)
 
 
+def test_twins(shards, tmp_path):
+    """What only computes again is run once, at the other's best rate, and gets no second seed."""
+    compare(shards, tmp_path / "out", "--methods", "checkpoint,adamw", "--lrs", "1e-2,1e-5",
+            "--seeds", "1,2", "--best", 2)
+    assert sorted((row["method"], float(row["lr"]), row["seed"], row["choice"])
+                  for row in rows_of(tmp_path / "out")) == [
+        ("AdamW, full rank", 1e-5, "1", "not taken"),
+        ("AdamW, full rank", 1e-2, "1", "taken, at the edge of the list"),
+        ("AdamW, full rank", 1e-2, "2", "taken, at the edge of the list"),
+        ("AdamW, gradient checkpointing", 1e-2, "1", "taken")]
+
+
 def test_tables(done):
     rows = rows_of(done)
     assert [row["status"] for row in rows] == ["ok"] * 6
