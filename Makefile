@@ -156,7 +156,7 @@ DEMO_TRAINER = $(if $(ON_GPU),train_gpt2_compactcu,train_gpt2_compact)
 demo: $(DEMO_TRAINER) | build
 	@rm -rf build/demo; cat $(DEMO_TEXT) > build/demo.txt
 	@set -o pipefail; ./$(DEMO_TRAINER) --train build/demo.txt -e d4 --channels 128 --context 128 \
-	  --batch 16 --steps 800 --lr 4e-3 --warmup 40 --projection sparse --val-every 200 \
+	  --batch 16 --steps 800 --lr 6e-3 --warmup 40 --projection sparse --val-every 200 \
 	  --sample-every -1 --sample-tokens 400 --out build/demo \
 	  | awk '!/^step/ || /val/ || ++n % 50 == 1 { print; fflush() }'
 

@@ -671,6 +671,22 @@ def test_clipping(train):
                                              * s) + 1)).max() <= 2e-8 and np.abs(held).max() > 1e-5
 
 
+@pytest.mark.parametrize("projection", ["sparse", "gaussian"])
+def test_muon_steps_have_one_size(train, projection):
+    """
+    The root mean square of a weight's step is 0.2 lr at every rank, as far as Newton-Schulz makes
+    singular values 1 (0.7 to 1.2), and P P^T of the ones drawn is the identity (gaussian: 0.1).
+    """
+    args = ["-n", -1, "-l", 1e-2, "-k", "constant", "-c", 0, "--optimizer", "muon"]
+    args += ["--channels", 32, "-b", 8, "--projection", projection]
+    before = train(*args, "-x", 0).params(0)
+    for rank in (1.0, 0.5, 0.25, 0.125):
+        after = train(*args, "-x", 1, "--rank", rank).params(1)
+        for name in ("qkvw", "fcw", "fcprojw"):
+            size = np.sqrt(np.mean(np.square(after[name].astype(float) - before[name]))) / 1e-2
+            assert 0.2 * 0.65 < size < 0.2 * 1.25, (rank, name)
+
+
 def test_weight_decay_is_for_matrices(train):
     args = ["-x", 1, "-n", -1, "-l", 1e-2, "-k", "constant"]
     for method in METHODS.values():
