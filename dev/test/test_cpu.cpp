@@ -1286,7 +1286,8 @@ TEST(Muon, ZerosAndExtremes) {
     }
 }
 
-// M = mu M + g, and U = 0.2 sqrt(max(rows, columns)) orth(g + mu M): as long as numbers of 0.2 or so.
+// M = mu M + g, and U = 0.2 sqrt(max(rows, columns)) orth(g + mu M): as long as numbers of 0.2 or
+// so.
 TEST(Muon, Direction) {
     Random random(62);
     for (auto [rows, columns] : {std::pair(24, 8), {8, 24}, {16, 16}}) {
