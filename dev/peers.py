@@ -41,6 +41,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -571,15 +572,18 @@ def take_result(run):
     return True
 
 
-def do(run, args):
-    """One run, in a process of its own: what it imports, patches or breaks touches no other."""
+def do(run, jobs):
+    """One run, where it is not done: in a process of its own, so that what it imports, patches or
+    breaks touches no other. It shares the cores with jobs - 1 others. Returns the run."""
+    if take_result(run):
+        return run
     done = subprocess.run([sys.executable, os.path.abspath(__file__), "--job", json.dumps(run.job)],
                           stdout=sys.stderr, stderr=subprocess.PIPE, text=True, errors="replace",
-                          env=ablate.environment(1))
-    if done.returncode == 0 and take_result(run):
-        return
-    lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-    run.status = "failed: " + lines[-1].removeprefix(f"{common.PROGRAM}: ")
+                          env=ablate.environment(jobs))
+    if done.returncode != 0 or not take_result(run):
+        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        run.status = "failed: " + lines[-1].removeprefix(f"{common.PROGRAM}: ")
+    return run
 
 
 def make_init(args, seed):
@@ -782,6 +786,8 @@ def parse_options():
     add("--seeds", metavar="LIST", type=seeds, default=[1], help="(default: 1)")
     add("--best", metavar="N", type=counts, default=3,
         help="methods that get the other seeds (default: %(default)s)")
+    add("--jobs", metavar="N", type=whole_number(1, 1024), default=1,
+        help="runs at once; timing is one after another (default: %(default)s)")
     add("--binary", metavar="FILE", help="the trainer (default: as ablate.py finds it)")
     args = parser.parse_args()
     args.shape = ["-e", args.model]
@@ -819,13 +825,16 @@ def compare(args):
     args.timings = {}  # method: its timed runs' results
 
     def do_all(some):
-        for run in some:
-            if not take_result(run):
-                do(run, args)
-            figure = f"val {run.found['val_loss']:.4f}" if run.found else run.status
-            print(f"{run.name}: {figure}", flush=True)
-            choose(first)
-            write_results(args, runs)
+        pool = ThreadPoolExecutor(args.jobs)
+        try:
+            for done in as_completed([pool.submit(do, run, args.jobs) for run in some]):
+                run = done.result()
+                figure = f"val {run.found['val_loss']:.4f}" if run.found else run.status
+                print(f"{run.name}: {figure}", flush=True)
+                choose(first)
+                write_results(args, runs)
+        finally:  # interrupted, it begins no more
+            pool.shutdown(cancel_futures=True)
     do_all(first)
     best = choose(first)
     lr_of = {run.method: run.lr for run in best}
@@ -844,9 +853,7 @@ def compare(args):
     for turn in range(ROUNDS):
         for run in plan_runs(args, args.seeds[0], taken, turn=turn, steps=TIMED_STEPS, warmup=0,
                              val_batches=1):
-            if not take_result(run):
-                do(run, args)
-            if run.found:
+            if do(run, 1).found:
                 args.timings.setdefault(run.method, []).append(run.found)
     write_results(args, runs)
     failed = [run for run in runs if not run.found]

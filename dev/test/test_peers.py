@@ -127,7 +127,7 @@ def test_checkpointing_changes_nothing(done):
 def test_twins(shards, tmp_path):
     """What only computes again is run once, at the other's best rate, and gets no second seed."""
     compare(shards, tmp_path / "out", "--methods", "checkpoint,adamw", "--lrs", "1e-2,1e-5",
-            "--seeds", "1,2", "--best", 2)
+            "--seeds", "1,2", "--best", 2, "--jobs", 2)
     assert sorted((row["method"], float(row["lr"]), row["seed"], row["choice"])
                   for row in rows_of(tmp_path / "out")) == [
         ("AdamW, full rank", 1e-5, "1", "not taken"),
