@@ -3,10 +3,10 @@
 The trainer beside the methods that people would take instead, each from its own package: the same
 GPT-2 from the same initial weights, the same tokens in the same order, the same number of steps.
 Every method is run at each of its learning rates with the first seed, and the best --best of them
-at their best rate with the other seeds; one that differs from another only in what it computes
-again is run once, at the other's best rate. Then each is timed for some steps, in turn and several
-times, so that a noisy machine treats all alike. Writes results.csv, results.md and loss_memory.png
-into --out. Started again, it goes on: what is done is not done again.
+at their best rate with the other seeds; checkpoint, full and ours5, whose losses are those of
+another but for rounding, are run once, at the other's best rate. Then each is timed for some steps,
+in turn and several times, so that a noisy machine treats all alike. Writes results.csv, results.md
+and loss_memory.png into --out. Started again, it goes on: what is done is not done again.
 
   adamw       full rank, PyTorch's AdamW: the baseline
   checkpoint  the same, with PyTorch's gradient checkpointing of each block
@@ -413,7 +413,8 @@ METHODS = {
     "ours": ("this trainer, default", [], [4e-3, 6e-3, 8e-3], []),
     "ours5": ("this trainer, default, -r 5", ["-r", "5"], [4e-3, 6e-3, 8e-3], []),
 }
-TWINS = {"checkpoint": "adamw", "ours5": "ours"}  # their losses are the other's
+# their losses are the other's
+TWINS = {"checkpoint": "adamw", "full": "adamw", "ours5": "ours"}
 
 # ----------------------------------------------------------------------------
 # one run
