@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PLACES = [".", ".ci", "data_prep", "dev", "dev/cuda", "dev/nogpu", "dev/nogpu/include",
           "dev/nogpu/samples", "dev/test", "dev/results", "dev/results/*"]
 KINDS = ["*.py", "*.cpp", "*.cu", "*.cuh", "*.h", "*.sh", "*.md", "Makefile", "run"]
-MADE = ["results.md", "earlier.md"]  # in dev/results, by ablate.py
+MADE = ["results.md"]  # in dev/results, by ablate.py and peers.py
 PATHS = sorted({path.relative_to(ROOT) for place in PLACES for kind in KINDS
                 for path in ROOT.glob(f"{place}/{kind}") if path.name not in MADE})
 
