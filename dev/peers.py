@@ -621,10 +621,9 @@ def choose(runs):
 
 
 def memory(run):
-    """Bytes by which methods are compared."""
-    if run.device == "cuda":
-        return run.found["total_bytes"]
-    return sum(run.found[part + "_bytes"] for part in ("parameter", "gradient", "state", "tape"))
+    """Bytes by which methods are compared: of this trainer all that it allocates."""
+    parts = (run.found[part + "_bytes"] for part in ("parameter", "gradient", "state", "tape"))
+    return run.found["total_bytes"] or sum(parts)
 
 
 FIGURES = ["final_train_loss", "val_loss", "bits_per_byte", "tokens_per_second", "memory_bytes",
@@ -655,11 +654,11 @@ Speed: mean and standard deviation of {rounds} rounds, in each of which every me
 turn for {steps} steps; of a round the median, without the first steps. Those of the runs, below,
 stood beside whatever else the machine did.
 
-Memory, on a CPU: parameters, gradients, optimizer's state, and at its peak what autograd keeps,
-each piece once (counted by saved-tensor hooks in the second step); temporaries are not counted.
-Of this trainer: the same four parts of its plan; all that it allocates, its workspace included, is
-total_bytes in results.csv. On a GPU it is what PyTorch allocated at its peak, and of this trainer
-the whole plan. LOMO's and AdaLomo's gradients live one at a time and are counted as none.
+Memory, of this trainer: all that it allocates, its workspace included. Of PyTorch on a GPU: what it
+allocated at its peak. Of PyTorch on a CPU less: parameters, gradients, optimizer's state, and at
+its peak what autograd keeps, each piece once (counted by saved-tensor hooks in the second step);
+temporaries are not counted. LOMO's and AdaLomo's gradients live one at a time and are counted as
+none.
 """
 
 
@@ -729,9 +728,7 @@ def write_results(args, runs):
                                       start=None))
     if series:
         plot.draw_series(series, os.path.join(args.out, "loss_memory.png"), "Loss against memory",
-                         "parameters, gradients, optimizer's state and what is kept (MiB)"
-                         if args.device == "cpu" else "memory at its peak (MiB)",
-                         "final validation loss (nats per token)", frontier=True)
+                         "memory (MiB)", "final validation loss (nats per token)", frontier=True)
 
 # ----------------------------------------------------------------------------
 # the program
