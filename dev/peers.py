@@ -853,7 +853,7 @@ def compare(args):
                              val_batches=1):
             if do(run, 1).found:
                 args.timings.setdefault(run.method, []).append(run.found)
-    write_results(args, runs)
+        write_results(args, runs)
     failed = [run for run in runs if not run.found]
     for run in failed:
         print(f"{run.name}: {run.status}", file=sys.stderr)
