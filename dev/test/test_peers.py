@@ -117,6 +117,11 @@ def test_memory(done):
     assert tape["adamw"] - tape["compact"] == 2 * 2 * 32 * 4 * (16 + 16 + 64) * 3 // 4
     assert found["ours5"]["tape_bytes"] < full["tape_bytes"] / 4
     assert found["compact"]["state_bytes"] < adamw["state_bytes"]
+    # what the tables compare: of PyTorch the parts, of the trainer its whole plan
+    compared = {row["method"]: int(row["memory_bytes"]) for row in rows_of(done)}
+    parts = sum(adamw[part + "_bytes"] for part in ("parameter", "gradient", "state", "tape"))
+    assert compared["AdamW, full rank"] == parts
+    assert compared["this trainer, full rank, AdamW"] == full["total_bytes"]
 
 
 def test_checkpointing_changes_nothing(done):
